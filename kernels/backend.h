@@ -1,0 +1,241 @@
+// The abstract device: memory, opaque weights, the ops of a transformer step, and the step queue.
+// Every implementation (reference, cpu, later cuda) keeps one promise:
+//
+//   Rows do not influence each other's bits. What an op writes for a row depends on that row (and,
+//   in attention, on the keys its sequence may see) alone: never on the other rows of the step,
+//   their number or order, on page placement, or on the number of threads.
+//
+// How a step runs: the engine hands a StepPlan to submit(); the backend makes the plan visible to
+// its ops (row metadata in backend memory), then runs the StepProgram, which calls the ops below in
+// order. Ops take a struct of named members, write into memory that the caller owns, and never
+// allocate. The forward pass is therefore written once, over this interface.
+//
+// Threading: all calls from one thread at a time, except the ops, which only the program calls.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/step_plan.h"
+#include "kernels/tensor.h"
+
+namespace rollpack::kernels {
+
+// What a backend must know of a model to lay out its memory. Lengths in tokens.
+struct ModelShape {
+  int64_t D = 0, H = 0, G = 0, K = 0, F = 0, V = 0, L = 0;
+  DType dtype = DType::kBF16;  // compute: kBF16 or kF32
+};
+
+struct BackendOptions {
+  int32_t num_threads = 0;  // 0: CPUs of the affinity mask
+  int64_t kv_cache_bytes = 0;
+  int32_t max_num_seqs = 256;             // sequence slots
+  int32_t max_num_batched_tokens = 2048;  // token rows of one step
+  bool shared_weights = false;  // stage weights in memory that other processes can map
+};
+
+// The backend's own layout of KV pages; the engine only counts them.
+struct KvLayout {
+  DType dtype = DType::kBF16;
+  int32_t page_tokens = 16;  // divides 256, the attention chunk
+  int64_t page_bytes = 0;    // K and V of page_tokens tokens, all layers
+  int32_t num_pages = 0;     // pages the engine may name: [0, num_pages)
+};
+
+// Bytes this backend holds or will hold for a model and options, before anything is allocated.
+struct MemoryPlan {
+  int64_t weight_bytes = 0;   // one packed copy
+  int64_t staging_bytes = 0;  // a second copy while an update is staged
+  int64_t kv_bytes = 0;
+  int64_t activation_bytes = 0;
+};
+
+struct BackendInfo {
+  std::string name;         // "cpu", "reference"
+  std::string description;  // e.g. "cpu: avx512_bf16, 2 threads"
+  std::string fingerprint;  // two backends with equal fingerprints give equal bits
+  KvLayout kv;
+  MemoryPlan memory;
+  std::vector<int32_t> row_buckets;  // row counts steps are padded to; empty: any count as it is
+};
+
+// Memory of the backend; on the CPU `data` is an ordinary pointer.
+struct Buffer {
+  void* data = nullptr;
+  int64_t bytes = 0;
+};
+
+// ---- weights -------------------------------------------------------------------------------------
+
+enum class WeightKind : uint8_t {
+  kLinear,     // [N, K_in] used by linear(); parts are stacked along N (Q, K, V)
+  kGated,      // two parts of equal N: gate and up; linear() with Epilogue::kGated gives N / 2 columns
+  kEmbedding,  // [V, D] used by embed(), and by lm_head() when the head is tied
+  kLmHead,     // [V, D] used by lm_head() only
+  kVector,     // [1, N] kept in f32 (norm weights, biases); parts are stacked
+};
+
+struct WeightSpec {
+  std::string name;  // for errors, e.g. "layers.3.qkv"
+  WeightKind kind = WeightKind::kLinear;
+  std::vector<int64_t> part_rows;  // rows (kVector: elements) of each part, full and unsharded
+  int64_t cols = 0;                // 1 for kVector
+};
+
+using WeightId = int32_t;
+inline constexpr WeightId kNoWeight = -1;
+
+// Rows [begin, end) of a part that this rank holds; {0, part_rows} on a single rank.
+struct ShardRange {
+  int64_t begin = 0, end = 0;
+};
+
+// ---- ops -----------------------------------------------------------------------------------------
+
+// out[t] = row input_ids[t] of the embedding (the slot's token where it is pending).
+struct EmbedArgs {
+  WeightId weight = kNoWeight;
+  Tensor out;  // [T, D] f32, the residual stream
+};
+
+// out = in / sqrt(mean(in^2) + epsilon) * weight, rounded once to out's dtype.
+// Numerics: one fixed lane tree a row; sqrt and division, no reciprocal approximations.
+// Source: Zhang and Sennrich, "Root mean square layer normalization", NeurIPS 2019.
+struct RmsNormArgs {
+  WeightId weight = kNoWeight;  // kVector [D]
+  float epsilon = 1e-6f;
+  Tensor in;   // [rows, D] f32
+  Tensor out;  // [rows, D] compute dtype
+};
+
+enum class Epilogue : uint8_t {
+  kNone,      // out = acc (+ bias)
+  kGated,     // out[n] = silu(gate[n]) * up[n], rounded once; weight must be kGated
+  kResidual,  // out += acc (+ bias)
+};
+
+// acc[t][n] = sum over k ascending of in[t][k] * weight[n][k], one f32 chain an element.
+struct LinearArgs {
+  WeightId weight = kNoWeight;
+  WeightId bias = kNoWeight;  // kVector [N]; added to the finished sum, before the epilogue
+  Epilogue epilogue = Epilogue::kNone;
+  Tensor in;   // [rows, K_in] compute dtype
+  Tensor out;  // [rows, N] f32 for kNone and kResidual; [rows, N / 2] compute dtype for kGated
+};
+
+// Splits qkv into heads, normalises Q and K heads where asked (Qwen3), rotates Q and K by position,
+// writes K and V into the step's pages and Q out. Rotation pairs are (i, i + K / 2).
+// Errors: a non-finite K or V row marks its sequence failed and writes zeros.
+// Source: Su et al., "RoFormer", arXiv:2104.09864, in the half-split form of Llama.
+struct RopeAppendArgs {
+  int32_t layer = 0;
+  Tensor qkv;          // [T, (H + 2 G) K] f32: Q heads, then K heads, then V heads
+  Tensor rope_table;   // [positions, K] f32: cos in [0, K / 2), sin in [K / 2, K)
+  WeightId q_norm = kNoWeight;  // kVector [K], or none
+  WeightId k_norm = kNoWeight;
+  float norm_epsilon = 1e-6f;
+  Tensor q;            // [T, H K] compute dtype
+};
+
+// Causal attention of the step's rows over their page tables.
+// Numerics: keys in chunks of 256 at absolute positions, chunks merged left to right; see
+// kernels/README.md. A pad row's output is 0.
+struct AttentionArgs {
+  int32_t layer = 0;
+  int32_t window = 0;  // key j is visible to row i iff i - j < window; 0: all keys
+  Tensor q;            // [T, H K] compute dtype
+  Tensor out;          // [T, H K] compute dtype
+};
+
+// Copies the distinct rows that the plan samples or scores, ascending, to the front of out.
+struct GatherHeadRowsArgs {
+  Tensor in;   // [T, D] f32
+  Tensor out;  // [num_head_rows, D] f32
+};
+
+// Logits of the gathered rows against the vocabulary, and from them, without keeping the logits,
+// the sampled tokens, logprobs and entropies of the step; they become the StepResult.
+// Numerics and sampling order: kernels/README.md.
+struct LmHeadArgs {
+  WeightId weight = kNoWeight;  // kLmHead or a tied kEmbedding
+  Tensor in;                    // [num_head_rows, D] compute dtype, after the final norm
+};
+
+// ---- steps ---------------------------------------------------------------------------------------
+
+// Number of the step in submission order, from 1. Later handles complete later.
+using StepHandle = uint64_t;
+
+using Deadline = std::chrono::steady_clock::time_point;
+
+class Backend;
+
+// The forward pass: enqueues the ops of one step.
+class StepProgram {
+ public:
+  virtual ~StepProgram() = default;
+  virtual void run(Backend& backend, int64_t num_rows, int64_t num_head_rows) = 0;
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  virtual const BackendInfo& info() const = 0;
+
+  // Memory. alloc zero-fills; upload and download return when the copy is done.
+  virtual Buffer alloc(int64_t bytes) = 0;
+  virtual void free(Buffer buffer) = 0;
+  virtual void upload(Buffer target, const void* source, int64_t bytes) = 0;
+  virtual void download(void* target, Buffer source, int64_t bytes) = 0;
+  virtual void sync() = 0;
+
+  // Weights. Declare all, then stage, load and commit as often as weights change. Staged weights
+  // are a shadow set: steps keep using the committed one, bit-unchanged, until commit_weights(),
+  // which takes effect between two steps. Ids stay valid for ever.
+  virtual WeightId declare_weight(const WeightSpec& spec) = 0;
+  virtual void begin_staging() = 0;
+  // Packs `source` ([part_rows, cols], any float dtype, the full part) into the staged set, rounding
+  // to the compute dtype; only rows `shard` of it are kept.
+  virtual void load_weight(WeightId id, int32_t part, const ConstTensor& source,
+                           ShardRange shard) = 0;
+  // Starts the staged set as a copy of the committed one, for updates of some tensors only.
+  virtual void copy_committed_to_staged() = 0;
+  virtual void commit_weights() = 0;
+  virtual void discard_weights() = 0;
+  // 64-bit hash of the committed packed weights, as the ops really use them.
+  virtual uint64_t weights_hash() = 0;
+  // Sharing a staged set between the processes of a node: the one that packed it exports a sealed
+  // descriptor (the backend keeps ownership), the others adopt it as their staged set.
+  virtual int export_staged_weights() = 0;
+  virtual void adopt_staged_weights(int fd) = 0;
+
+  // Sleep and wake by tag ("weights", "kv_cache"); throws unsupported where memory cannot be given
+  // back and taken again.
+  virtual void sleep(const std::vector<std::string>& tags) = 0;
+  virtual void wake_up(const std::vector<std::string>& tags) = 0;
+
+  // Steps. submit never blocks and takes at most two steps in flight (failed_precondition beyond);
+  // it owns the plan until the step is done. wait returns the result or throws: the step's own
+  // error, or deadline_exceeded with the step still running. Pages and slots named by a step may
+  // be used again by any later step: steps run in order.
+  virtual void set_program(std::shared_ptr<StepProgram> program) = 0;
+  virtual StepHandle submit(StepPlan plan) = 0;
+  virtual bool poll(StepHandle handle) = 0;
+  virtual StepResult wait(StepHandle handle, Deadline deadline) = 0;
+
+  // Ops; see the Args structs. Called by the program only.
+  virtual void embed(const EmbedArgs& args) = 0;
+  virtual void rms_norm(const RmsNormArgs& args) = 0;
+  virtual void linear(const LinearArgs& args) = 0;
+  virtual void rope_append(const RopeAppendArgs& args) = 0;
+  virtual void attention(const AttentionArgs& args) = 0;
+  virtual void gather_head_rows(const GatherHeadRowsArgs& args) = 0;
+  virtual void lm_head(const LmHeadArgs& args) = 0;
+};
+
+}  // namespace rollpack::kernels

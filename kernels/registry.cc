@@ -1,0 +1,4 @@
+#include "kernels/registry.h"
+
+namespace rollpack::kernels {
+}  // namespace rollpack::kernels

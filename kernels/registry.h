@@ -1,0 +1,22 @@
+// Makes a backend by name. Callers never see an #ifdef.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "kernels/backend.h"
+
+namespace rollpack::kernels {
+
+// Names make_backend accepts besides "auto", best first.
+std::vector<std::string> backend_names();
+
+// "auto" takes the best backend this machine can run. Allocates KV pages and slots.
+// Errors: invalid_argument for a name that is not built in; unsupported, with the reason, for a
+// model the backend cannot run; resource_exhausted with the bytes needed.
+std::unique_ptr<Backend> make_backend(std::string_view name, const ModelShape& shape,
+                                      const BackendOptions& options);
+
+}  // namespace rollpack::kernels

@@ -1,0 +1,39 @@
+// The weight files of a Hugging Face folder: one model.safetensors, or shards listed in
+// model.safetensors.index.json. Headers are checked at opening; tensors are read one at a time
+// (pread into a buffer that is reused), so that a file truncated meanwhile is an error, not a SIGBUS.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/base/dtype.h"
+
+namespace rollpack::rollout {
+
+struct TensorInfo {
+  std::string name;
+  DType dtype = DType::kF32;
+  std::vector<int64_t> shape;
+  int64_t bytes = 0;
+};
+
+class Checkpoint {
+ public:
+  virtual ~Checkpoint() = default;
+
+  // All tensors, ordered by file and offset (the order that reads sequentially).
+  virtual const std::vector<TensorInfo>& tensors() const = 0;
+  // Reads tensor `index` into `buffer` (resized). Errors: data_loss naming tensor and file.
+  virtual void read(size_t index, std::vector<std::byte>& buffer) const = 0;
+};
+
+// Errors: not_found, or invalid_argument / data_loss naming file, tensor and what is wrong: header
+// size, duplicate keys, offsets out of range, overlaps, holes, shape x dtype against bytes, an index
+// that names a missing file or a path outside the folder.
+std::unique_ptr<Checkpoint> open_checkpoint(const std::string& folder);
+
+}  // namespace rollpack::rollout

@@ -1,0 +1,116 @@
+// What trainer_bridge asks of rollout. The server calls it from its one thread; answers that take
+// time come through callbacks, on any thread.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels/base/dtype.h"
+#include "kernels/base/error.h"
+#include "trainer_bridge/contract/sample.h"
+
+namespace rollpack::bridge {
+
+// Sampling keys a request may override; what is absent comes from the configuration.
+struct SamplingOverrides {
+  std::optional<float> temperature;
+  std::optional<int32_t> top_k;
+  std::optional<float> top_p;
+  std::optional<float> min_p;
+  std::optional<uint64_t> seed;
+  std::optional<int32_t> response_length;
+  std::optional<int32_t> min_tokens;
+  std::optional<std::vector<int32_t>> stop_token_ids;
+  std::optional<bool> ignore_eos;
+};
+
+struct PromptRequest {
+  std::optional<PromptId> prompt_id;  // absent: its index in the submit
+  std::vector<int32_t> input_ids;
+  std::optional<int32_t> n;
+  SamplingOverrides sampling;
+  std::string origin;  // for errors: "prompts.jsonl:12", "submit prompts[3]"
+};
+
+struct ScoreSequence {
+  std::string id;
+  std::vector<int32_t> input_ids;
+  std::vector<int32_t> response_ids;
+  float temperature = 1.0f;
+  std::string origin;
+};
+
+// One entry a response token.
+struct ScoredSequence {
+  std::string id;
+  std::vector<float> logprobs, scaled_logprobs, entropy;
+};
+
+// What becomes of samples in flight when weights switch or generation pauses.
+enum class InFlight : uint8_t {
+  kKeep,   // go on under the new weights, KV recomputed
+  kWait,   // finish under the old weights first
+  kAbort,  // handed back as partial samples with finish_reason abort
+};
+
+// One tensor of a weight update, valid until the callback of its stage_weights() was called.
+struct WeightTensor {
+  std::string name;
+  DType dtype = DType::kF32;  // kF32, kF16 or kBF16
+  std::vector<int64_t> shape;
+  std::span<const std::byte> bytes;
+};
+
+// std::nullopt: done. Otherwise what went wrong.
+using Outcome = std::optional<ErrorInfo>;
+using OutcomeCallback = std::function<void(Outcome)>;
+
+// What hello says about the engine; fixed for its life but for weight_version.
+struct ServiceInfo {
+  std::string resolved_config_json;
+  std::vector<int32_t> eos_token_ids;
+  int32_t pad_token_id = 0;  // pad_token_id, else the lowest EOS id: written, never read
+  int64_t vocab_size = 0;
+  std::string fingerprint;  // equal fingerprints give equal bits
+};
+
+class RolloutService {
+ public:
+  virtual ~RolloutService() = default;
+
+  virtual ServiceInfo info() const = 0;
+
+  // Accepts all prompts or none and returns the request id at once. Samples go to the sink.
+  // Errors: invalid_argument naming the prompt's field; would_block when queues are full.
+  virtual int64_t submit(std::vector<PromptRequest> prompts) = 0;
+  // Ends the samples of one request, or of all; they reach the sink as partial samples.
+  // Returns how many were still open.
+  virtual int64_t abort(std::optional<int64_t> request_id) = 0;
+  virtual void pause(InFlight in_flight, OutcomeCallback done) = 0;
+  virtual void resume() = 0;
+  virtual void score(std::vector<ScoreSequence> sequences,
+                     std::function<void(Outcome, std::vector<ScoredSequence>)> done) = 0;
+
+  // Weights in two phases: begin, stage any number of times, then commit or cancel. A refused
+  // stage or commit cancels the update; the old version goes on, bit-unchanged.
+  virtual void begin_weights(int64_t version, OutcomeCallback done) = 0;
+  virtual void stage_weights(std::vector<WeightTensor> tensors, OutcomeCallback done) = 0;
+  virtual void commit_weights(InFlight in_flight, OutcomeCallback done) = 0;
+  virtual void cancel_weights() = 0;
+  virtual int64_t weight_version() const = 0;
+
+  // Counters and gauges by name, e.g. "num_running_seqs".
+  virtual std::vector<std::pair<std::string, double>> stats() const = 0;
+  // An error once the service can make no more samples.
+  virtual Outcome health() const = 0;
+  // Asks the whole program to end; returns at once.
+  virtual void shutdown() = 0;
+};
+
+}  // namespace rollpack::bridge
