@@ -39,7 +39,7 @@ struct PromptRequest {
 };
 
 struct ScoreSequence {
-  std::string id;
+  PromptId id;
   std::vector<int32_t> input_ids;
   std::vector<int32_t> response_ids;
   float temperature = 1.0f;
@@ -48,7 +48,7 @@ struct ScoreSequence {
 
 // One entry a response token.
 struct ScoredSequence {
-  std::string id;
+  PromptId id;
   std::vector<float> logprobs, scaled_logprobs, entropy;
 };
 
