@@ -59,12 +59,21 @@ enum class InFlight : uint8_t {
   kAbort,  // handed back as partial samples with finish_reason abort
 };
 
-// One tensor of a weight update, valid until the callback of its stage_weights() was called.
+// One tensor of a weight update.
 struct WeightTensor {
   std::string name;
   DType dtype = DType::kF32;  // kF32, kF16 or kBF16
   std::vector<int64_t> shape;
   std::span<const std::byte> bytes;
+};
+
+// Tensors of one sealed memfd, checked; valid until the callback of their stage_weights() was
+// called. Other processes of the node map `fd` themselves: a tensor's offset there is its distance
+// from the start of `mapping`.
+struct WeightChunk {
+  int fd = -1;
+  std::span<const std::byte> mapping;
+  std::vector<WeightTensor> tensors;
 };
 
 // std::nullopt: done. Otherwise what went wrong.
@@ -100,7 +109,7 @@ class RolloutService {
   // Weights in two phases: begin, stage any number of times, then commit or cancel. A refused
   // stage or commit cancels the update; the old version goes on, bit-unchanged.
   virtual void begin_weights(int64_t version, OutcomeCallback done) = 0;
-  virtual void stage_weights(std::vector<WeightTensor> tensors, OutcomeCallback done) = 0;
+  virtual void stage_weights(WeightChunk chunk, OutcomeCallback done) = 0;
   virtual void commit_weights(InFlight in_flight, OutcomeCallback done) = 0;
   virtual void cancel_weights() = 0;
   virtual int64_t weight_version() const = 0;
