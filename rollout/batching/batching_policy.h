@@ -1,0 +1,31 @@
+// What a batching mode decides: which rows the next step computes. All modes give the same bits;
+// they differ in what they compute.
+#pragma once
+
+#include <memory>
+#include <string_view>
+
+#include "rollout/engine/engine_state.h"
+#include "rollout/engine/step_batch.h"
+
+namespace rollpack::rollout {
+
+class BatchingPolicy {
+ public:
+  virtual ~BatchingPolicy() = default;
+
+  // Admits waiting sequences and fills `batch` with the rows of the next step; leaves it empty when
+  // there is nothing to compute.
+  virtual void plan(EngineState& state, StepBatch& batch) = 0;
+  // The step ran: every entry's rows now have keys and values. Called before tokens are appended.
+  virtual void after_step(EngineState& state, const StepBatch& batch) = 0;
+  // Takes out of `running` what is finished and may go, giving back its pages and slot.
+  virtual void retire(EngineState& state) = 0;
+  // All running sequences go back to the queue with their keys and values forgotten.
+  virtual void drop_kv(EngineState& state) = 0;
+};
+
+// "continuous" or "left_padded". Errors: unsupported, naming engine.batching.
+std::unique_ptr<BatchingPolicy> make_batching_policy(std::string_view name);
+
+}  // namespace rollpack::rollout

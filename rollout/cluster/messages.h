@@ -1,0 +1,104 @@
+// What rank 0 and its workers say to each other. The same structs travel by function call (the worker
+// beside the dispatcher, ranks as threads in tests) and by socket (message_codec).
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "rollout/engine/request.h"
+#include "trainer_bridge/contract/rollout_service.h"
+
+namespace rollpack::rollout {
+
+// ---- to a worker; a ticket is answered by one Ack -------------------------------------------------
+
+struct AddGroups {
+  std::vector<GroupRequest> groups;
+};
+struct AddScores {
+  std::vector<ScoreRequest> requests;
+};
+struct AbortSamples {
+  std::optional<int64_t> request_id;  // nullopt: all
+};
+struct Pause {
+  uint64_t ticket = 0;
+  bridge::InFlight in_flight = bridge::InFlight::kKeep;
+};
+struct Resume {};
+struct BeginWeights {
+  uint64_t ticket = 0;
+};
+struct StageWeights {
+  uint64_t ticket = 0;
+  std::shared_ptr<const bridge::WeightChunk> chunk;
+};
+struct FinishWeights {  // everything was staged: is it complete?
+  uint64_t ticket = 0;
+};
+struct AdoptWeights {  // a packed set that a rank of the same node has staged
+  uint64_t ticket = 0;
+  int fd = -1;
+};
+struct CommitWeights {
+  uint64_t ticket = 0;
+  int64_t version = 0;
+  bridge::InFlight in_flight = bridge::InFlight::kKeep;
+};
+struct DiscardWeights {};
+struct Stop {
+  bool hand_back = true;  // open samples come back as partial samples first
+};
+
+using Command = std::variant<AddGroups, AddScores, AbortSamples, Pause, Resume, BeginWeights,
+                             StageWeights, FinishWeights, AdoptWeights, CommitWeights,
+                             DiscardWeights, Stop>;
+
+// ---- from a worker --------------------------------------------------------------------------------
+
+struct WorkerReady {
+  int64_t pid = 0;
+  std::string fingerprint;  // all ranks must have the same
+};
+struct Pull {  // room for this many more samples
+  int32_t num_samples = 0;
+};
+struct SampleDone {
+  bridge::Sample sample;
+};
+struct SampleFailed {
+  bridge::FailedSample sample;
+};
+struct Scored {
+  uint64_t ticket = 0;
+  bridge::Outcome error;
+  bridge::ScoredSequence sequence;
+};
+struct Ack {
+  uint64_t ticket = 0;
+  bridge::Outcome error;
+};
+struct WorkerStats {
+  std::vector<std::pair<std::string, double>> values;
+};
+struct WorkerStopped {};
+struct WorkerFailed {  // the worker can do no more work
+  ErrorInfo error;
+};
+
+using Event = std::variant<WorkerReady, Pull, SampleDone, SampleFailed, Scored, Ack, WorkerStats,
+                           WorkerStopped, WorkerFailed>;
+
+// Where commands for one worker go: a mailbox beside us or a socket. Never blocks.
+class WorkerLink {
+ public:
+  virtual ~WorkerLink() = default;
+  virtual void send(Command command) = 0;
+};
+
+}  // namespace rollpack::rollout

@@ -1,0 +1,228 @@
+#include "rollout/cluster/worker.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "kernels/base/error.h"
+
+namespace rollpack::rollout {
+namespace {
+
+using namespace std::chrono_literals;
+
+// Longest a step may take. The largest steps seen (2,048 prefill rows of a 1B model on two cores)
+// take 10 s; a step that takes 60 times as long is stuck.
+constexpr auto kStepTimeout = 10min;
+constexpr auto kStatsInterval = 1s;
+
+ErrorInfo info_of(std::exception_ptr error) {
+  try {
+    std::rethrow_exception(error);
+  } catch (const Error& known) {
+    return known.info;
+  } catch (const std::exception& other) {
+    return {.code = ErrorCode::kInternal, .message = other.what()};
+  }
+}
+
+}  // namespace
+
+Worker::Worker(Replica& replica, std::function<void(Event)> emit)
+    : replica_(replica),
+      emit_(std::move(emit)),
+      engine_(replica.limits(), make_batching_policy(replica.config().engine.batching),
+              replica.backend(), *this),
+      thread_([this] { run(); }) {}
+
+Worker::~Worker() {
+  if (!thread_.joinable()) return;
+  send(Stop{.hand_back = false});
+  thread_.join();
+}
+
+void Worker::join() { thread_.join(); }
+
+void Worker::send(Command command) {
+  {
+    const std::lock_guard lock(mutex_);
+    mailbox_.push_back(std::move(command));
+  }
+  wake_.notify_one();
+}
+
+void Worker::run() {
+  try {
+    emit_(WorkerReady{.pid = ::getpid(), .fingerprint = replica_.backend().info().fingerprint});
+    work();
+    emit_(WorkerStopped{});
+  } catch (...) {
+    emit_(WorkerFailed{info_of(std::current_exception())});
+  }
+}
+
+void Worker::work() {
+  while (take_commands()) {
+    finish_switch();
+    tell_capacity();
+    tell_stats();
+    const bool stepped = !is_paused_ && engine_.has_work() && engine_.step(kStepTimeout);
+    if (stepped) continue;
+    finish_switch();
+    std::unique_lock lock(mutex_);
+    wake_.wait_for(lock, kStatsInterval, [&] { return !mailbox_.empty(); });
+  }
+}
+
+bool Worker::take_commands() {
+  std::deque<Command> commands;
+  {
+    const std::lock_guard lock(mutex_);
+    commands.swap(mailbox_);
+  }
+  for (Command& command : commands) {
+    std::visit([this](auto& known) { handle(known); }, command);
+  }
+  return !is_stopped_;
+}
+
+// Enough samples at hand that the engine is full, and half as many again so that none of its slots
+// stays empty for a round trip to rank 0.
+void Worker::tell_capacity() {
+  const int32_t wanted = replica_.limits().max_num_seqs + (replica_.limits().max_num_seqs + 1) / 2;
+  const auto missing = wanted - static_cast<int32_t>(engine_.num_open()) - num_pulled_;
+  if (missing <= 0) return;
+  num_pulled_ += missing;
+  emit_(Pull{.num_samples = missing});
+}
+
+void Worker::tell_stats() {
+  const auto now = std::chrono::steady_clock::now();
+  if (now < stats_due_) return;
+  stats_due_ = now + kStatsInterval;
+  const EngineState& state = engine_.state();
+  const EngineCounters& counters = state.counters;
+  const auto used = state.pool.num_pages() - state.pool.num_free();
+  emit_(WorkerStats{{{"num_running_seqs", static_cast<double>(state.running.size())},
+                     {"num_waiting_seqs", static_cast<double>(state.waiting.size())},
+                     {"num_kv_pages", state.pool.num_pages()},
+                     {"num_kv_pages_used", used},
+                     {"num_steps", static_cast<double>(counters.num_steps)},
+                     {"num_preemptions", static_cast<double>(counters.num_preemptions)},
+                     {"num_rows_computed", static_cast<double>(counters.num_rows_computed)},
+                     {"num_pad_rows", static_cast<double>(counters.num_pad_rows)},
+                     {"num_tokens_generated", static_cast<double>(counters.num_tokens_generated)},
+                     {"num_samples", static_cast<double>(counters.num_samples)}}});
+}
+
+// Carries out what waited for running samples to finish.
+void Worker::finish_switch() {
+  if ((!pending_commit_ && !pending_pause_) || engine_.has_started_work()) return;
+  if (pending_commit_) {
+    const CommitWeights commit = *std::exchange(pending_commit_, std::nullopt);
+    engine_.set_admits(!pending_pause_);
+    acknowledge(commit.ticket, [&] {
+      replica_.backend().commit_weights();
+      engine_.switch_version(commit.version);
+    });
+  }
+  if (pending_pause_) {
+    const Pause pause = *std::exchange(pending_pause_, std::nullopt);
+    is_paused_ = true;
+    acknowledge(pause.ticket, [] {});
+  }
+}
+
+void Worker::acknowledge(uint64_t ticket, const std::function<void()>& action) {
+  bridge::Outcome outcome;
+  try {
+    action();
+  } catch (const Error& error) {
+    outcome = error.info;
+  }
+  emit_(Ack{.ticket = ticket, .error = std::move(outcome)});
+}
+
+void Worker::handle(AddGroups& command) {
+  for (GroupRequest& group : command.groups) {
+    num_pulled_ = std::max(0, num_pulled_ - group.key.group_size);
+    engine_.add(std::move(group));
+  }
+}
+
+void Worker::handle(AddScores& command) {
+  for (ScoreRequest& request : command.requests) engine_.add_score(std::move(request));
+}
+
+void Worker::handle(AbortSamples& command) { engine_.abort(command.request_id); }
+
+void Worker::handle(Pause& command) {
+  if (command.in_flight == bridge::InFlight::kWait) {
+    engine_.set_admits(false);
+    pending_pause_ = command;
+    return;
+  }
+  if (command.in_flight == bridge::InFlight::kAbort) engine_.abort(std::nullopt);
+  is_paused_ = true;
+  acknowledge(command.ticket, [] {});
+}
+
+void Worker::handle(Resume&) {
+  is_paused_ = false;
+  if (!pending_commit_) engine_.set_admits(true);
+  if (pending_pause_) {  // resumed before it had paused
+    const uint64_t ticket = std::exchange(pending_pause_, std::nullopt)->ticket;
+    acknowledge(ticket, [] {});
+  }
+}
+
+void Worker::handle(BeginWeights& command) {
+  acknowledge(command.ticket, [&] { replica_.weights().begin_staging(); });
+}
+
+void Worker::handle(StageWeights& command) {
+  acknowledge(command.ticket, [&] {
+    for (const bridge::WeightTensor& tensor : command.chunk->tensors) {
+      replica_.weights().stage(tensor.name, tensor.dtype, tensor.shape, tensor.bytes);
+    }
+  });
+}
+
+void Worker::handle(FinishWeights& command) {
+  acknowledge(command.ticket, [&] { replica_.weights().finish_staging(); });
+}
+
+void Worker::handle(AdoptWeights& command) {
+  acknowledge(command.ticket, [&] { replica_.backend().adopt_staged_weights(command.fd); });
+}
+
+void Worker::handle(CommitWeights& command) {
+  if (command.in_flight == bridge::InFlight::kWait && engine_.has_started_work() && !is_paused_) {
+    engine_.set_admits(false);
+    pending_commit_ = command;
+    return;
+  }
+  if (command.in_flight == bridge::InFlight::kAbort) engine_.abort(std::nullopt);
+  acknowledge(command.ticket, [&] {
+    replica_.backend().commit_weights();
+    engine_.switch_version(command.version);
+  });
+}
+
+void Worker::handle(DiscardWeights&) { replica_.backend().discard_weights(); }
+
+void Worker::handle(Stop& command) {
+  if (command.hand_back) engine_.abort(std::nullopt);
+  is_stopped_ = true;
+}
+
+void Worker::on_sample(bridge::Sample sample) { emit_(SampleDone{std::move(sample)}); }
+
+void Worker::on_failed(bridge::FailedSample sample) { emit_(SampleFailed{std::move(sample)}); }
+
+void Worker::on_scored(uint64_t ticket, bridge::Outcome error, bridge::ScoredSequence scored) {
+  emit_(Scored{.ticket = ticket, .error = std::move(error), .sequence = std::move(scored)});
+}
+
+}  // namespace rollpack::rollout

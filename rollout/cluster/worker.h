@@ -1,0 +1,72 @@
+// One rank's engine on its own thread: commands in through a mailbox, events out through a function.
+// The thread owns the replica; weights switch between two steps.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <mutex>
+#include <optional>
+#include <thread>
+
+#include "rollout/cluster/messages.h"
+#include "rollout/engine/engine.h"
+#include "rollout/engine/replica.h"
+
+namespace rollpack::rollout {
+
+class Worker : public WorkerLink, private EngineOutput {
+ public:
+  // `emit` is called on the worker's thread. Weights of the replica are committed or will come by
+  // AdoptWeights and CommitWeights.
+  Worker(Replica& replica, std::function<void(Event)> emit);
+  ~Worker() override;  // stops without handing back, if still running
+
+  void send(Command command) override;  // thread-safe
+  void join();
+
+ private:
+  void run();
+  void work();
+  bool take_commands();  // false: stopped
+  void tell_capacity();
+  void tell_stats();
+  void finish_switch();
+
+  void handle(AddGroups& command);
+  void handle(AddScores& command);
+  void handle(AbortSamples& command);
+  void handle(Pause& command);
+  void handle(Resume& command);
+  void handle(BeginWeights& command);
+  void handle(StageWeights& command);
+  void handle(FinishWeights& command);
+  void handle(AdoptWeights& command);
+  void handle(CommitWeights& command);
+  void handle(DiscardWeights& command);
+  void handle(Stop& command);
+  void acknowledge(uint64_t ticket, const std::function<void()>& action);
+
+  void on_sample(bridge::Sample sample) override;
+  void on_failed(bridge::FailedSample sample) override;
+  void on_scored(uint64_t ticket, bridge::Outcome error,
+                 bridge::ScoredSequence scored) override;
+
+  Replica& replica_;
+  const std::function<void(Event)> emit_;
+  Engine engine_;
+  int32_t num_pulled_ = 0;  // samples asked for and not yet given
+  bool is_paused_ = false;  // no steps at all
+  bool is_stopped_ = false;
+  std::optional<Pause> pending_pause_;            // waits for running samples to finish
+  std::optional<CommitWeights> pending_commit_;   // likewise
+  std::chrono::steady_clock::time_point stats_due_;
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::deque<Command> mailbox_;
+  std::thread thread_;
+};
+
+}  // namespace rollpack::rollout

@@ -1,0 +1,231 @@
+#include "rollout/engine/engine.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include <fmt/format.h>
+
+#include "kernels/base/error.h"
+
+namespace rollpack::rollout {
+namespace {
+
+bridge::SampleKey key_of(const Sequence& sequence) {
+  bridge::SampleKey key = sequence.group->request.key;
+  key.sample_index = sequence.sample_index;
+  return key;
+}
+
+ErrorInfo non_finite_error(const Sequence& sequence, const char* what) {
+  const int32_t position = sequence.length();
+  return {.code = ErrorCode::kNonFinite,
+          .field = what,
+          .value = "NaN or infinity",
+          .origin = sequence.is_score()
+                        ? fmt::format("sequence {}", sequence.score->sequence.id.text)
+                        : fmt::format("prompt_id {}, sample_index {}, position {}",
+                                      sequence.group->request.key.prompt_id.text,
+                                      sequence.sample_index, position),
+          .allowed = "finite numbers",
+          .message = "check the weights for NaN, infinity or overflow"};
+}
+
+}  // namespace
+
+Engine::Engine(const EngineLimits& limits, std::unique_ptr<BatchingPolicy> policy,
+               kernels::Backend& backend, EngineOutput& output)
+    : state_(limits), policy_(std::move(policy)), backend_(backend), output_(output) {}
+
+void Engine::add(GroupRequest request) {
+  auto group = std::make_shared<Group>();
+  group->request = std::move(request);
+  group->arrival = num_arrivals_;
+  const std::vector<int32_t>& prompt = *group->request.prompt_ids;
+  for (int32_t index = 0; index < group->request.key.group_size; ++index) {
+    auto sequence = std::make_unique<Sequence>();
+    sequence->group = group;
+    sequence->arrival = num_arrivals_++;
+    sequence->sample_index = index;
+    sequence->num_prompt = static_cast<int32_t>(prompt.size());
+    sequence->end_position = static_cast<int32_t>(
+        std::min<int64_t>(int64_t{sequence->num_prompt} + group->request.response_limit(index),
+                          std::max<int64_t>(state_.limits.max_positions, sequence->num_prompt)));
+    sequence->tokens = prompt;
+    if (sequence->end_position == sequence->num_prompt) {
+      emit(*sequence);  // no room for a token: an empty response that ended by length
+    } else {
+      state_.enqueue(std::move(sequence));
+    }
+  }
+}
+
+void Engine::add_score(ScoreRequest request) {
+  auto sequence = std::make_unique<Sequence>();
+  sequence->arrival = num_arrivals_++;
+  const bridge::ScoreSequence& given = request.sequence;
+  sequence->num_prompt = static_cast<int32_t>(given.input_ids.size());
+  sequence->tokens = given.input_ids;
+  sequence->tokens.insert(sequence->tokens.end(), given.response_ids.begin(),
+                          given.response_ids.end());
+  sequence->end_position = sequence->length();
+  const bool is_empty = given.response_ids.empty();
+  sequence->score = std::make_unique<ScoreRequest>(std::move(request));
+  if (is_empty) {
+    emit_scored(*sequence);
+  } else {
+    state_.enqueue(std::move(sequence));
+  }
+}
+
+int64_t Engine::num_open() const {
+  int64_t count = static_cast<int64_t>(state_.waiting.size());
+  for (const auto& sequence : state_.running) count += !sequence->is_finished;
+  return count;
+}
+
+int64_t Engine::abort(std::optional<int64_t> request_id) {
+  int64_t num_aborted = 0;
+  const auto end = [&](Sequence& sequence) {
+    if (sequence.is_finished || sequence.is_score()) return false;
+    if (request_id && sequence.group->request.key.request_id != *request_id) return false;
+    sequence.finish_reason = bridge::FinishReason::kAbort;
+    emit(sequence);
+    ++num_aborted;
+    return true;
+  };
+  std::erase_if(state_.waiting, [&](const std::unique_ptr<Sequence>& sequence) {
+    if (!end(*sequence)) return false;
+    Group& group = *sequence->group;
+    if (--group.num_waiting == 0 && !group.prompt_pages.empty()) state_.unpin(group);
+    return true;
+  });
+  for (const auto& sequence : state_.running) end(*sequence);
+  policy_->retire(state_);
+  return num_aborted;
+}
+
+bool Engine::has_started_work() const {
+  return !state_.running.empty() ||
+         std::ranges::any_of(state_.waiting, [](const auto& s) { return s->has_started(); });
+}
+
+bool Engine::step(std::chrono::milliseconds timeout) {
+  batch_.clear();
+  policy_->plan(state_, batch_);
+  if (batch_.empty()) return false;
+  batch_.plan.wants_entropy = state_.limits.wants_entropy;
+  ++state_.counters.num_steps;
+  state_.counters.num_rows_computed += batch_.num_rows();
+  for (const StepBatch::Entry& entry : batch_.entries) {
+    state_.counters.num_pad_rows -= entry.num_tokens;
+  }
+  state_.counters.num_pad_rows += batch_.num_rows();
+  const kernels::StepHandle handle = backend_.submit(std::move(batch_.plan));
+  apply(backend_.wait(handle, std::chrono::steady_clock::now() + timeout));
+  return true;
+}
+
+void Engine::apply(const kernels::StepResult& result) {
+  policy_->after_step(state_, batch_);
+  for (const int32_t index : result.failed_sequences) {
+    Sequence* sequence = batch_.entries[index].sequence;
+    if (sequence != nullptr && !sequence->is_finished) {
+      fail(*sequence, non_finite_error(*sequence, "keys and values"));
+    }
+  }
+  for (size_t i = 0; i < result.samples.size(); ++i) {
+    Sequence& sequence = *batch_.sampled[i];
+    if (sequence.is_finished) continue;
+    if (!result.samples[i].is_finite) {
+      fail(sequence, non_finite_error(sequence, "logits"));
+      continue;
+    }
+    append_token(sequence, result.samples[i]);
+  }
+  for (const StepBatch::Entry& entry : batch_.entries) {
+    if (entry.sequence != nullptr && entry.sequence->is_score()) append_scores(entry, result);
+  }
+  policy_->retire(state_);
+}
+
+void Engine::append_token(Sequence& sequence, const kernels::HeadResult& result) {
+  if (sequence.weight_versions.empty() ||
+      sequence.weight_versions.back().version != weight_version_) {
+    sequence.weight_versions.push_back({sequence.num_response(), weight_version_});
+  }
+  sequence.tokens.push_back(result.token);
+  sequence.logprobs.push_back(result.logprob);
+  sequence.scaled_logprobs.push_back(result.scaled_logprob);
+  sequence.support_logmass.push_back(result.support_logmass);
+  if (state_.limits.wants_entropy) sequence.entropy.push_back(result.entropy);
+  ++state_.counters.num_tokens_generated;
+  if (result.finish == kernels::SlotFinish::kRunning) return;
+  if (result.finish == kernels::SlotFinish::kStop) {
+    sequence.finish_reason = bridge::FinishReason::kStop;
+    sequence.stop_token_id = result.token;
+  } else {
+    sequence.finish_reason = bridge::FinishReason::kLength;
+  }
+  emit(sequence);
+}
+
+void Engine::append_scores(const StepBatch::Entry& entry, const kernels::StepResult& result) {
+  Sequence& sequence = *entry.sequence;
+  if (sequence.is_finished) return;
+  for (int32_t i = entry.first_score; i < entry.first_score + entry.num_scores; ++i) {
+    const kernels::HeadResult& score = result.scores[i];
+    if (!score.is_finite) {
+      fail(sequence, non_finite_error(sequence, "logits"));
+      return;
+    }
+    sequence.logprobs.push_back(score.logprob);
+    sequence.scaled_logprobs.push_back(score.scaled_logprob);
+    sequence.entropy.push_back(score.entropy);
+  }
+  if (sequence.num_remaining() == 0) emit_scored(sequence);
+}
+
+void Engine::emit(Sequence& sequence) {
+  sequence.is_finished = true;
+  ++state_.counters.num_samples;
+  const GroupRequest& request = sequence.group->request;
+  output_.on_sample({.key = key_of(sequence),
+                     .prompt_ids = request.prompt_ids,
+                     .response_ids = {sequence.tokens.begin() + sequence.num_prompt,
+                                      sequence.tokens.end()},
+                     .logprobs = std::move(sequence.logprobs),
+                     .scaled_logprobs = std::move(sequence.scaled_logprobs),
+                     .support_logmass = std::move(sequence.support_logmass),
+                     .entropy = std::move(sequence.entropy),
+                     .finish_reason = sequence.finish_reason,
+                     .stop_token_id = sequence.stop_token_id,
+                     .temperature = request.sampling.params.temperature,
+                     .weight_versions = std::move(sequence.weight_versions)});
+}
+
+void Engine::emit_scored(Sequence& sequence) {
+  sequence.is_finished = true;
+  output_.on_scored(sequence.score->ticket, std::nullopt,
+                    {.id = sequence.score->sequence.id,
+                     .logprobs = std::move(sequence.logprobs),
+                     .scaled_logprobs = std::move(sequence.scaled_logprobs),
+                     .entropy = std::move(sequence.entropy)});
+}
+
+void Engine::fail(Sequence& sequence, ErrorInfo error) {
+  sequence.is_finished = true;
+  if (sequence.is_score()) {
+    output_.on_scored(sequence.score->ticket, std::move(error),
+                      {.id = sequence.score->sequence.id});
+  } else {
+    output_.on_failed({.key = key_of(sequence), .error = std::move(error)});
+  }
+}
+
+void Engine::switch_version(int64_t version) {
+  policy_->drop_kv(state_);
+  weight_version_ = version;
+}
+
+}  // namespace rollpack::rollout

@@ -1,0 +1,83 @@
+// The step loop of one replica: plan (a batching policy), forward and sample (the backend), retire.
+// Used from one thread.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels/backend.h"
+#include "rollout/batching/batching_policy.h"
+#include "rollout/engine/engine_state.h"
+#include "rollout/engine/request.h"
+#include "trainer_bridge/contract/rollout_service.h"
+
+namespace rollpack::rollout {
+
+// Where an engine puts what it has made; called from inside step(), add() and abort().
+class EngineOutput {
+ public:
+  virtual ~EngineOutput() = default;
+  virtual void on_sample(bridge::Sample sample) = 0;
+  virtual void on_failed(bridge::FailedSample sample) = 0;
+  virtual void on_scored(uint64_t ticket, bridge::Outcome error,
+                         bridge::ScoredSequence scored) = 0;
+};
+
+class Engine {
+ public:
+  // The backend's program must be set and its weights committed before the first step.
+  Engine(const EngineLimits& limits, std::unique_ptr<BatchingPolicy> policy,
+         kernels::Backend& backend, EngineOutput& output);
+
+  // Requests are checked by check_group / check_score before they get here.
+  void add(GroupRequest request);
+  void add_score(ScoreRequest request);
+  // Ends the samples of one request, or all samples: each is handed out as a partial sample with
+  // finish_reason abort. Returns how many.
+  int64_t abort(std::optional<int64_t> request_id);
+
+  bool has_work() const { return !state_.running.empty() || !state_.waiting.empty(); }
+  int64_t num_open() const;  // samples and sequences waiting or running
+  // Whether some sample has tokens and is not finished, running or preempted.
+  bool has_started_work() const;
+  // One step; returns when its results are applied, false if there was nothing to compute. Errors: deadline_exceeded when the backend does
+  // not finish in time, or whatever the backend reports: the engine is then unusable.
+  bool step(std::chrono::milliseconds timeout);
+
+  // false: nothing new starts, what runs goes on.
+  void set_admits(bool admits) { state_.admits = admits; }
+  // Weights changed: keys and values are forgotten, tokens kept; later tokens carry `version`.
+  void switch_version(int64_t version);
+
+  const EngineState& state() const { return state_; }
+  int64_t weight_version() const { return weight_version_; }
+
+ private:
+  void apply(const kernels::StepResult& result);
+  void append_token(Sequence& sequence, const kernels::HeadResult& result);
+  void append_scores(const StepBatch::Entry& entry, const kernels::StepResult& result);
+  void emit(Sequence& sequence);
+  void emit_scored(Sequence& sequence);
+  void fail(Sequence& sequence, ErrorInfo error);
+
+  EngineState state_;
+  std::unique_ptr<BatchingPolicy> policy_;
+  kernels::Backend& backend_;
+  EngineOutput& output_;
+  StepBatch batch_;
+  uint64_t num_arrivals_ = 0;
+  int64_t weight_version_ = 0;
+};
+
+// Errors of a request that this engine could never serve: invalid_argument or resource_exhausted
+// naming the field, and the bytes that would be needed. nullopt: it can be added.
+bridge::Outcome check_group(const GroupRequest& request, const EngineLimits& limits,
+                            const std::string& origin);
+bridge::Outcome check_score(const bridge::ScoreSequence& sequence, const EngineLimits& limits,
+                            int64_t vocab_size);
+
+}  // namespace rollpack::rollout

@@ -1,0 +1,45 @@
+// Everything one rank needs to generate: model, backend, weights, forward pass and limits, built from
+// the configuration. Staging of new weights goes through here, so that names and shapes are checked.
+#pragma once
+
+#include <memory>
+
+#include "kernels/backend.h"
+#include "rollout/config/config.h"
+#include "rollout/engine/engine_state.h"
+#include "rollout/model/model_config.h"
+#include "rollout/model/transformer.h"
+#include "rollout/model/weights.h"
+
+namespace rollpack::rollout {
+
+struct ReplicaOptions {
+  int32_t num_threads = 1;
+  bool shared_weights = false;
+};
+
+class Replica {
+ public:
+  // Allocates KV and activations; weights are staged by load_checkpoint() or adopted from a peer.
+  Replica(const Config& config, const ModelConfig& model, const ReplicaOptions& options);
+
+  // Stages the tensors of model.path; the caller commits.
+  void load_checkpoint();
+
+  const Config& config() const { return config_; }
+  const ModelConfig& model() const { return model_; }
+  const EngineLimits& limits() const { return limits_; }
+  kernels::Backend& backend() { return *backend_; }
+  ModelWeights& weights() { return *weights_; }
+
+ private:
+  const Config config_;
+  const ModelConfig model_;
+  EngineLimits limits_;
+  std::unique_ptr<kernels::Backend> backend_;
+  std::unique_ptr<ModelWeights> weights_;
+  // The program uses backend and weights: declared last, gone first.
+  std::shared_ptr<Transformer> transformer_;
+};
+
+}  // namespace rollpack::rollout

@@ -1,0 +1,62 @@
+// A sequence in the engine: tokens known so far, how many of them have keys and values in pages, and
+// what was said of each sampled token. Everything a policy needs to schedule it.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "rollout/engine/request.h"
+
+namespace rollpack::rollout {
+
+struct Sequence;
+
+// What the samples of one prompt have in common.
+struct Group {
+  GroupRequest request;
+  uint64_t arrival = 0;
+  int32_t num_waiting = 0;  // siblings in the waiting queue
+  // Prompt prefill, done once for all siblings: the leader computes, followers wait without pages.
+  Sequence* leader = nullptr;
+  std::vector<Sequence*> followers;
+  // Pages of the whole prompt, pinned while siblings wait; empty: not computed or given back.
+  std::vector<int32_t> prompt_pages;
+};
+
+struct Sequence {
+  // Exactly one of the two is set.
+  std::shared_ptr<Group> group;         // a sample being generated
+  std::unique_ptr<ScoreRequest> score;  // a sequence being scored
+
+  uint64_t arrival = 0;  // order of arrival in this engine; lower is older
+  int32_t sample_index = 0;
+  int32_t num_prompt = 0;
+  int32_t end_position = 0;     // length at which it ends: prompt + response limit
+  std::vector<int32_t> tokens;  // prompt, then response so far
+  int32_t num_computed = 0;     // leading tokens whose K and V are in `pages`
+  std::vector<int32_t> pages;
+  int32_t slot = -1;
+  bool slot_is_set = false;  // the backend's slot holds this sequence's stream and last token
+  bool is_finished = false;
+
+  // One entry a response token (generated or scored).
+  std::vector<float> logprobs, scaled_logprobs, support_logmass, entropy;
+  std::vector<bridge::VersionSpan> weight_versions;
+  bridge::FinishReason finish_reason = bridge::FinishReason::kLength;
+  int32_t stop_token_id = -1;
+
+  bool is_score() const { return score != nullptr; }
+  int32_t length() const { return static_cast<int32_t>(tokens.size()); }
+  int32_t num_response() const { return length() - num_prompt; }
+  // A sample with tokens drawn already: preempted when it waits.
+  bool has_started() const { return !is_score() && num_response() > 0; }
+  // Tokens that still need a row. A scored sequence's last token predicts nothing.
+  int32_t num_remaining() const { return length() - (is_score() ? 1 : 0) - num_computed; }
+  // Computed tokens no sibling has: what preemption would throw away.
+  int32_t num_own_computed() const {
+    return is_score() ? num_computed : num_computed > num_prompt ? num_computed - num_prompt : 0;
+  }
+};
+
+}  // namespace rollpack::rollout

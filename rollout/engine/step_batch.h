@@ -1,0 +1,50 @@
+// The rows of one step being put together: a StepPlan for the backend, and beside it which sequence
+// each row and result belongs to.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/step_plan.h"
+#include "rollout/engine/sequence.h"
+#include "rollout/kv_cache/page_pool.h"
+
+namespace rollpack::rollout {
+
+class StepBatch {
+ public:
+  struct Entry {
+    Sequence* sequence = nullptr;
+    int32_t num_tokens = 0;   // real rows, pads not counted
+    int32_t first_score = 0;  // scores [first_score, first_score + num_scores) are this sequence's
+    int32_t num_scores = 0;
+  };
+
+  void clear();
+  bool empty() const { return plan.input_ids.empty(); }
+  int32_t num_rows() const { return static_cast<int32_t>(plan.input_ids.size()); }
+
+  // Rows for the next `num_tokens` uncomputed tokens of `sequence`, after `num_pads` pad rows. Its
+  // pages must already cover them. Scored sequences get their score rows here.
+  void add_rows(Sequence& sequence, int32_t num_tokens, int32_t num_pads = 0);
+  // Rows that are pads only: a finished sequence of a dense wave.
+  void add_pads(int32_t num_pads);
+  // Draws the next token of `target` from row `row` (-1: the last one added), preparing its slot if needed.
+  void add_sample(Sequence& target, int32_t row = -1);
+
+  kernels::StepPlan plan;
+  std::vector<Entry> entries;       // one a plan.sequences element
+  std::vector<Sequence*> sampled;   // one a plan.samples element
+};
+
+// Makes the page of position `position` of `sequence` writable: allocates it where it is missing, copies
+// it where siblings share it. Changes nothing and returns false when no page is free.
+bool try_make_writable(Sequence& sequence, int32_t position, int32_t page_tokens, PagePool& pool,
+                       std::vector<kernels::PageCopy>& copies);
+
+// ceil(num_tokens / page_tokens)
+inline int32_t pages_for(int64_t num_tokens, int32_t page_tokens) {
+  return static_cast<int32_t>((num_tokens + page_tokens - 1) / page_tokens);
+}
+
+}  // namespace rollpack::rollout

@@ -1,0 +1,44 @@
+// The forward pass of a decoder-only transformer (Llama, Qwen2, Qwen3, Mistral), written once over
+// the Backend's ops: pre-norm blocks with rotary attention and a gated MLP, f32 residual stream.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/backend.h"
+#include "rollout/model/model_config.h"
+#include "rollout/model/weights.h"
+
+namespace rollpack::rollout {
+
+class Transformer : public kernels::StepProgram {
+ public:
+  // Allocates activations for max_rows token rows, and the rotation table of positions
+  // [0, num_positions).
+  Transformer(const ModelConfig& config, const ModelWeights& weights, kernels::Backend& backend,
+              DType dtype, int64_t max_rows, int64_t num_positions);
+  ~Transformer() override;
+
+  void run(kernels::Backend& backend, int64_t num_rows, int64_t num_head_rows) override;
+
+ private:
+  void run_layer(int64_t layer, int64_t num_rows);
+  kernels::Tensor view(const kernels::Buffer& buffer, DType dtype, int64_t rows,
+                       int64_t cols) const;
+
+  const ModelConfig config_;
+  const ModelWeights& weights_;
+  kernels::Backend& backend_;
+  const DType dtype_;  // compute dtype: what matrix products read
+  int64_t num_positions_;
+
+  kernels::Buffer residual_;    // [rows, D] f32
+  kernels::Buffer normed_;      // [rows, D] compute dtype
+  kernels::Buffer qkv_;         // [rows, (H + 2 G) K] f32
+  kernels::Buffer q_;           // [rows, H K] compute dtype
+  kernels::Buffer attended_;    // [rows, H K] compute dtype
+  kernels::Buffer gated_;       // [rows, F] compute dtype
+  kernels::Buffer head_rows_;   // [rows, D] f32
+  kernels::Buffer rope_table_;  // [positions, K] f32
+};
+
+}  // namespace rollpack::rollout

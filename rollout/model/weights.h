@@ -1,0 +1,76 @@
+// Which tensors of a Hugging Face model make up which weight of the backend, and the checks of a
+// whole set of them: names, shapes, nothing missing, nothing extra, tied heads really tied. Files and
+// weight updates go through the same door, so that equal tensors give equal bits.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "kernels/backend.h"
+#include "rollout/model/checkpoint.h"
+#include "rollout/model/model_config.h"
+
+namespace rollpack::rollout {
+
+// Backend weights of one transformer layer; kNoWeight where the model has none.
+struct LayerWeights {
+  kernels::WeightId attention_norm = kernels::kNoWeight;  // [D]
+  kernels::WeightId qkv = kernels::kNoWeight;             // [(H + 2 G) K, D]
+  kernels::WeightId qkv_bias = kernels::kNoWeight;        // [(H + 2 G) K]
+  kernels::WeightId q_norm = kernels::kNoWeight;          // [K]
+  kernels::WeightId k_norm = kernels::kNoWeight;          // [K]
+  kernels::WeightId o = kernels::kNoWeight;               // [D, H K]
+  kernels::WeightId o_bias = kernels::kNoWeight;          // [D]
+  kernels::WeightId mlp_norm = kernels::kNoWeight;        // [D]
+  kernels::WeightId gate_up = kernels::kNoWeight;         // [2 F, D]
+  kernels::WeightId gate_up_bias = kernels::kNoWeight;    // [2 F]
+  kernels::WeightId down = kernels::kNoWeight;            // [D, F]
+  kernels::WeightId down_bias = kernels::kNoWeight;       // [D]
+};
+
+class ModelWeights {
+ public:
+  // Declares every weight of `config` at the backend.
+  ModelWeights(const ModelConfig& config, kernels::Backend& backend);
+
+  // One set of tensors at a time: begin, stage each, finish (nothing missing), then the backend's
+  // commit or discard. Errors name the tensor, its shape and what is expected.
+  void begin_staging();
+  void stage(const std::string& name, DType dtype, std::span<const int64_t> shape,
+             std::span<const std::byte> bytes);
+  void finish_staging() const;
+
+  // Stages all tensors of a folder and checks that nothing is missing.
+  void load(const Checkpoint& checkpoint);
+
+  kernels::WeightId embedding = kernels::kNoWeight;   // [V, D]
+  kernels::WeightId lm_head = kernels::kNoWeight;     // [V, D]; the embedding where tied
+  kernels::WeightId final_norm = kernels::kNoWeight;  // [D]
+  std::vector<LayerWeights> layers;                   // [L]
+
+ private:
+  // Where a tensor goes.
+  struct Place {
+    kernels::WeightId weight = kernels::kNoWeight;
+    int32_t part = 0;
+    std::vector<int64_t> shape;
+  };
+
+  kernels::WeightId declare(const std::string& name, kernels::WeightKind kind, int64_t cols,
+                            const std::vector<std::pair<std::string, int64_t>>& parts);
+  void stage_tied_head(DType dtype, std::span<const int64_t> shape,
+                       std::span<const std::byte> bytes);
+
+  kernels::Backend& backend_;
+  bool is_tied_;
+  std::unordered_map<std::string, Place> places_;
+  std::unordered_map<std::string, bool> is_staged_;
+  // Fingerprints of a tied model's two copies as staged; 0: not there.
+  uint64_t embedding_hash_ = 0, tied_head_hash_ = 0;
+};
+
+}  // namespace rollpack::rollout
