@@ -1,16 +1,34 @@
-// The configuration: one struct a YAML section, each field listed once in its fields() function.
-// Parsing, checking, printing and help are visitors over that list.
+// The configuration: one struct a YAML section, each field listed once in its fields() function
+// with its rule (field_rules.h), help and accepted aliases. Parsing, checking, printing and help
+// are visitors over that list.
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
+#include <map>
 #include <string>
+#include <string_view>
 #include <vector>
 
+#include "rollout/config/field_rules.h"
+
 namespace rollpack::rollout {
+
+// Other libraries' names of a field.
+using Aliases = std::initializer_list<std::string_view>;
 
 struct ModelSection {
   std::string path;
   std::string dtype = "bfloat16";
+
+  bool operator==(const ModelSection&) const = default;
+
+  template <class Self, class Field>
+  static void fields(Self& self, Field&& field) {
+    field("path", self.path, Text{}, "a Hugging Face folder: config.json and *.safetensors");
+    field("dtype", self.dtype, OneOf{{"bfloat16", "float32"}},
+          "of weights, matrix products and KV cache; float32 keeps everything in 32 bits");
+  }
 };
 
 struct RolloutSection {
@@ -27,6 +45,33 @@ struct RolloutSection {
   std::vector<int32_t> stop_token_ids;
   std::string prompt_overflow = "error";
   std::string logprobs_mode = "processed_logprobs";
+
+  bool operator==(const RolloutSection&) const = default;
+
+  template <class Self, class Field>
+  static void fields(Self& self, Field&& field) {
+    field("n", self.n, Between{1, 65536}, "samples a prompt",
+          Aliases{"num_generations", "n_samples_per_prompt"});
+    field("temperature", self.temperature, Temperature{}, "divides the logits; 0 is greedy");
+    field("top_k", self.top_k, TopK{}, "keep the k likeliest tokens; -1 is off");
+    field("top_p", self.top_p, Real{.min = 0, .max = 1, .is_min_allowed = false},
+          "keep the likeliest tokens up to this mass, the crossing one included; 1 is off");
+    field("min_p", self.min_p, Real{.min = 0, .max = 1},
+          "drop tokens less likely than this share of the likeliest; 0 is off");
+    field("seed", self.seed, Seed{}, "of the sampler; change it where prompts repeat");
+    field("prompt_length", self.prompt_length, Between{1, 1 << 24}, "longest prompt, tokens");
+    field("response_length", self.response_length, Between{1, 1 << 24}, "longest response, tokens",
+          Aliases{"max_new_tokens", "max_completion_length"});
+    field("min_tokens", self.min_tokens, Between{0, 1 << 24},
+          "no stop token before this many response tokens");
+    field("ignore_eos", self.ignore_eos, Flag{}, "do not stop at the model's EOS tokens");
+    field("stop_token_ids", self.stop_token_ids, TokenIds{},
+          "tokens that end a response, besides the model's EOS tokens");
+    field("prompt_overflow", self.prompt_overflow, OneOf{{"error", "skip", "truncate_left"}},
+          "what becomes of a prompt longer than prompt_length");
+    field("logprobs_mode", self.logprobs_mode, OneOf{{"processed_logprobs", "raw_logprobs"}},
+          "what rollout_log_probs holds: the policy as sampled from, or temperature 1 untruncated");
+  }
 };
 
 struct EngineSection {
@@ -40,6 +85,31 @@ struct EngineSection {
   int32_t num_threads = 0;
   std::string share_weights = "auto";
   int32_t tensor_model_parallel_size = 1;
+
+  bool operator==(const EngineSection&) const = default;
+
+  template <class Self, class Field>
+  static void fields(Self& self, Field&& field) {
+    field("backend", self.backend, OneOf{{"auto", "cpu", "reference"}},
+          "what computes; auto takes the best this machine runs");
+    field("batching", self.batching, OneOf{{"continuous", "left_padded"}, {"prepacked"}},
+          "how sequences form steps; the results are the same bits");
+    field("max_num_seqs", self.max_num_seqs, Between{1, 65536}, "sequences running at once");
+    field("max_num_batched_tokens", self.max_num_batched_tokens, Between{1, 1 << 20},
+          "rows of one step, prefill and decode together");
+    field("enable_chunked_prefill", self.enable_chunked_prefill, Flag{},
+          "let one prompt span several steps");
+    field("enable_prefix_caching", self.enable_prefix_caching, Flag{},
+          "keep the KV pages of finished prompts for prompts that begin alike");
+    field("kv_cache_memory", self.kv_cache_memory, Bytes{int64_t{4} << 10, int64_t{64} << 40},
+          "of the KV cache of a rank");
+    field("num_threads", self.num_threads, Between{0, 1024},
+          "compute threads of a rank; 0: the CPUs it may use, shared out among the node's ranks");
+    field("share_weights", self.share_weights, OneOf{{"auto", "on", "off"}},
+          "one packed copy of the weights for all ranks of a node");
+    field("tensor_model_parallel_size", self.tensor_model_parallel_size, Between{1, 1024},
+          "ranks that split one model; only 1 is built yet");
+  }
 };
 
 struct BridgeSection {
@@ -49,9 +119,33 @@ struct BridgeSection {
   std::string layout = "packed";
   int32_t max_tokens_per_row = 16384;
   std::vector<std::string> columns;
+
+  bool operator==(const BridgeSection&) const = default;
+
+  template <class Self, class Field>
+  static void fields(Self& self, Field&& field) {
+    // sockaddr_un holds 108 bytes, the final NUL included.
+    field("socket", self.socket, Text{.max_bytes = 107},
+          "Unix socket that the trainer connects to, relative to the working directory");
+    // hello hands all slots over in one message, and Linux passes at most 253 descriptors in one.
+    field("slots", self.slots, Between{1, 253}, "batches in shared memory at once");
+    field("slot_bytes", self.slot_bytes, Bytes{int64_t{4} << 10, int64_t{1} << 40},
+          "largest batch; memory taken is slots times this");
+    field("layout", self.layout, OneOf{{"packed", "padded"}}, "of a batch");
+    field("max_tokens_per_row", self.max_tokens_per_row, Between{1, 1 << 24},
+          "packed layout: most tokens of one row (micro-batch)");
+    field("columns", self.columns,
+          SubsetOf{{"logprobs", "scaled_logprobs", "support_logmass", "entropy"}},
+          "further columns of a batch, besides rollout_log_probs");
+  }
 };
 
-struct ClusterSection {};
+struct ClusterSection {
+  bool operator==(const ClusterSection&) const = default;
+
+  template <class Self, class Field>
+  static void fields(Self&, Field&&) {}
+};
 
 struct Config {
   ModelSection model;
@@ -59,6 +153,41 @@ struct Config {
   EngineSection engine;
   BridgeSection bridge;
   ClusterSection cluster;
+
+  // "engine.backend" -> "configs/quickstart.yaml:12" or "--set"; defaults are not in it.
+  std::map<std::string, std::string> origins;
+
+  std::string origin_of(const std::string& field) const {
+    const auto found = origins.find(field);
+    return found == origins.end() ? "default" : found->second;
+  }
+
+  template <class Self, class Section>
+  static void sections(Self& self, Section&& section) {
+    section("model", self.model, "what computes the logits");
+    section("rollout", self.rollout, "what is sampled; names follow verl, vLLM and TRL");
+    section("engine", self.engine, "how it is computed");
+    section("bridge", self.bridge, "how the trainer gets it");
+    section("cluster", self.cluster, "ranks; nothing to set yet");
+  }
 };
+
+// Reads the YAML file at `path`, then `overrides` ("section.key=value", origin "--set", the last of
+// a key wins), and checks every value and what must hold between them.
+// Errors: not_found; invalid_argument or unsupported naming key, value, "file:line" and what is
+// allowed, for unknown keys the nearest known one.
+Config load_config(const std::string& path, const std::vector<std::string>& overrides = {});
+
+// The same from text; `origin` stands for the file's name.
+Config parse_config(std::string_view text, const std::string& origin,
+                    const std::vector<std::string>& overrides = {});
+
+// Every field spelled out, as YAML that load_config() reads back as the same values;
+// with_comments puts help, range and default above each.
+std::string config_yaml(const Config& config, bool with_comments = false);
+// {"model": {"path": ...}, ...}
+std::string config_json(const Config& config);
+// All fields with help, what is allowed, default and aliases, for a terminal.
+std::string config_help();
 
 }  // namespace rollpack::rollout
