@@ -1,6 +1,7 @@
 // The weight files of a Hugging Face folder: one model.safetensors, or shards listed in
 // model.safetensors.index.json. Headers are checked at opening; tensors are read one at a time
-// (pread into a buffer that is reused), so that a file truncated meanwhile is an error, not a SIGBUS.
+// (pread into a buffer that is reused), so that a file truncated meanwhile is an error, not a
+// SIGBUS.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +17,9 @@ namespace rollpack::rollout {
 
 struct TensorInfo {
   std::string name;
-  DType dtype = DType::kF32;
+  DType dtype = DType::kF32;  // kF32, kF16 or kBF16 where is_readable
+  std::string file_dtype;     // as the file says it: "BF16", "F8_E4M3", ...
+  bool is_readable = true;    // false: read() refuses this dtype by name
   std::vector<int64_t> shape;
   int64_t bytes = 0;
 };
@@ -27,13 +30,14 @@ class Checkpoint {
 
   // All tensors, ordered by file and offset (the order that reads sequentially).
   virtual const std::vector<TensorInfo>& tensors() const = 0;
-  // Reads tensor `index` into `buffer` (resized). Errors: data_loss naming tensor and file.
+  // Reads tensor `index` into `buffer` (resized).
+  // Errors: data_loss, or unsupported for another dtype, naming tensor and file.
   virtual void read(size_t index, std::vector<std::byte>& buffer) const = 0;
 };
 
 // Errors: not_found, or invalid_argument / data_loss naming file, tensor and what is wrong: header
-// size, duplicate keys, offsets out of range, overlaps, holes, shape x dtype against bytes, an index
-// that names a missing file or a path outside the folder.
+// size, duplicate keys, offsets out of range, overlaps, holes, shape x dtype against bytes, an
+// index that names a missing file or a path outside the folder, or disagrees with its shards.
 std::unique_ptr<Checkpoint> open_checkpoint(const std::string& folder);
 
 }  // namespace rollpack::rollout
