@@ -1,0 +1,146 @@
+"""Weights on their way to the engine: tensors written into sealed memory, with a manifest.
+
+A chunk is a memfd of this process. Tensors are written with pwrite, since a memfd that is mapped
+writable cannot be sealed, and then sealed against every change, so that what the engine checks is
+what it uses. A chunk holds whole tensors and at most `chunk_bytes`, or one tensor that is larger.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rollpack.errors import InvalidArgument, ResourceExhausted
+
+CHUNK_BYTES = 64 << 20
+_MFD_NOEXEC_SEAL = 0x8  # Linux 6.3; os has no name for it
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+_TENSOR_ALIGNMENT = 64
+_DTYPES = ("float32", "float16", "bfloat16")
+
+# A torch tensor or a NumPy array; bfloat16 arrays are those of the package ml_dtypes.
+Tensor = Any
+
+
+@dataclass
+class Chunk:
+    """Some tensors of an update, sealed and ready to be sent.
+
+    Attributes:
+        fd: the sealed memfd; whoever sends it closes it.
+        num_bytes: its size.
+        manifest: name, dtype, shape, offset, bytes and crc32 of each tensor, for the protocol.
+    """
+
+    fd: int
+    num_bytes: int = 0
+    manifest: list[dict[str, Any]] = field(default_factory=list)
+
+    def request(self, version: int) -> dict[str, Any]:
+        """The fields of its update_weights request."""
+        return {
+            "phase": "chunk",
+            "version": version,
+            "bytes": self.num_bytes,
+            "tensors": self.manifest,
+        }
+
+
+def write_chunks(
+    weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[Chunk]:
+    """Write tensors into chunks, one chunk at a time, in the order given.
+
+    Args:
+        weights: a state_dict or (name, tensor) pairs; float32, float16 or bfloat16, any shape.
+        chunk_bytes: size at which a chunk is closed.
+
+    Raises:
+        InvalidArgument: a tensor of another dtype; names it.
+        ResourceExhausted: no memory, or `ulimit -f` is below the chunk's size.
+    """
+    chunk: Chunk | None = None
+    try:
+        for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:
+            dtype, shape, data = _tensor_bytes(name, tensor)
+            if chunk is not None and chunk.num_bytes + len(data) > chunk_bytes:
+                full, chunk = chunk, None
+                yield _seal(full)
+            if chunk is None:
+                chunk = Chunk(_new_memfd())
+            offset = -(-chunk.num_bytes // _TENSOR_ALIGNMENT) * _TENSOR_ALIGNMENT
+            _write(chunk.fd, data, offset, name)
+            chunk.num_bytes = offset + len(data)
+            chunk.manifest.append(
+                {
+                    "name": name,
+                    "dtype": dtype,
+                    "shape": shape,
+                    "offset": offset,
+                    "bytes": len(data),
+                    "crc32": zlib.crc32(data),
+                }
+            )
+        if chunk is not None:
+            full, chunk = chunk, None
+            yield _seal(full)
+    finally:
+        if chunk is not None:
+            os.close(chunk.fd)
+
+
+def _tensor_bytes(name: str, tensor: Tensor) -> tuple[str, list[int], memoryview]:
+    """Return dtype, shape and the elements as bytes, row-major, little-endian."""
+    shape = [int(extent) for extent in tensor.shape]
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in _DTYPES:
+        raise InvalidArgument(
+            field=f"weights[{name!r}].dtype", value=dtype, allowed=" or ".join(_DTYPES)
+        )
+    if hasattr(tensor, "detach"):
+        import torch
+
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        data = flat.view(torch.uint8).numpy()  # NumPy has no bfloat16 of its own
+    else:
+        data = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
+    return dtype, shape, memoryview(data)
+
+
+def _new_memfd() -> int:
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        return os.memfd_create("rollpack-weights", flags | _MFD_NOEXEC_SEAL)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.memfd_create("rollpack-weights", flags)
+
+
+def _write(fd: int, data: memoryview, offset: int, name: str) -> None:
+    num_written = 0
+    while num_written < len(data):
+        try:
+            num_written += os.pwrite(fd, data[num_written:], offset + num_written)
+        except OSError as error:
+            hint = "raise `ulimit -f`" if error.errno == errno.EFBIG else "free memory"
+            raise ResourceExhausted(
+                f"{error.strerror}; {hint}, or pass a smaller chunk_bytes",
+                field=f"weights[{name!r}]",
+                value=f"{len(data)} bytes at offset {offset} of a chunk",
+            ) from error
+
+
+def _seal(chunk: Chunk) -> Chunk:
+    if chunk.num_bytes == 0:  # tensors without elements only: the server maps at least a byte
+        os.ftruncate(chunk.fd, 1)
+        chunk.num_bytes = 1
+    fcntl.fcntl(chunk.fd, fcntl.F_ADD_SEALS, _SEALS)
+    return chunk
