@@ -1,0 +1,72 @@
+// Samples -> the bytes of one batch, as contract/batch_schema.h frames them. A layout is a list of
+// columns; sizes, offsets, header and checksum follow from that list, here, for every layout alike.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "trainer_bridge/contract/sample.h"
+
+namespace rollpack::bridge {
+
+struct Column;
+
+struct LayoutOptions {
+  std::string layout = "packed";                     // "packed" or "padded"
+  int32_t max_tokens_per_row = 16384;                // of the packed layout
+  std::vector<std::string> columns;                  // further ones, see optional_columns()
+  int32_t pad_token_id = 0;                          // written into pads, never read
+  std::string logprobs_mode = "processed_logprobs";  // what rollout_log_probs holds
+};
+
+// What `columns` may name: logprobs, scaled_logprobs, support_logmass, entropy.
+std::span<const std::string_view> optional_columns();
+
+// Errors: invalid_argument naming bridge.layout, bridge.max_tokens_per_row, bridge.columns[i],
+// rollout.logprobs_mode or pad_token_id.
+void check_layout_options(const LayoutOptions& options);
+
+// Immutable, so any thread may use it. Samples are borrowed for the length of a call.
+class BatchLayout {
+ public:
+  explicit BatchLayout(LayoutOptions options) : options_(std::move(options)) {}
+  virtual ~BatchLayout() = default;
+  BatchLayout(const BatchLayout&) = delete;
+  BatchLayout& operator=(const BatchLayout&) = delete;
+
+  // Exactly the bytes that write() fills for the same samples.
+  // Errors: as write(), but for the slot's size.
+  int64_t batch_bytes(std::span<const Sample* const> samples) const;
+
+  // Writes header, column table and columns to the start of `slot` (aligned to 64 bytes) and
+  // returns their bytes; what lies behind them is left alone. The same samples in the same order
+  // give the same bytes.
+  //   crc32  out, zlib's, of all bytes after the header; also in the header
+  // Errors: invalid_argument naming bridge.max_tokens_per_row and the sample that no row can hold;
+  // failed_precondition naming bridge.columns where a sample lacks its entropy; resource_exhausted
+  // naming bridge.slot_bytes; unsupported where an offset or version leaves i32; internal for a
+  // sample at odds with itself.
+  int64_t write(std::span<const Sample* const> samples, uint64_t batch_seq, uint64_t generation,
+                std::span<std::byte> slot, uint32_t& crc32) const;
+
+ protected:
+  // The columns of a batch of these (already checked) samples, in the order of the table. They may
+  // refer to the samples, which outlive them.
+  virtual std::vector<Column> columns(std::span<const Sample* const> samples) const = 0;
+
+  const LayoutOptions options_;
+
+ private:
+  std::vector<Column> checked_columns(std::span<const Sample* const> samples) const;
+};
+
+// Errors: as check_layout_options().
+std::unique_ptr<BatchLayout> make_layout(const LayoutOptions& options);
+
+}  // namespace rollpack::bridge

@@ -1,0 +1,71 @@
+// Memory that crosses processes as a file descriptor: segments of our own, sealed so that no peer
+// can resize or write them, and read-only maps of a peer's, which are trusted only once sealed.
+// Source: memfd_create(2), fcntl(2) on file sealing.
+#pragma once
+
+#include <fcntl.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+
+namespace rollpack::bridge {
+
+// What our segments carry: only the map that made them can ever write.
+inline constexpr int kOwnerSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL;
+// What a peer's segment must carry before we read it: its bytes and its size are final, so what was
+// checked is what is used, and no access can end in SIGBUS.
+inline constexpr int kPeerSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE;
+
+// Owns a sealed memfd and the one writable map of it. Left out of core dumps. Memory returns to
+// the system when the last holder of a map or descriptor, peers included, has let go.
+class SealedSegment {
+ public:
+  // Creates, allocates every page, maps and seals. `name` shows in /proc/PID/fd and in errors.
+  // Errors: resource_exhausted where memory, descriptors or `ulimit -f` do not allow `bytes` now;
+  // invalid_argument for bytes < 1; unsupported where the kernel lacks a seal (before Linux 5.1).
+  static SealedSegment create(const std::string& name, int64_t bytes);
+
+  ~SealedSegment();
+  SealedSegment(SealedSegment&& other) noexcept;
+  SealedSegment& operator=(SealedSegment&& other) noexcept;
+
+  // Descriptor to pass on; stays ours, close-on-exec.
+  int fd() const { return fd_; }
+  std::span<std::byte> bytes() { return {data_, size_}; }
+  std::span<const std::byte> bytes() const { return {data_, size_}; }
+
+ private:
+  SealedSegment() = default;
+
+  int fd_ = -1;
+  std::byte* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Read-only, private map of the first bytes of a peer's memfd.
+class MappedSegment {
+ public:
+  // Maps `bytes` bytes of `fd`, which stays the caller's and may be closed afterwards.
+  //   required_seals  all must be set already, e.g. kPeerSeals
+  //   origin          who sent it, for errors
+  // Errors: invalid_argument for bytes < 1 and for what is no memfd (pipes, sockets, disk files);
+  // data_loss for missing seals and for a size below `bytes`; resource_exhausted where the map
+  // fails.
+  static MappedSegment map(int fd, int64_t bytes, int required_seals, const std::string& origin);
+
+  ~MappedSegment();
+  MappedSegment(MappedSegment&& other) noexcept;
+  MappedSegment& operator=(MappedSegment&& other) noexcept;
+
+  std::span<const std::byte> bytes() const { return {data_, size_}; }
+
+ private:
+  MappedSegment() = default;
+
+  const std::byte* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+}  // namespace rollpack::bridge
