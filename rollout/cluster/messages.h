@@ -41,7 +41,10 @@ struct StageWeights {
 struct FinishWeights {  // everything was staged: is it complete?
   uint64_t ticket = 0;
 };
-struct AdoptWeights {  // a packed set that a rank of the same node has staged
+struct ExportWeights {  // hand out the packed staged set; the Ack carries its descriptor
+  uint64_t ticket = 0;
+};
+struct AdoptWeights {  // a packed set that a rank of the same node has exported
   uint64_t ticket = 0;
   int fd = -1;
 };
@@ -56,8 +59,8 @@ struct Stop {
 };
 
 using Command = std::variant<AddGroups, AddScores, AbortSamples, Pause, Resume, BeginWeights,
-                             StageWeights, FinishWeights, AdoptWeights, CommitWeights,
-                             DiscardWeights, Stop>;
+                             StageWeights, FinishWeights, ExportWeights, AdoptWeights,
+                             CommitWeights, DiscardWeights, Stop>;
 
 // ---- from a worker --------------------------------------------------------------------------------
 
@@ -82,6 +85,7 @@ struct Scored {
 struct Ack {
   uint64_t ticket = 0;
   bridge::Outcome error;
+  int fd = -1;  // of ExportWeights, in the worker's process; it stays the worker's
 };
 struct WorkerStats {
   std::vector<std::pair<std::string, double>> values;

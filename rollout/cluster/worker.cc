@@ -193,6 +193,16 @@ void Worker::handle(FinishWeights& command) {
   acknowledge(command.ticket, [&] { replica_.weights().finish_staging(); });
 }
 
+void Worker::handle(ExportWeights& command) {
+  Ack ack{.ticket = command.ticket};
+  try {
+    ack.fd = replica_.backend().export_staged_weights();
+  } catch (const Error& error) {
+    ack.error = error.info;
+  }
+  emit_(std::move(ack));
+}
+
 void Worker::handle(AdoptWeights& command) {
   acknowledge(command.ticket, [&] { replica_.backend().adopt_staged_weights(command.fd); });
 }

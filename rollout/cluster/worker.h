@@ -42,6 +42,7 @@ class Worker : public WorkerLink, private EngineOutput {
   void handle(BeginWeights& command);
   void handle(StageWeights& command);
   void handle(FinishWeights& command);
+  void handle(ExportWeights& command);
   void handle(AdoptWeights& command);
   void handle(CommitWeights& command);
   void handle(DiscardWeights& command);

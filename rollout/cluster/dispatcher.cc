@@ -1,0 +1,315 @@
+#include "rollout/cluster/dispatcher.h"
+
+#include <algorithm>
+#include <unordered_map>
+#include <utility>
+
+#include <fmt/format.h>
+
+#include "kernels/base/error.h"
+#include "rollout/engine/engine.h"
+
+namespace rollpack::rollout {
+namespace {
+
+// Samples accepted and not finished: 64k of 2k tokens each hold about 2 GiB when all are done at once.
+constexpr int64_t kMaxOpenSamples = 65536;
+constexpr int32_t kMaxGroupSize = 65536;
+
+bridge::Sample empty_sample(const GroupRequest& request, int32_t sample_index) {
+  bridge::Sample sample{.key = request.key, .prompt_ids = request.prompt_ids,
+                        .finish_reason = bridge::FinishReason::kAbort,
+                        .temperature = request.sampling.params.temperature};
+  sample.key.sample_index = sample_index;
+  return sample;
+}
+
+bridge::PromptId id_of(const bridge::PromptRequest& prompt, size_t index) {
+  if (prompt.prompt_id) return *prompt.prompt_id;
+  return {.text = std::to_string(index), .is_integer = true};
+}
+
+std::string origin_of(const bridge::PromptRequest& prompt, size_t index) {
+  return prompt.origin.empty() ? fmt::format("prompts[{}]", index) : prompt.origin;
+}
+
+}  // namespace
+
+Dispatcher::Dispatcher(const Config& config, const ModelConfig& model, const EngineLimits& limits,
+                       std::string fingerprint, bool shares_weights)
+    : config_(config),
+      model_(model),
+      limits_(limits),
+      fingerprint_(std::move(fingerprint)),
+      shares_weights_(shares_weights) {}
+
+bridge::ServiceInfo Dispatcher::info() const {
+  const auto& eos = model_.eos_token_ids;
+  const int32_t lowest_eos = eos.empty() ? 0 : *std::ranges::min_element(eos);
+  return {.resolved_config_json = config_json(config_),
+          .eos_token_ids = eos,
+          .pad_token_id = model_.pad_token_id >= 0 ? model_.pad_token_id : lowest_eos,
+          .vocab_size = model_.vocab_size,
+          .fingerprint = fingerprint_};
+}
+
+void Dispatcher::run(Effects& effects) {
+  for (const auto& effect : effects) effect();
+}
+
+// ---- requests ------------------------------------------------------------------------------------
+
+int64_t Dispatcher::submit(std::vector<bridge::PromptRequest> prompts) {
+  Effects effects;
+  int64_t request_id = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    check_health();
+    check_new_ids(prompts);
+    request_id = num_requests_;
+    // All prompts are checked before the first is accepted: a submit is taken whole or not at all.
+    std::vector<GroupRequest> groups;
+    std::vector<bridge::Outcome> skipped(prompts.size());
+    std::vector<std::string> origins;
+    int64_t num_samples = 0;
+    for (size_t i = 0; i < prompts.size(); ++i) {
+      origins.push_back(prompts[i].prompt_id ? origin_of(prompts[i], i) : "");
+      groups.push_back(make_group(std::move(prompts[i]), static_cast<int32_t>(i), request_id,
+                                  skipped[i]));
+      num_samples += groups.back().key.group_size;
+    }
+    check_room(num_samples);
+    ++num_requests_;
+    for (size_t i = 0; i < groups.size(); ++i) {
+      if (!skipped[i]) {
+        ledger_.accept(std::move(groups[i]), std::move(origins[i]));
+        continue;
+      }
+      for (int32_t sample = 0; sample < groups[i].key.group_size; ++sample) {
+        bridge::SampleKey key = groups[i].key;
+        key.sample_index = sample;
+        effects.push_back([this, failed = bridge::FailedSample{key, *skipped[i]}] {
+          sink_->fail(failed);
+        });
+      }
+    }
+    dispatch();
+  }
+  run(effects);
+  return request_id;
+}
+
+int64_t Dispatcher::submit_groups(std::vector<GroupRequest> groups) {
+  const std::lock_guard lock(mutex_);
+  check_health();
+  const int64_t request_id = num_requests_++;
+  for (size_t i = 0; i < groups.size(); ++i) {
+    groups[i].key.request_id = request_id;
+    groups[i].key.prompt_index = static_cast<int32_t>(i);
+    if (auto error = check_group(groups[i], limits_, groups[i].key.prompt_id.text)) {
+      throw Error(*error);
+    }
+  }
+  for (GroupRequest& group : groups) ledger_.accept(std::move(group), "");
+  dispatch();
+  return request_id;
+}
+
+void Dispatcher::check_health() const {
+  if (fatal_) throw Error(*fatal_);
+  if (is_ending_) {
+    throw Error({.code = ErrorCode::kUnavailable, .message = "the service is shutting down"});
+  }
+}
+
+void Dispatcher::check_room(int64_t num_samples) const {
+  if (ledger_.num_open_samples() + num_samples <= kMaxOpenSamples) return;
+  throw Error({.code = num_samples > kMaxOpenSamples ? ErrorCode::kInvalidArgument
+                                                     : ErrorCode::kWouldBlock,
+               .field = "prompts",
+               .value = fmt::format("{} samples beside {} open ones", num_samples,
+                                    ledger_.num_open_samples()),
+               .allowed = fmt::format("{} open samples in all", kMaxOpenSamples),
+               .message = num_samples > kMaxOpenSamples ? "split the submit"
+                                                        : "take batches, then submit again"});
+}
+
+void Dispatcher::check_new_ids(const std::vector<bridge::PromptRequest>& prompts) const {
+  std::unordered_map<std::string, size_t> seen;
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    const bridge::PromptId id = id_of(prompts[i], i);
+    const auto [earlier, is_new] = seen.emplace(id.text, i);
+    std::string other;
+    if (!is_new) {
+      other = origin_of(prompts[earlier->second], earlier->second);
+    } else if (prompts[i].prompt_id) {
+      // Ids by default may repeat between submits: nobody chose them.
+      other = ledger_.live_origin(id.text).value_or("");
+      if (!other.empty()) other += " of a live request";
+    }
+    if (other.empty()) continue;
+    throw Error({.code = ErrorCode::kInvalidArgument,
+                 .field = "prompt_id",
+                 .value = id.text,
+                 .origin = origin_of(prompts[i], i),
+                 .allowed = "an id that no other live prompt has",
+                 .message = fmt::format("{} has it too", other)});
+  }
+}
+
+GroupRequest Dispatcher::make_group(bridge::PromptRequest prompt, int32_t index,
+                                    int64_t request_id, bridge::Outcome& skipped) const {
+  const std::string origin = origin_of(prompt, index);
+  const auto invalid = [&](std::string field, std::string value, std::string allowed,
+                           std::string message = "") {
+    return ErrorInfo{.code = ErrorCode::kInvalidArgument, .field = std::move(field),
+                     .value = std::move(value), .origin = origin, .allowed = std::move(allowed),
+                     .message = std::move(message)};
+  };
+  const int32_t n = prompt.n.value_or(config_.rollout.n);
+  if (n < 1 || n > kMaxGroupSize) {
+    throw Error(invalid("n", std::to_string(n), fmt::format("1 to {}", kMaxGroupSize)));
+  }
+  if (prompt.input_ids.empty()) throw Error(invalid("input_ids", "[]", "at least one token"));
+  for (size_t i = 0; i < prompt.input_ids.size(); ++i) {
+    const int32_t id = prompt.input_ids[i];
+    if (id >= 0 && id < model_.vocab_size) continue;
+    throw Error(invalid(fmt::format("input_ids[{}]", i), std::to_string(id),
+                        fmt::format("token ids from 0 to {}", model_.vocab_size - 1)));
+  }
+  const auto limit = static_cast<size_t>(config_.rollout.prompt_length);
+  if (prompt.input_ids.size() > limit) {
+    const ErrorInfo error = invalid(
+        "input_ids", fmt::format("{} tokens", prompt.input_ids.size()),
+        fmt::format("at most rollout.prompt_length = {} tokens", limit),
+        "raise rollout.prompt_length, or set rollout.prompt_overflow to skip or truncate_left");
+    if (config_.rollout.prompt_overflow == "error") throw Error(error);
+    if (config_.rollout.prompt_overflow == "skip") skipped = error;
+    if (config_.rollout.prompt_overflow == "truncate_left") {
+      prompt.input_ids.erase(prompt.input_ids.begin(), prompt.input_ids.end() - limit);
+    }
+  }
+  GroupRequest group;
+  group.key = {.request_id = request_id, .prompt_index = index,
+               .prompt_id = id_of(prompt, index), .group_size = n};
+  group.sampling = resolve_sampling(config_.rollout, prompt.sampling, model_.eos_token_ids,
+                                    model_.vocab_size, origin);
+  group.prompt_ids = std::make_shared<const std::vector<int32_t>>(std::move(prompt.input_ids));
+  if (!skipped) {
+    if (auto error = check_group(group, limits_, origin)) throw Error(*error);
+  }
+  return group;
+}
+
+int64_t Dispatcher::abort(std::optional<int64_t> request_id) {
+  Effects effects;
+  int64_t num_open = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    num_open = request_id ? ledger_.num_open_samples(*request_id) : ledger_.num_open_samples();
+    for (const GroupRequest& request : ledger_.take_queued(request_id)) {
+      for (int32_t i = 0; i < request.key.group_size; ++i) {
+        effects.push_back([this, sample = empty_sample(request, i)] { sink_->commit(sample); });
+      }
+    }
+    for (const WorkerState& worker : workers_) worker.link->send(AbortSamples{request_id});
+  }
+  run(effects);
+  return num_open;
+}
+
+void Dispatcher::score(
+    std::vector<bridge::ScoreSequence> sequences,
+    std::function<void(bridge::Outcome, std::vector<bridge::ScoredSequence>)> done) {
+  bridge::Outcome error;
+  {
+    const std::lock_guard lock(mutex_);
+    error = fatal_;
+    for (const bridge::ScoreSequence& sequence : sequences) {
+      if (!error) error = check_score(sequence, limits_, model_.vocab_size);
+    }
+    if (!error && !sequences.empty()) {
+      auto batch = std::make_shared<ScoreBatch>();
+      batch->results.resize(sequences.size());
+      batch->num_missing = sequences.size();
+      batch->done = std::move(done);
+      for (size_t i = 0; i < sequences.size(); ++i) {
+        const uint64_t ticket = ++num_tickets_;
+        scores_[ticket] = {batch, i};
+        WorkerState& worker = workers_[i % workers_.size()];
+        AddScores command;
+        command.requests.push_back({.ticket = ticket, .sequence = std::move(sequences[i])});
+        worker.link->send(std::move(command));
+      }
+      return;
+    }
+  }
+  done(std::move(error), {});
+}
+
+void Dispatcher::pause(bridge::InFlight in_flight, bridge::OutcomeCallback done) {
+  const std::lock_guard lock(mutex_);
+  broadcast(
+      all_workers(), [&](uint64_t ticket) { return Pause{ticket, in_flight}; },
+      [done = std::move(done)](bridge::Outcome error, int) { done(std::move(error)); });
+}
+
+void Dispatcher::resume() {
+  const std::lock_guard lock(mutex_);
+  for (const WorkerState& worker : workers_) worker.link->send(Resume{});
+}
+
+// Gives queued groups to workers that asked, each to the one with the least work at hand.
+void Dispatcher::dispatch() {
+  while (!askers_.empty()) {
+    const std::optional<Ledger::GroupKey> key = ledger_.next();
+    if (!key) return;
+    const int32_t index = askers_.begin()->second;
+    askers_.erase(askers_.begin());
+    WorkerState& worker = workers_[index];
+    worker.num_outstanding += ledger_.expected_tokens(*key);
+    AddGroups command;
+    command.groups.push_back(ledger_.assign(*key, index));
+    worker.num_wanted -= command.groups.back().key.group_size;
+    worker.link->send(std::move(command));
+    if (worker.num_wanted > 0) askers_.emplace(worker.num_outstanding, index);
+  }
+}
+
+// ---- state ---------------------------------------------------------------------------------------
+
+int64_t Dispatcher::weight_version() const {
+  const std::lock_guard lock(mutex_);
+  return weight_version_;
+}
+
+std::vector<std::pair<std::string, double>> Dispatcher::stats() const {
+  const std::lock_guard lock(mutex_);
+  std::map<std::string, double> sums;
+  for (const WorkerState& worker : workers_) {
+    for (const auto& [name, value] : worker.stats) sums[name] += value;
+  }
+  sums["num_workers"] = static_cast<double>(workers_.size());
+  sums["num_open_samples"] = static_cast<double>(ledger_.num_open_samples());
+  sums["num_queued_groups"] = static_cast<double>(ledger_.num_queued_groups());
+  sums["num_late_samples_dropped"] = static_cast<double>(ledger_.num_dropped());
+  sums["weight_version"] = static_cast<double>(weight_version_);
+  return {sums.begin(), sums.end()};
+}
+
+bridge::Outcome Dispatcher::health() const {
+  const std::lock_guard lock(mutex_);
+  return fatal_;
+}
+
+void Dispatcher::shutdown() {
+  std::function<void()> on_end;
+  {
+    const std::lock_guard lock(mutex_);
+    if (std::exchange(is_ending_, true)) return;
+    on_end = on_end_;
+  }
+  if (on_end) on_end();
+}
+
+}  // namespace rollpack::rollout

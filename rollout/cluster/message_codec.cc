@@ -1,0 +1,378 @@
+#include "rollout/cluster/message_codec.h"
+
+#include <cstring>
+#include <string>
+#include <utility>
+
+#include <unistd.h>
+
+#include <fmt/format.h>
+
+#include "kernels/base/error.h"
+#include "trainer_bridge/shared_memory/segment.h"
+
+namespace rollpack::rollout {
+namespace {
+
+using nlohmann::json;
+
+template <class T>
+json to_bin(const std::vector<T>& values) {
+  json::binary_t::container_type bytes(values.size() * sizeof(T));
+  if (!values.empty()) std::memcpy(bytes.data(), values.data(), bytes.size());
+  return json::binary(std::move(bytes));
+}
+
+template <class T>
+std::vector<T> from_bin(const json& value) {
+  const auto& bytes = value.get_binary();
+  std::vector<T> values(bytes.size() / sizeof(T));
+  if (!values.empty()) std::memcpy(values.data(), bytes.data(), values.size() * sizeof(T));
+  return values;
+}
+
+// ---- parts ---------------------------------------------------------------------------------------
+
+json encode_error(const ErrorInfo& error) {
+  return {{"code", error_code_name(error.code)}, {"field", error.field},
+          {"value", error.value},                {"origin", error.origin},
+          {"allowed", error.allowed},            {"message", error.message}};
+}
+
+ErrorInfo decode_error(const json& map) {
+  return {.code = error_code_from_name(map.at("code").get<std::string>()),
+          .field = map.at("field"), .value = map.at("value"), .origin = map.at("origin"),
+          .allowed = map.at("allowed"), .message = map.at("message")};
+}
+
+json encode_outcome(const bridge::Outcome& outcome) {
+  return outcome ? encode_error(*outcome) : json();
+}
+
+bridge::Outcome decode_outcome(const json& value) {
+  if (value.is_null()) return std::nullopt;
+  return decode_error(value);
+}
+
+json encode_id(const bridge::PromptId& id) { return json::array({id.text, id.is_integer}); }
+
+bridge::PromptId decode_id(const json& value) {
+  return {.text = value.at(0), .is_integer = value.at(1)};
+}
+
+json encode_key(const bridge::SampleKey& key) {
+  return {{"request_id", key.request_id}, {"prompt_index", key.prompt_index},
+          {"prompt_id", encode_id(key.prompt_id)}, {"sample_index", key.sample_index},
+          {"group_size", key.group_size}};
+}
+
+bridge::SampleKey decode_key(const json& map) {
+  return {.request_id = map.at("request_id"), .prompt_index = map.at("prompt_index"),
+          .prompt_id = decode_id(map.at("prompt_id")), .sample_index = map.at("sample_index"),
+          .group_size = map.at("group_size")};
+}
+
+json encode_group(const GroupRequest& group) {
+  const RequestSampling& sampling = group.sampling;
+  return {{"key", encode_key(group.key)},
+          {"prompt_ids", to_bin(*group.prompt_ids)},
+          {"temperature", sampling.params.temperature},
+          {"top_k", sampling.params.top_k},
+          {"top_p", sampling.params.top_p},
+          {"min_p", sampling.params.min_p},
+          {"seed", sampling.seed},
+          {"response_length", sampling.response_length},
+          {"min_tokens", sampling.min_tokens},
+          {"stop_token_ids", to_bin(sampling.stop_token_ids)},
+          {"response_lengths", to_bin(group.response_lengths)}};
+}
+
+GroupRequest decode_group(const json& map) {
+  GroupRequest group{.key = decode_key(map.at("key"))};
+  group.prompt_ids =
+      std::make_shared<const std::vector<int32_t>>(from_bin<int32_t>(map.at("prompt_ids")));
+  group.sampling = {.params = {.temperature = map.at("temperature"), .top_k = map.at("top_k"),
+                               .top_p = map.at("top_p"), .min_p = map.at("min_p")},
+                    .seed = map.at("seed"),
+                    .response_length = map.at("response_length"),
+                    .min_tokens = map.at("min_tokens"),
+                    .stop_token_ids = from_bin<int32_t>(map.at("stop_token_ids"))};
+  group.response_lengths = from_bin<int32_t>(map.at("response_lengths"));
+  return group;
+}
+
+json encode_score(const ScoreRequest& request) {
+  const bridge::ScoreSequence& sequence = request.sequence;
+  return {{"ticket", request.ticket},
+          {"id", encode_id(sequence.id)},
+          {"input_ids", to_bin(sequence.input_ids)},
+          {"response_ids", to_bin(sequence.response_ids)},
+          {"temperature", sequence.temperature},
+          {"origin", sequence.origin}};
+}
+
+ScoreRequest decode_score(const json& map) {
+  return {.ticket = map.at("ticket"),
+          .sequence = {.id = decode_id(map.at("id")),
+                       .input_ids = from_bin<int32_t>(map.at("input_ids")),
+                       .response_ids = from_bin<int32_t>(map.at("response_ids")),
+                       .temperature = map.at("temperature"),
+                       .origin = map.at("origin")}};
+}
+
+json encode_sample(const bridge::Sample& sample) {
+  json versions = json::array();
+  for (const bridge::VersionSpan& span : sample.weight_versions) {
+    versions.push_back(json::array({span.first_token, span.version}));
+  }
+  return {{"key", encode_key(sample.key)},
+          {"prompt_ids", to_bin(*sample.prompt_ids)},
+          {"response_ids", to_bin(sample.response_ids)},
+          {"logprobs", to_bin(sample.logprobs)},
+          {"scaled_logprobs", to_bin(sample.scaled_logprobs)},
+          {"support_logmass", to_bin(sample.support_logmass)},
+          {"entropy", to_bin(sample.entropy)},
+          {"finish_reason", static_cast<int>(sample.finish_reason)},
+          {"stop_token_id", sample.stop_token_id},
+          {"temperature", sample.temperature},
+          {"weight_versions", versions}};
+}
+
+bridge::Sample decode_sample(const json& map) {
+  bridge::Sample sample{.key = decode_key(map.at("key"))};
+  sample.prompt_ids =
+      std::make_shared<const std::vector<int32_t>>(from_bin<int32_t>(map.at("prompt_ids")));
+  sample.response_ids = from_bin<int32_t>(map.at("response_ids"));
+  sample.logprobs = from_bin<float>(map.at("logprobs"));
+  sample.scaled_logprobs = from_bin<float>(map.at("scaled_logprobs"));
+  sample.support_logmass = from_bin<float>(map.at("support_logmass"));
+  sample.entropy = from_bin<float>(map.at("entropy"));
+  sample.finish_reason = static_cast<bridge::FinishReason>(map.at("finish_reason").get<int>());
+  sample.stop_token_id = map.at("stop_token_id");
+  sample.temperature = map.at("temperature");
+  for (const json& span : map.at("weight_versions")) {
+    sample.weight_versions.push_back({.first_token = span.at(0), .version = span.at(1)});
+  }
+  return sample;
+}
+
+json encode_chunk(const bridge::WeightChunk& chunk) {
+  json tensors = json::array();
+  for (const bridge::WeightTensor& tensor : chunk.tensors) {
+    tensors.push_back({{"name", tensor.name},
+                       {"dtype", static_cast<int>(tensor.dtype)},
+                       {"shape", tensor.shape},
+                       {"offset", tensor.bytes.data() - chunk.mapping.data()},
+                       {"bytes", tensor.bytes.size()}});
+  }
+  return {{"mapping_bytes", chunk.mapping.size()}, {"tensors", tensors}};
+}
+
+// The chunk with the mapping and descriptor it lives in.
+struct OwnedChunk {
+  explicit OwnedChunk(bridge::MappedSegment mapped) : segment(std::move(mapped)) {}
+  bridge::MappedSegment segment;
+  bridge::WeightChunk chunk;
+};
+
+std::shared_ptr<const bridge::WeightChunk> decode_chunk(const json& map, int fd) {
+  auto owned = std::make_shared<OwnedChunk>(bridge::MappedSegment::map(
+      fd, map.at("mapping_bytes").get<int64_t>(), bridge::kPeerSeals, "weight chunk of rank 0"));
+  ::close(fd);
+  owned->chunk.mapping = owned->segment.bytes();
+  for (const json& tensor : map.at("tensors")) {
+    owned->chunk.tensors.push_back(
+        {.name = tensor.at("name"),
+         .dtype = static_cast<DType>(tensor.at("dtype").get<int>()),
+         .shape = tensor.at("shape"),
+         .bytes = owned->chunk.mapping.subspan(tensor.at("offset").get<size_t>(),
+                                               tensor.at("bytes").get<size_t>())});
+  }
+  return {owned, &owned->chunk};
+}
+
+json in_flight(bridge::InFlight mode) { return static_cast<int>(mode); }
+
+bridge::InFlight in_flight(const json& map) {
+  return static_cast<bridge::InFlight>(map.at("in_flight").get<int>());
+}
+
+// ---- commands ------------------------------------------------------------------------------------
+
+struct CommandEncoder {
+  EncodedMessage operator()(const AddGroups& m) const {
+    json groups = json::array();
+    for (const GroupRequest& group : m.groups) groups.push_back(encode_group(group));
+    return {{{"type", "add_groups"}, {"groups", groups}}, {}};
+  }
+  EncodedMessage operator()(const AddScores& m) const {
+    json requests = json::array();
+    for (const ScoreRequest& request : m.requests) requests.push_back(encode_score(request));
+    return {{{"type", "add_scores"}, {"requests", requests}}, {}};
+  }
+  EncodedMessage operator()(const AbortSamples& m) const {
+    return {{{"type", "abort"}, {"request_id", m.request_id ? json(*m.request_id) : json()}}, {}};
+  }
+  EncodedMessage operator()(const Pause& m) const {
+    return {{{"type", "pause"}, {"ticket", m.ticket}, {"in_flight", in_flight(m.in_flight)}}, {}};
+  }
+  EncodedMessage operator()(const Resume&) const { return {{{"type", "resume"}}, {}}; }
+  EncodedMessage operator()(const BeginWeights& m) const {
+    return {{{"type", "begin_weights"}, {"ticket", m.ticket}}, {}};
+  }
+  EncodedMessage operator()(const StageWeights& m) const {
+    return {{{"type", "stage_weights"}, {"ticket", m.ticket}, {"chunk", encode_chunk(*m.chunk)}},
+            {m.chunk->fd}};
+  }
+  EncodedMessage operator()(const FinishWeights& m) const {
+    return {{{"type", "finish_weights"}, {"ticket", m.ticket}}, {}};
+  }
+  EncodedMessage operator()(const ExportWeights& m) const {
+    return {{{"type", "export_weights"}, {"ticket", m.ticket}}, {}};
+  }
+  EncodedMessage operator()(const AdoptWeights& m) const {
+    return {{{"type", "adopt_weights"}, {"ticket", m.ticket}}, {m.fd}};
+  }
+  EncodedMessage operator()(const CommitWeights& m) const {
+    return {{{"type", "commit_weights"},
+             {"ticket", m.ticket},
+             {"version", m.version},
+             {"in_flight", in_flight(m.in_flight)}},
+            {}};
+  }
+  EncodedMessage operator()(const DiscardWeights&) const {
+    return {{{"type", "discard_weights"}}, {}};
+  }
+  EncodedMessage operator()(const Stop& m) const {
+    return {{{"type", "stop"}, {"hand_back", m.hand_back}}, {}};
+  }
+};
+
+Command decode_known_command(const json& map, const std::vector<int>& fds) {
+  const std::string type = map.at("type");
+  const auto ticket = [&] { return map.at("ticket").get<uint64_t>(); };
+  if (type == "add_groups") {
+    AddGroups command;
+    for (const json& group : map.at("groups")) command.groups.push_back(decode_group(group));
+    return command;
+  }
+  if (type == "add_scores") {
+    AddScores command;
+    for (const json& each : map.at("requests")) command.requests.push_back(decode_score(each));
+    return command;
+  }
+  if (type == "abort") {
+    const json& id = map.at("request_id");
+    return AbortSamples{id.is_null() ? std::nullopt : std::optional(id.get<int64_t>())};
+  }
+  if (type == "pause") return Pause{ticket(), in_flight(map)};
+  if (type == "resume") return Resume{};
+  if (type == "begin_weights") return BeginWeights{ticket()};
+  if (type == "stage_weights") {
+    return StageWeights{ticket(), decode_chunk(map.at("chunk"), fds.at(0))};
+  }
+  if (type == "finish_weights") return FinishWeights{ticket()};
+  if (type == "export_weights") return ExportWeights{ticket()};
+  if (type == "adopt_weights") return AdoptWeights{ticket(), fds.at(0)};
+  if (type == "commit_weights") {
+    return CommitWeights{ticket(), map.at("version").get<int64_t>(), in_flight(map)};
+  }
+  if (type == "discard_weights") return DiscardWeights{};
+  if (type == "stop") return Stop{map.at("hand_back").get<bool>()};
+  fail_invariant("unknown command " + type);
+}
+
+// ---- events --------------------------------------------------------------------------------------
+
+struct EventEncoder {
+  EncodedMessage operator()(const WorkerReady& m) const {
+    return {{{"type", "ready"}, {"pid", m.pid}, {"fingerprint", m.fingerprint}}, {}};
+  }
+  EncodedMessage operator()(const Pull& m) const {
+    return {{{"type", "pull"}, {"num_samples", m.num_samples}}, {}};
+  }
+  EncodedMessage operator()(const SampleDone& m) const {
+    return {{{"type", "sample"}, {"sample", encode_sample(m.sample)}}, {}};
+  }
+  EncodedMessage operator()(const SampleFailed& m) const {
+    return {{{"type", "failed"},
+             {"key", encode_key(m.sample.key)},
+             {"error", encode_error(m.sample.error)}},
+            {}};
+  }
+  EncodedMessage operator()(const Scored& m) const {
+    return {{{"type", "scored"},
+             {"ticket", m.ticket},
+             {"error", encode_outcome(m.error)},
+             {"id", encode_id(m.sequence.id)},
+             {"logprobs", to_bin(m.sequence.logprobs)},
+             {"scaled_logprobs", to_bin(m.sequence.scaled_logprobs)},
+             {"entropy", to_bin(m.sequence.entropy)}},
+            {}};
+  }
+  EncodedMessage operator()(const Ack& m) const {
+    if (m.fd >= 0) fail_invariant("only rank 0 exports weights");
+    return {{{"type", "ack"}, {"ticket", m.ticket}, {"error", encode_outcome(m.error)}}, {}};
+  }
+  EncodedMessage operator()(const WorkerStats& m) const {
+    return {{{"type", "stats"}, {"values", m.values}}, {}};
+  }
+  EncodedMessage operator()(const WorkerStopped&) const { return {{{"type", "stopped"}}, {}}; }
+  EncodedMessage operator()(const WorkerFailed& m) const {
+    return {{{"type", "worker_failed"}, {"error", encode_error(m.error)}}, {}};
+  }
+};
+
+Event decode_known_event(const json& map) {
+  const std::string type = map.at("type");
+  if (type == "ready") return WorkerReady{.pid = map.at("pid"), .fingerprint = map.at("fingerprint")};
+  if (type == "pull") return Pull{map.at("num_samples").get<int32_t>()};
+  if (type == "sample") return SampleDone{decode_sample(map.at("sample"))};
+  if (type == "failed") {
+    return SampleFailed{{decode_key(map.at("key")), decode_error(map.at("error"))}};
+  }
+  if (type == "scored") {
+    return Scored{.ticket = map.at("ticket"),
+                  .error = decode_outcome(map.at("error")),
+                  .sequence = {.id = decode_id(map.at("id")),
+                               .logprobs = from_bin<float>(map.at("logprobs")),
+                               .scaled_logprobs = from_bin<float>(map.at("scaled_logprobs")),
+                               .entropy = from_bin<float>(map.at("entropy"))}};
+  }
+  if (type == "ack") return Ack{.ticket = map.at("ticket"), .error = decode_outcome(map.at("error"))};
+  if (type == "stats") return WorkerStats{map.at("values")};
+  if (type == "stopped") return WorkerStopped{};
+  if (type == "worker_failed") return WorkerFailed{decode_error(map.at("error"))};
+  fail_invariant("unknown event " + type);
+}
+
+[[noreturn]] void fail_decoding(const json& map, const std::exception& cause) {
+  throw Error({.code = ErrorCode::kDataLoss,
+               .field = "rank message",
+               .value = map.is_object() ? map.value("type", "without a type") : "not a map",
+               .message = cause.what()});
+}
+
+}  // namespace
+
+EncodedMessage encode(const Command& command) { return std::visit(CommandEncoder{}, command); }
+
+EncodedMessage encode(const Event& event) { return std::visit(EventEncoder{}, event); }
+
+Command decode_command(const json& map, const std::vector<int>& fds) {
+  try {
+    return decode_known_command(map, fds);
+  } catch (const std::exception& error) {
+    fail_decoding(map, error);
+  }
+}
+
+Event decode_event(const json& map, const std::vector<int>&) {
+  try {
+    return decode_known_event(map);
+  } catch (const std::exception& error) {
+    fail_decoding(map, error);
+  }
+}
+
+}  // namespace rollpack::rollout
