@@ -7,7 +7,6 @@
 #include <memory>
 #include <span>
 #include <string>
-#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -18,15 +17,12 @@ namespace rollpack::bridge {
 struct Column;
 
 struct LayoutOptions {
-  std::string layout = "packed";                     // "packed" or "padded"
-  int32_t max_tokens_per_row = 16384;                // of the packed layout
-  std::vector<std::string> columns;                  // further ones, see optional_columns()
-  int32_t pad_token_id = 0;                          // written into pads, never read
+  std::string layout = "packed";       // "packed" or "padded"
+  int32_t max_tokens_per_row = 16384;  // of the packed layout
+  std::vector<std::string> columns;    // logprobs, scaled_logprobs, support_logmass, entropy
+  int32_t pad_token_id = 0;            // written into pads, never read
   std::string logprobs_mode = "processed_logprobs";  // what rollout_log_probs holds
 };
-
-// What `columns` may name: logprobs, scaled_logprobs, support_logmass, entropy.
-std::span<const std::string_view> optional_columns();
 
 // Errors: invalid_argument naming bridge.layout, bridge.max_tokens_per_row, bridge.columns[i],
 // rollout.logprobs_mode or pad_token_id.
