@@ -38,6 +38,8 @@ class Dispatcher : public bridge::RolloutService {
   // Workers: number them from 0 in the order of the calls, then feed their events.
   int32_t add_worker(std::shared_ptr<WorkerLink> link);
   void handle(int32_t worker, Event event);
+  // Sends the packed set that worker 0 has committed to all others, as version 0.
+  void share_first_weights(bridge::OwnedFd fd);
   // The link broke: ends the job, naming the rank.
   void lose_worker(int32_t worker, ErrorInfo error);
   // Errors: deadline_exceeded naming the ranks that are not ready; or what a rank reported.

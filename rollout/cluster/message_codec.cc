@@ -4,24 +4,19 @@
 #include <string>
 #include <utility>
 
-#include <unistd.h>
-
-#include <fmt/format.h>
-
 #include "kernels/base/error.h"
 #include "trainer_bridge/shared_memory/segment.h"
+#include "trainer_bridge/wire/message.h"
 
 namespace rollpack::rollout {
 namespace {
 
-using nlohmann::json;
-
-template <class T>
-json to_bin(const std::vector<T>& values) {
-  json::binary_t::container_type bytes(values.size() * sizeof(T));
-  if (!values.empty()) std::memcpy(bytes.data(), values.data(), bytes.size());
-  return json::binary(std::move(bytes));
-}
+using bridge::error_from_map;
+using bridge::error_to_map;
+using bridge::Frame;
+using bridge::OwnedFd;
+using bridge::to_bin;
+using json = bridge::Json;
 
 template <class T>
 std::vector<T> from_bin(const json& value) {
@@ -33,25 +28,13 @@ std::vector<T> from_bin(const json& value) {
 
 // ---- parts ---------------------------------------------------------------------------------------
 
-json encode_error(const ErrorInfo& error) {
-  return {{"code", error_code_name(error.code)}, {"field", error.field},
-          {"value", error.value},                {"origin", error.origin},
-          {"allowed", error.allowed},            {"message", error.message}};
-}
-
-ErrorInfo decode_error(const json& map) {
-  return {.code = error_code_from_name(map.at("code").get<std::string>()),
-          .field = map.at("field"), .value = map.at("value"), .origin = map.at("origin"),
-          .allowed = map.at("allowed"), .message = map.at("message")};
-}
-
 json encode_outcome(const bridge::Outcome& outcome) {
-  return outcome ? encode_error(*outcome) : json();
+  return outcome ? error_to_map(*outcome) : json();
 }
 
 bridge::Outcome decode_outcome(const json& value) {
   if (value.is_null()) return std::nullopt;
-  return decode_error(value);
+  return error_from_map(value);
 }
 
 json encode_id(const bridge::PromptId& id) { return json::array({id.text, id.is_integer}); }
@@ -175,10 +158,9 @@ struct OwnedChunk {
   bridge::WeightChunk chunk;
 };
 
-std::shared_ptr<const bridge::WeightChunk> decode_chunk(const json& map, int fd) {
+std::shared_ptr<const bridge::WeightChunk> decode_chunk(const json& map, const OwnedFd& fd) {
   auto owned = std::make_shared<OwnedChunk>(bridge::MappedSegment::map(
-      fd, map.at("mapping_bytes").get<int64_t>(), bridge::kPeerSeals, "weight chunk of rank 0"));
-  ::close(fd);
+      fd.get(), map.at("mapping_bytes").get<int64_t>(), bridge::kPeerSeals, "weight chunk of rank 0"));
   owned->chunk.mapping = owned->segment.bytes();
   for (const json& tensor : map.at("tensors")) {
     owned->chunk.tensors.push_back(
@@ -200,55 +182,53 @@ bridge::InFlight in_flight(const json& map) {
 // ---- commands ------------------------------------------------------------------------------------
 
 struct CommandEncoder {
-  EncodedMessage operator()(const AddGroups& m) const {
+  json operator()(const AddGroups& m) const {
     json groups = json::array();
     for (const GroupRequest& group : m.groups) groups.push_back(encode_group(group));
-    return {{{"type", "add_groups"}, {"groups", groups}}, {}};
+    return {{"type", "add_groups"}, {"groups", groups}};
   }
-  EncodedMessage operator()(const AddScores& m) const {
+  json operator()(const AddScores& m) const {
     json requests = json::array();
     for (const ScoreRequest& request : m.requests) requests.push_back(encode_score(request));
-    return {{{"type", "add_scores"}, {"requests", requests}}, {}};
+    return {{"type", "add_scores"}, {"requests", requests}};
   }
-  EncodedMessage operator()(const AbortSamples& m) const {
-    return {{{"type", "abort"}, {"request_id", m.request_id ? json(*m.request_id) : json()}}, {}};
+  json operator()(const AbortSamples& m) const {
+    return {{"type", "abort"}, {"request_id", m.request_id ? json(*m.request_id) : json()}};
   }
-  EncodedMessage operator()(const Pause& m) const {
-    return {{{"type", "pause"}, {"ticket", m.ticket}, {"in_flight", in_flight(m.in_flight)}}, {}};
+  json operator()(const Pause& m) const {
+    return {{"type", "pause"}, {"ticket", m.ticket}, {"in_flight", in_flight(m.in_flight)}};
   }
-  EncodedMessage operator()(const Resume&) const { return {{{"type", "resume"}}, {}}; }
-  EncodedMessage operator()(const BeginWeights& m) const {
-    return {{{"type", "begin_weights"}, {"ticket", m.ticket}}, {}};
+  json operator()(const Resume&) const { return {{"type", "resume"}}; }
+  json operator()(const BeginWeights& m) const {
+    return {{"type", "begin_weights"}, {"ticket", m.ticket}};
   }
-  EncodedMessage operator()(const StageWeights& m) const {
-    return {{{"type", "stage_weights"}, {"ticket", m.ticket}, {"chunk", encode_chunk(*m.chunk)}},
-            {m.chunk->fd}};
+  json operator()(const StageWeights& m) const {
+    return {{"type", "stage_weights"}, {"ticket", m.ticket}, {"chunk", encode_chunk(*m.chunk)}};
   }
-  EncodedMessage operator()(const FinishWeights& m) const {
-    return {{{"type", "finish_weights"}, {"ticket", m.ticket}}, {}};
+  json operator()(const FinishWeights& m) const {
+    return {{"type", "finish_weights"}, {"ticket", m.ticket}};
   }
-  EncodedMessage operator()(const ExportWeights& m) const {
-    return {{{"type", "export_weights"}, {"ticket", m.ticket}}, {}};
+  json operator()(const ExportWeights& m) const {
+    return {{"type", "export_weights"}, {"ticket", m.ticket}};
   }
-  EncodedMessage operator()(const AdoptWeights& m) const {
-    return {{{"type", "adopt_weights"}, {"ticket", m.ticket}}, {m.fd}};
+  json operator()(const AdoptWeights& m) const {
+    return {{"type", "adopt_weights"}, {"ticket", m.ticket}};
   }
-  EncodedMessage operator()(const CommitWeights& m) const {
-    return {{{"type", "commit_weights"},
-             {"ticket", m.ticket},
-             {"version", m.version},
-             {"in_flight", in_flight(m.in_flight)}},
-            {}};
+  json operator()(const CommitWeights& m) const {
+    return {{"type", "commit_weights"},
+            {"ticket", m.ticket},
+            {"version", m.version},
+            {"in_flight", in_flight(m.in_flight)}};
   }
-  EncodedMessage operator()(const DiscardWeights&) const {
-    return {{{"type", "discard_weights"}}, {}};
+  json operator()(const DiscardWeights&) const {
+    return {{"type", "discard_weights"}};
   }
-  EncodedMessage operator()(const Stop& m) const {
-    return {{{"type", "stop"}, {"hand_back", m.hand_back}}, {}};
+  json operator()(const Stop& m) const {
+    return {{"type", "stop"}, {"hand_back", m.hand_back}};
   }
 };
 
-Command decode_known_command(const json& map, const std::vector<int>& fds) {
+Command decode_known_command(const json& map, std::vector<OwnedFd>& fds) {
   const std::string type = map.at("type");
   const auto ticket = [&] { return map.at("ticket").get<uint64_t>(); };
   if (type == "add_groups") {
@@ -273,7 +253,9 @@ Command decode_known_command(const json& map, const std::vector<int>& fds) {
   }
   if (type == "finish_weights") return FinishWeights{ticket()};
   if (type == "export_weights") return ExportWeights{ticket()};
-  if (type == "adopt_weights") return AdoptWeights{ticket(), fds.at(0)};
+  if (type == "adopt_weights") {
+    return AdoptWeights{ticket(), std::make_shared<const OwnedFd>(std::move(fds.at(0)))};
+  }
   if (type == "commit_weights") {
     return CommitWeights{ticket(), map.at("version").get<int64_t>(), in_flight(map)};
   }
@@ -285,41 +267,39 @@ Command decode_known_command(const json& map, const std::vector<int>& fds) {
 // ---- events --------------------------------------------------------------------------------------
 
 struct EventEncoder {
-  EncodedMessage operator()(const WorkerReady& m) const {
-    return {{{"type", "ready"}, {"pid", m.pid}, {"fingerprint", m.fingerprint}}, {}};
+  json operator()(const WorkerReady& m) const {
+    return {{"type", "ready"}, {"pid", m.pid}, {"fingerprint", m.fingerprint}};
   }
-  EncodedMessage operator()(const Pull& m) const {
-    return {{{"type", "pull"}, {"num_samples", m.num_samples}}, {}};
+  json operator()(const Pull& m) const {
+    return {{"type", "pull"}, {"num_samples", m.num_samples}};
   }
-  EncodedMessage operator()(const SampleDone& m) const {
-    return {{{"type", "sample"}, {"sample", encode_sample(m.sample)}}, {}};
+  json operator()(const SampleDone& m) const {
+    return {{"type", "sample"}, {"sample", encode_sample(m.sample)}};
   }
-  EncodedMessage operator()(const SampleFailed& m) const {
-    return {{{"type", "failed"},
-             {"key", encode_key(m.sample.key)},
-             {"error", encode_error(m.sample.error)}},
-            {}};
+  json operator()(const SampleFailed& m) const {
+    return {{"type", "failed"},
+            {"key", encode_key(m.sample.key)},
+            {"error", error_to_map(m.sample.error)}};
   }
-  EncodedMessage operator()(const Scored& m) const {
-    return {{{"type", "scored"},
-             {"ticket", m.ticket},
-             {"error", encode_outcome(m.error)},
-             {"id", encode_id(m.sequence.id)},
-             {"logprobs", to_bin(m.sequence.logprobs)},
-             {"scaled_logprobs", to_bin(m.sequence.scaled_logprobs)},
-             {"entropy", to_bin(m.sequence.entropy)}},
-            {}};
+  json operator()(const Scored& m) const {
+    return {{"type", "scored"},
+            {"ticket", m.ticket},
+            {"error", encode_outcome(m.error)},
+            {"id", encode_id(m.sequence.id)},
+            {"logprobs", to_bin(m.sequence.logprobs)},
+            {"scaled_logprobs", to_bin(m.sequence.scaled_logprobs)},
+            {"entropy", to_bin(m.sequence.entropy)}};
   }
-  EncodedMessage operator()(const Ack& m) const {
+  json operator()(const Ack& m) const {
     if (m.fd >= 0) fail_invariant("only rank 0 exports weights");
-    return {{{"type", "ack"}, {"ticket", m.ticket}, {"error", encode_outcome(m.error)}}, {}};
+    return {{"type", "ack"}, {"ticket", m.ticket}, {"error", encode_outcome(m.error)}};
   }
-  EncodedMessage operator()(const WorkerStats& m) const {
-    return {{{"type", "stats"}, {"values", m.values}}, {}};
+  json operator()(const WorkerStats& m) const {
+    return {{"type", "stats"}, {"values", m.values}};
   }
-  EncodedMessage operator()(const WorkerStopped&) const { return {{{"type", "stopped"}}, {}}; }
-  EncodedMessage operator()(const WorkerFailed& m) const {
-    return {{{"type", "worker_failed"}, {"error", encode_error(m.error)}}, {}};
+  json operator()(const WorkerStopped&) const { return {{"type", "stopped"}}; }
+  json operator()(const WorkerFailed& m) const {
+    return {{"type", "worker_failed"}, {"error", error_to_map(m.error)}};
   }
 };
 
@@ -329,7 +309,7 @@ Event decode_known_event(const json& map) {
   if (type == "pull") return Pull{map.at("num_samples").get<int32_t>()};
   if (type == "sample") return SampleDone{decode_sample(map.at("sample"))};
   if (type == "failed") {
-    return SampleFailed{{decode_key(map.at("key")), decode_error(map.at("error"))}};
+    return SampleFailed{{decode_key(map.at("key")), error_from_map(map.at("error"))}};
   }
   if (type == "scored") {
     return Scored{.ticket = map.at("ticket"),
@@ -342,32 +322,44 @@ Event decode_known_event(const json& map) {
   if (type == "ack") return Ack{.ticket = map.at("ticket"), .error = decode_outcome(map.at("error"))};
   if (type == "stats") return WorkerStats{map.at("values")};
   if (type == "stopped") return WorkerStopped{};
-  if (type == "worker_failed") return WorkerFailed{decode_error(map.at("error"))};
+  if (type == "worker_failed") return WorkerFailed{error_from_map(map.at("error"))};
   fail_invariant("unknown event " + type);
 }
 
 [[noreturn]] void fail_decoding(const json& map, const std::exception& cause) {
   throw Error({.code = ErrorCode::kDataLoss,
                .field = "rank message",
-               .value = map.is_object() ? map.value("type", "without a type") : "not a map",
+               .value = map.value("type", "without a type"),
                .message = cause.what()});
 }
 
 }  // namespace
 
-EncodedMessage encode(const Command& command) { return std::visit(CommandEncoder{}, command); }
+Frame encode(const Command& command) {
+  Frame frame{.body = bridge::encode_message(std::visit(CommandEncoder{}, command)), .fds = {}};
+  if (const auto* stage = std::get_if<StageWeights>(&command)) {
+    frame.fds.push_back(OwnedFd::duplicate(stage->chunk->fd));
+  } else if (const auto* adopt = std::get_if<AdoptWeights>(&command)) {
+    frame.fds.push_back(OwnedFd::duplicate(adopt->fd->get()));
+  }
+  return frame;
+}
 
-EncodedMessage encode(const Event& event) { return std::visit(EventEncoder{}, event); }
+Frame encode(const Event& event) {
+  return {.body = bridge::encode_message(std::visit(EventEncoder{}, event)), .fds = {}};
+}
 
-Command decode_command(const json& map, const std::vector<int>& fds) {
+Command decode_command(Frame frame) {
+  const json map = bridge::decode_message(frame.body);
   try {
-    return decode_known_command(map, fds);
+    return decode_known_command(map, frame.fds);
   } catch (const std::exception& error) {
     fail_decoding(map, error);
   }
 }
 
-Event decode_event(const json& map, const std::vector<int>&) {
+Event decode_event(const Frame& frame) {
+  const json map = bridge::decode_message(frame.body);
   try {
     return decode_known_event(map);
   } catch (const std::exception& error) {

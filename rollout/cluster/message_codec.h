@@ -4,22 +4,17 @@
 
 #include <vector>
 
-#include <nlohmann/json.hpp>
-
 #include "rollout/cluster/messages.h"
+#include "trainer_bridge/wire/frame.h"
 
 namespace rollpack::rollout {
 
-struct EncodedMessage {
-  nlohmann::json map;
-  std::vector<int> fds;  // ride on the frame; owned by whoever owned them
-};
+// Descriptors that a message carries are duplicated into the frame.
+bridge::Frame encode(const Command& command);
+bridge::Frame encode(const Event& event);
 
-EncodedMessage encode(const Command& command);
-EncodedMessage encode(const Event& event);
-
-// `fds` came with the frame and pass to the message. Errors: data_loss naming the message.
-Command decode_command(const nlohmann::json& map, const std::vector<int>& fds);
-Event decode_event(const nlohmann::json& map, const std::vector<int>& fds);
+// Errors: data_loss naming the message.
+Command decode_command(bridge::Frame frame);
+Event decode_event(const bridge::Frame& frame);
 
 }  // namespace rollpack::rollout

@@ -12,6 +12,7 @@
 
 #include "rollout/engine/request.h"
 #include "trainer_bridge/contract/rollout_service.h"
+#include "trainer_bridge/wire/owned_fd.h"
 
 namespace rollpack::rollout {
 
@@ -46,7 +47,7 @@ struct ExportWeights {  // hand out the packed staged set; the Ack carries its d
 };
 struct AdoptWeights {  // a packed set that a rank of the same node has exported
   uint64_t ticket = 0;
-  int fd = -1;
+  std::shared_ptr<const bridge::OwnedFd> fd;
 };
 struct CommitWeights {
   uint64_t ticket = 0;

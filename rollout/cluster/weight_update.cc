@@ -93,13 +93,34 @@ void Dispatcher::share_weights(bridge::InFlight in_flight, bridge::OutcomeCallba
         const std::lock_guard relock(mutex_);
         std::vector<int32_t> others = all_workers();
         others.erase(others.begin());
+        const auto shared =
+            std::make_shared<const bridge::OwnedFd>(bridge::OwnedFd::duplicate(fd));
         broadcast(
-            others, [fd](uint64_t ticket) { return AdoptWeights{ticket, fd}; },
+            others, [&](uint64_t ticket) { return AdoptWeights{ticket, shared}; },
             [this, in_flight, done](bridge::Outcome not_adopted, int) {
               not_adopted ? drop_update(done, std::move(not_adopted))
                           : switch_weights(in_flight, done);
             });
       });
+}
+
+void Dispatcher::share_first_weights(bridge::OwnedFd fd) {
+  const std::lock_guard lock(mutex_);
+  const auto shared = std::make_shared<const bridge::OwnedFd>(std::move(fd));
+  const auto fail_start = [this](bridge::Outcome error, int) {
+    if (!error) return;
+    Effects effects;
+    {
+      const std::lock_guard relock(mutex_);
+      end_with(*error, effects);
+    }
+    changed_.notify_all();
+    run(effects);
+  };
+  std::vector<int32_t> others = all_workers();
+  others.erase(others.begin());
+  broadcast(others, [&](uint64_t ticket) { return AdoptWeights{ticket, shared}; }, fail_start);
+  broadcast(others, [](uint64_t ticket) { return CommitWeights{.ticket = ticket}; }, fail_start);
 }
 
 void Dispatcher::switch_weights(bridge::InFlight in_flight, bridge::OutcomeCallback done) {

@@ -1,5 +1,6 @@
 #include "rollout/cluster/worker.h"
 
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -17,6 +18,12 @@ using namespace std::chrono_literals;
 constexpr auto kStepTimeout = 10min;
 constexpr auto kStatsInterval = 1s;
 
+double peak_memory_bytes() {
+  rusage usage{};
+  ::getrusage(RUSAGE_SELF, &usage);
+  return static_cast<double>(usage.ru_maxrss) * 1024;
+}
+
 ErrorInfo info_of(std::exception_ptr error) {
   try {
     std::rethrow_exception(error);
@@ -33,8 +40,11 @@ Worker::Worker(Replica& replica, std::function<void(Event)> emit)
     : replica_(replica),
       emit_(std::move(emit)),
       engine_(replica.limits(), make_batching_policy(replica.config().engine.batching),
-              replica.backend(), *this),
-      thread_([this] { run(); }) {}
+              replica.backend(), *this) {}
+
+void Worker::start() {
+  thread_ = std::thread([this] { run(); });
+}
 
 Worker::~Worker() {
   if (!thread_.joinable()) return;
@@ -66,12 +76,13 @@ void Worker::work() {
   while (take_commands()) {
     finish_switch();
     tell_capacity();
-    tell_stats();
+    tell_stats(/*now=*/false);
     const bool stepped = !is_paused_ && engine_.has_work() && engine_.step(kStepTimeout);
     if (stepped) continue;
     finish_switch();
+    tell_stats(/*now=*/true);  // idle: the numbers stand
     std::unique_lock lock(mutex_);
-    wake_.wait_for(lock, kStatsInterval, [&] { return !mailbox_.empty(); });
+    wake_.wait(lock, [&] { return !mailbox_.empty(); });
   }
 }
 
@@ -97,10 +108,10 @@ void Worker::tell_capacity() {
   emit_(Pull{.num_samples = missing});
 }
 
-void Worker::tell_stats() {
-  const auto now = std::chrono::steady_clock::now();
-  if (now < stats_due_) return;
-  stats_due_ = now + kStatsInterval;
+void Worker::tell_stats(bool now) {
+  const auto time = std::chrono::steady_clock::now();
+  if (!now && time < stats_due_) return;
+  stats_due_ = time + kStatsInterval;
   const EngineState& state = engine_.state();
   const EngineCounters& counters = state.counters;
   const auto used = state.pool.num_pages() - state.pool.num_free();
@@ -113,7 +124,8 @@ void Worker::tell_stats() {
                      {"num_rows_computed", static_cast<double>(counters.num_rows_computed)},
                      {"num_pad_rows", static_cast<double>(counters.num_pad_rows)},
                      {"num_tokens_generated", static_cast<double>(counters.num_tokens_generated)},
-                     {"num_samples", static_cast<double>(counters.num_samples)}}});
+                     {"num_samples", static_cast<double>(counters.num_samples)},
+                     {"peak_memory_bytes", peak_memory_bytes()}}});
 }
 
 // Carries out what waited for running samples to finish.
@@ -204,7 +216,7 @@ void Worker::handle(ExportWeights& command) {
 }
 
 void Worker::handle(AdoptWeights& command) {
-  acknowledge(command.ticket, [&] { replica_.backend().adopt_staged_weights(command.fd); });
+  acknowledge(command.ticket, [&] { replica_.backend().adopt_staged_weights(command.fd->get()); });
 }
 
 void Worker::handle(CommitWeights& command) {

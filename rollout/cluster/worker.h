@@ -18,11 +18,12 @@ namespace rollpack::rollout {
 
 class Worker : public WorkerLink, private EngineOutput {
  public:
-  // `emit` is called on the worker's thread. Weights of the replica are committed or will come by
-  // AdoptWeights and CommitWeights.
+  // `emit` is called on the worker's thread. Weights of the replica are committed, or come by
+  // AdoptWeights and CommitWeights before the first group.
   Worker(Replica& replica, std::function<void(Event)> emit);
   ~Worker() override;  // stops without handing back, if still running
 
+  void start();
   void send(Command command) override;  // thread-safe
   void join();
 
@@ -31,7 +32,7 @@ class Worker : public WorkerLink, private EngineOutput {
   void work();
   bool take_commands();  // false: stopped
   void tell_capacity();
-  void tell_stats();
+  void tell_stats(bool now);
   void finish_switch();
 
   void handle(AddGroups& command);

@@ -65,7 +65,7 @@ class TreeBuilder : public YAML::EventHandler {
     fail(origin_, mark.line + 1, "YAML without tags", fmt::format("remove {}", tag));
   }
 
-  // Takes a scalar for the key that a map is waiting for, anything else for a value.
+  // A scalar where a map waits for a key becomes that key; then there is nothing to point to.
   YamlNode* add(const YAML::Mark& mark, YamlNode node) {
     if (open_.empty()) {
       root_ = std::move(node);
@@ -89,7 +89,9 @@ class TreeBuilder : public YAML::EventHandler {
   void add_key(const YAML::Mark& mark, const YamlNode& key, YamlNode& map) const {
     const int line = mark.line + 1;
     if (key.kind != YamlNode::Kind::kScalar) {
-      fail(origin_, line, "keys that are words", fmt::format("this one is {}", key.shown()));
+      fail(origin_, line, "keys that are words",
+           fmt::format("this one is {}{}", key.shown(),
+                       key.kind == YamlNode::Kind::kNull ? "" : ": is a bracket open?"));
     }
     for (const YamlEntry& entry : map.entries) {
       if (entry.key != key.text) continue;
@@ -106,11 +108,7 @@ class TreeBuilder : public YAML::EventHandler {
     if (open_.size() >= kMaxDepth) {
       fail(origin_, mark.line + 1, fmt::format("at most {} levels of nesting", kMaxDepth), {});
     }
-    YamlNode* added = add(mark, {.kind = kind});
-    if (added == nullptr) {
-      fail(origin_, mark.line + 1, "keys that are words", "this one is a list or map");
-    }
-    open_.push_back(added);
+    open_.push_back(add(mark, {.kind = kind}));
     is_key_next_.push_back(kind == YamlNode::Kind::kMap);
   }
   void close() {

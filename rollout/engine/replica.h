@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <string>
 
 #include "kernels/backend.h"
 #include "rollout/config/config.h"
@@ -29,6 +30,7 @@ class Replica {
   const Config& config() const { return config_; }
   const ModelConfig& model() const { return model_; }
   const EngineLimits& limits() const { return limits_; }
+  const std::string& backend_description() const { return backend_->info().description; }
   kernels::Backend& backend() { return *backend_; }
   ModelWeights& weights() { return *weights_; }
 

@@ -1,0 +1,141 @@
+#include "kernels/machine_limits.h"
+
+#include <immintrin.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <chrono>
+#include <functional>
+#include <thread>
+#include <vector>
+
+namespace rollpack::kernels {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr int kNumBursts = 5;
+constexpr auto kBurst = std::chrono::milliseconds(200);
+constexpr int kNumChains = 24;       // covers latency 6 x 2 issues a cycle, with room to spare
+constexpr int64_t kRounds = 100000;  // 24 chains at 3 GHz: about 1 ms between looks at the clock
+constexpr int64_t kReadBytes = int64_t{1} << 30;
+
+// Each returns how many FLOPs `kRounds` rounds took; `sink` keeps the chains alive.
+__attribute__((target("avx512f,avx512bf16"))) double burst_avx512_bf16(float* sink) {
+  __m512 acc[kNumChains];
+  const __m512bh a = (__m512bh)_mm512_set1_epi16(0x3f80), b = (__m512bh)_mm512_set1_epi16(0);
+  for (auto& chain : acc) chain = _mm512_setzero_ps();
+  for (int64_t i = 0; i < kRounds; ++i) {
+#pragma GCC unroll 24
+    for (int c = 0; c < kNumChains; ++c) acc[c] = _mm512_dpbf16_ps(acc[c], a, b);
+  }
+  for (const auto& chain : acc) *sink += _mm512_reduce_add_ps(chain);
+  return double{kRounds} * kNumChains * 64;
+}
+
+__attribute__((target("avx512f"))) double burst_avx512(float* sink) {
+  __m512 acc[kNumChains];
+  const __m512 a = _mm512_set1_ps(*sink), b = _mm512_set1_ps(*sink);
+  for (auto& chain : acc) chain = _mm512_setzero_ps();
+  for (int64_t i = 0; i < kRounds; ++i) {
+#pragma GCC unroll 24
+    for (int c = 0; c < kNumChains; ++c) acc[c] = _mm512_fmadd_ps(a, b, acc[c]);
+  }
+  for (const auto& chain : acc) *sink += _mm512_reduce_add_ps(chain);
+  return double{kRounds} * kNumChains * 32;
+}
+
+__attribute__((target("avx2,fma"))) double burst_avx2(float* sink) {
+  constexpr int kChains = 12;  // there are 16 ymm registers
+  __m256 acc[kChains];
+  const __m256 a = _mm256_set1_ps(*sink), b = _mm256_set1_ps(*sink);
+  for (auto& chain : acc) chain = _mm256_setzero_ps();
+  for (int64_t i = 0; i < 2 * kRounds; ++i) {
+#pragma GCC unroll 12
+    for (int c = 0; c < kChains; ++c) acc[c] = _mm256_fmadd_ps(a, b, acc[c]);
+  }
+  float lanes[8];
+  for (const auto& chain : acc) {
+    _mm256_storeu_ps(lanes, chain);
+    *sink += lanes[0];
+  }
+  return double{2 * kRounds} * kChains * 16;
+}
+
+double burst_scalar(float* sink) {
+  float acc[8] = {};
+  for (int64_t i = 0; i < kRounds; ++i) {
+    for (float& chain : acc) chain = chain * 0.5f + *sink;
+  }
+  for (const float chain : acc) *sink += chain * 0.0f;
+  return double{kRounds} * 8 * 2;
+}
+
+double (*pick_burst(DType dtype))(float*) {
+  if (dtype == DType::kBF16 && __builtin_cpu_supports("avx512bf16")) return burst_avx512_bf16;
+  if (__builtin_cpu_supports("avx512f")) return burst_avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return burst_avx2;
+  return burst_scalar;
+}
+
+void on_threads(int32_t num_threads, const std::function<void(int32_t)>& body) {
+  std::vector<std::jthread> threads;
+  for (int32_t i = 0; i < num_threads; ++i) threads.emplace_back(body, i);
+}
+
+double measure_peak(DType dtype, int32_t num_threads) {
+  double (*const burst)(float*) = pick_burst(dtype);
+  double best = 0;
+  for (int attempt = 0; attempt < kNumBursts; ++attempt) {
+    std::vector<double> rates(num_threads);
+    on_threads(num_threads, [&](int32_t thread) {
+      float sink = 0;
+      double flops = 0;
+      const auto start = Clock::now();
+      while (Clock::now() - start < kBurst) flops += burst(&sink);
+      rates[thread] = flops / std::chrono::duration<double>(Clock::now() - start).count();
+      asm volatile("" : : "g"(&sink) : "memory");
+    });
+    double total = 0;
+    for (const double rate : rates) total += rate;
+    best = std::max(best, total);
+  }
+  return best;
+}
+
+double measure_read_bandwidth(int32_t num_threads) {
+  void* memory = ::mmap(nullptr, kReadBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+                        -1, 0);
+  if (memory == MAP_FAILED) return 0;
+  ::madvise(memory, kReadBytes, MADV_HUGEPAGE);
+  auto* const words = static_cast<uint64_t*>(memory);
+  const int64_t share = kReadBytes / 8 / num_threads;
+  on_threads(num_threads, [&](int32_t thread) {
+    std::fill_n(words + thread * share, share, 1);
+  });
+  double best = 0;
+  for (int attempt = 0; attempt < kNumBursts; ++attempt) {
+    const auto start = Clock::now();
+    on_threads(num_threads, [&](int32_t thread) {
+      const uint64_t* from = words + thread * share;
+      uint64_t sums[8] = {};
+      for (int64_t i = 0; i + 8 <= share; i += 8) {
+        for (int lane = 0; lane < 8; ++lane) sums[lane] += from[i + lane];
+      }
+      asm volatile("" : : "g"(&sums) : "memory");
+    });
+    const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+    best = std::max(best, static_cast<double>(share * 8 * num_threads) / seconds);
+  }
+  ::munmap(memory, kReadBytes);
+  return best;
+}
+
+}  // namespace
+
+MachineLimits measure_machine_limits(DType dtype, int32_t num_threads) {
+  return {.peak_flops = measure_peak(dtype, num_threads),
+          .read_bandwidth_bytes_per_s = measure_read_bandwidth(num_threads)};
+}
+
+}  // namespace rollpack::kernels

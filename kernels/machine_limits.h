@@ -1,0 +1,20 @@
+// What this machine can do at most, measured now: the roof that speed is reported against.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/base/dtype.h"
+
+namespace rollpack::kernels {
+
+struct MachineLimits {
+  double peak_flops = 0;                     // FLOP/s of multiply-adds in registers, all threads
+  double read_bandwidth_bytes_per_s = 0;     // plain reads of memory in 2 MiB pages, all threads
+};
+
+// Peak: best of five 200 ms bursts of 24 register chains a thread, of the widest multiply-add this
+// CPU has for `dtype` (bf16: VDPBF16PS, else two FMAs a pair). Bandwidth: best of five reads of 1 GiB.
+// Takes about 2 s and, meanwhile, 1 GiB.
+MachineLimits measure_machine_limits(DType dtype, int32_t num_threads);
+
+}  // namespace rollpack::kernels

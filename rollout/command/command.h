@@ -1,0 +1,29 @@
+// The commands of the program, as rank 0 runs them. Each returns the process's exit status: 0 all
+// went well, 1 some sample failed or the job broke; errors of use and configuration are thrown.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "rollout/cluster/job.h"
+
+namespace rollpack::rollout {
+
+struct CommandLine {
+  std::string config_path;
+  std::vector<std::string> overrides;  // --set section.key=value
+  std::string input;                   // prompts, sequences or workload, JSONL
+  std::string output;                  // JSONL; "-" is standard output
+  int repeat = 1;                      // bench: passes over the workload
+};
+
+// Serves trainers over the bridge until a signal, a shutdown request or a lost rank.
+int serve(Job& job, const CommandLine& line);
+// Prompts in, samples out, in input order.
+int generate(Job& job, const CommandLine& line);
+// Sequences in, logprobs out, in input order.
+int score(Job& job, const CommandLine& line);
+// A workload of fixed lengths; one JSON object on standard output.
+int bench(Job& job, const CommandLine& line);
+
+}  // namespace rollpack::rollout

@@ -1,0 +1,123 @@
+// The command line of rollpack: parses it, starts MPI where mpirun asks for it, loads the
+// configuration and hands over to one command. Nothing else lives here.
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <functional>
+#include <string>
+
+#include <fmt/format.h>
+#include <spdlog/sinks/stdout_color_sinks.h>
+#include <spdlog/spdlog.h>
+
+#include "kernels/base/error.h"
+#include "rollout/cluster/job.h"
+#include "rollout/cluster/launch.h"
+#include "rollout/command/command.h"
+#include "rollout/command/end_signal.h"
+#include "rollout/config/config.h"
+
+namespace {
+
+using rollpack::Error;
+using rollpack::rollout::CommandLine;
+using rollpack::rollout::Config;
+using rollpack::rollout::Job;
+using rollpack::rollout::Launch;
+
+constexpr int kUsageStatus = 2;
+
+using Run = std::function<int(Job&, const CommandLine&)>;
+
+struct Parsed {
+  CommandLine line;
+  Run run;  // empty: print the configuration
+  bool prints_help = false;
+};
+
+CLI::App* add_command(CLI::App& app, Parsed& parsed, const std::string& name,
+                      const std::string& help, Run run) {
+  CLI::App* command = app.add_subcommand(name, help);
+  command->add_option("--config", parsed.line.config_path, "YAML file")->required();
+  command->add_option("--set", parsed.line.overrides, "section.key=value, wins over the file")
+      ->take_all()
+      ->expected(1);
+  command->callback([&parsed, run] { parsed.run = run; });
+  return command;
+}
+
+void add_commands(CLI::App& app, Parsed& parsed) {
+  using namespace rollpack::rollout;
+  CommandLine& line = parsed.line;
+  add_command(app, parsed, "serve", "serve trainers until stopped", serve);
+  CLI::App* command = add_command(app, parsed, "generate", "prompts in, samples out", generate);
+  command->add_option("--prompts", line.input, "JSONL of prompts")->required();
+  command->add_option("--output", line.output, "JSONL of samples; - is stdout")->required();
+  command = add_command(app, parsed, "score", "logprobs of given responses", score);
+  command->add_option("--sequences", line.input, "JSONL of sequences")->required();
+  command->add_option("--output", line.output, "JSONL of logprobs; - is stdout")->required();
+  command = add_command(app, parsed, "bench", "time a workload of fixed lengths", bench);
+  command->add_option("--workload", line.input, "JSONL of lengths")->required();
+  command->add_option("--repeat", line.repeat, "passes, cold first")->check(CLI::Range(1, 1000));
+  command = add_command(app, parsed, "config", "print the resolved configuration", {});
+  command->footer(config_help());
+}
+
+void print_error(const Error& error) {
+  std::fflush(stdout);
+  fmt::print(stderr, "rollpack: {}: {}\n", rollpack::error_code_name(error.info.code),
+             error.what());
+}
+
+int run_rank(const Parsed& parsed, const Config& config, const Launch& launch) {
+  if (launch.placement().rank > 0) return rollpack::rollout::run_worker_rank(config, launch);
+  fmt::print(stderr, "{}", rollpack::rollout::config_yaml(config));
+  Job job(config, launch);
+  return parsed.run(job, parsed.line);
+}
+
+int run(int argc, char** argv) {
+  Parsed parsed;
+  CLI::App app("rollpack: a rollout engine for RL on language models", "rollpack");
+  app.require_subcommand(1);
+  add_commands(app, parsed);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : kUsageStatus;
+  }
+  if (!parsed.run) {
+    const Config config = rollpack::rollout::load_config(parsed.line.config_path,
+                                                         parsed.line.overrides);
+    fmt::print("{}", rollpack::rollout::config_yaml(config));
+    return 0;
+  }
+  const Launch launch(&argc, &argv);
+  int status = kUsageStatus;
+  try {
+    const Config config = rollpack::rollout::load_config(parsed.line.config_path,
+                                                         parsed.line.overrides);
+    status = 1;
+    status = run_rank(parsed, config, launch);
+  } catch (const Error& error) {
+    // Every rank reads the same files: one of them says what is wrong.
+    if (launch.placement().rank == 0) print_error(error);
+  }
+  launch.exit(status);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  rollpack::rollout::block_end_signals();
+  spdlog::set_default_logger(spdlog::stderr_color_mt("rollpack"));
+  spdlog::set_pattern("%Y-%m-%d %H:%M:%S.%e %l %v");
+  try {
+    return run(argc, argv);
+  } catch (const Error& error) {
+    print_error(error);
+    return kUsageStatus;
+  } catch (const std::exception& error) {
+    fmt::print(stderr, "rollpack: internal: {}\n", error.what());
+    return 1;
+  }
+}
