@@ -1,11 +1,11 @@
 #include "trainer_bridge/layout/batch_layout.h"
 
 #include <fmt/format.h>
-#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <string_view>
 
@@ -37,18 +37,22 @@ constexpr int64_t kMaxI32 = std::numeric_limits<int32_t>::max();
                .message = std::move(message)});
 }
 
-template <class Names>
-void check_one_of(const std::string& field, const std::string& value, const Names& names) {
-  if (std::find(names.begin(), names.end(), value) != names.end()) return;
-  refuse(field, value, fmt::format("{}", fmt::join(names, " or ")));
+// `name` reads the name of an element of `known`.
+template <class Range, class Name>
+void check_one_of(const std::string& field, const std::string& value, const Range& known,
+                  Name name) {
+  if (std::ranges::find(known, value, name) != known.end()) return;
+  std::string allowed;
+  for (const auto& each : known) {
+    allowed += (allowed.empty() ? "" : " or ") + std::string(std::invoke(name, each));
+  }
+  refuse(field, value, allowed);
 }
 
 void check_columns(const std::vector<std::string>& columns) {
-  std::vector<std::string_view> known;
-  for (const ResponseValues& values : optional_response_values()) known.push_back(values.name);
   for (size_t i = 0; i < columns.size(); ++i) {
     const std::string field = fmt::format("bridge.columns[{}]", i);
-    check_one_of(field, columns[i], known);
+    check_one_of(field, columns[i], optional_response_values(), &ResponseValues::name);
     const auto first = std::find(columns.begin(), columns.end(), columns[i]) - columns.begin();
     if (first != static_cast<int64_t>(i)) {
       refuse(field, columns[i], "each column once", fmt::format("columns[{}] is the same", first));
@@ -151,15 +155,13 @@ void write_columns(const std::vector<Column>& columns, const std::vector<Placed>
 }  // namespace
 
 void check_layout_options(const LayoutOptions& options) {
-  std::vector<std::string_view> layouts;
-  for (const NamedLayout& known : kLayouts) layouts.push_back(known.name);
-  check_one_of("bridge.layout", options.layout, layouts);
+  check_one_of("bridge.layout", options.layout, kLayouts, &NamedLayout::name);
   if (options.max_tokens_per_row < 1) {
     refuse("bridge.max_tokens_per_row", std::to_string(options.max_tokens_per_row),
            fmt::format("1 to {}", kMaxI32));
   }
   check_columns(options.columns);
-  check_one_of("rollout.logprobs_mode", options.logprobs_mode, logprobs_modes());
+  check_one_of("rollout.logprobs_mode", options.logprobs_mode, logprobs_modes(), std::identity());
   if (options.pad_token_id < 0) {
     refuse("pad_token_id", std::to_string(options.pad_token_id), "a token id, 0 or more");
   }

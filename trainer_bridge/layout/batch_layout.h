@@ -56,10 +56,12 @@ class BatchLayout {
   // refer to the samples, which outlive them.
   virtual std::vector<Column> columns(std::span<const Sample* const> samples) const = 0;
 
-  const LayoutOptions options_;
+  const LayoutOptions& options() const { return options_; }
 
  private:
   std::vector<Column> checked_columns(std::span<const Sample* const> samples) const;
+
+  LayoutOptions options_;
 };
 
 // Errors: as check_layout_options().

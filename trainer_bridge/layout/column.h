@@ -46,14 +46,16 @@ template <class T, class Fill>
 Column make_column(std::string name, Alignment alignment, std::vector<uint64_t> shape, Fill fill) {
   uint64_t num_elements = 1;
   for (const uint64_t extent : shape) num_elements *= extent;
-  return {.name = std::move(name),
-          .dtype = numpy_code<T>(),
-          .alignment = alignment,
-          .shape = std::move(shape),
-          .bytes = num_elements * sizeof(T),
-          .write = [fill = std::move(fill), num_elements](std::byte* out) {
-            fill(std::span<T>(reinterpret_cast<T*>(out), num_elements));
-          }};
+  Column column;
+  column.name = std::move(name);
+  column.dtype = numpy_code<T>();
+  column.alignment = alignment;
+  column.shape = std::move(shape);
+  column.bytes = num_elements * sizeof(T);
+  column.write = [fill = std::move(fill), num_elements](std::byte* out) {
+    fill(std::span<T>(reinterpret_cast<T*>(out), num_elements));
+  };
+  return column;
 }
 
 }  // namespace rollpack::bridge

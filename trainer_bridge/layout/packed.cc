@@ -147,7 +147,8 @@ class PackedLayout : public BatchLayout {
 
  protected:
   std::vector<Column> columns(std::span<const Sample* const> samples) const override {
-    const auto rows = std::make_shared<const Rows>(pack_rows(samples, options_.max_tokens_per_row));
+    const auto rows =
+        std::make_shared<const Rows>(pack_rows(samples, options().max_tokens_per_row));
     std::vector<Column> columns = {
         input_ids(rows),
         position_ids(rows),
@@ -157,7 +158,8 @@ class PackedLayout : public BatchLayout {
         loss_mask(rows),
         weight_versions(rows),
     };
-    for (const ResponseValues& values : response_values(options_.logprobs_mode, options_.columns)) {
+    for (const ResponseValues& values :
+         response_values(options().logprobs_mode, options().columns)) {
       columns.push_back(value_column(rows, values));
     }
     append_sample_columns(SampleList(rows, &rows->samples), columns);

@@ -108,9 +108,10 @@ class PaddedLayout : public BatchLayout {
   std::vector<Column> columns(std::span<const Sample* const> samples) const override {
     const Grid grid = make_grid(samples);
     std::vector<Column> columns;
-    append_id_columns(grid, options_.pad_token_id, columns);
+    append_id_columns(grid, options().pad_token_id, columns);
     append_mask_columns(grid, columns);
-    for (const ResponseValues& values : response_values(options_.logprobs_mode, options_.columns)) {
+    for (const ResponseValues& values :
+         response_values(options().logprobs_mode, options().columns)) {
       columns.push_back(value_column(grid, values));
     }
     append_sample_columns(grid.samples, columns);

@@ -161,6 +161,7 @@ std::vector<ResponseValues> response_values(std::string_view logprobs_mode,
 
 std::vector<std::string_view> logprobs_modes() {
   std::vector<std::string_view> names;
+  names.reserve(kLogprobsModes.size());
   for (const LogprobsMode& known : kLogprobsModes) names.push_back(known.mode);
   return names;
 }
