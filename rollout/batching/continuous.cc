@@ -19,10 +19,26 @@ bool is_prefilling(const Sequence& sequence) {
   return !sequence.is_finished && !sequence.pages.empty() && sequence.num_remaining() > 1;
 }
 
-// Needs a page for its next row: none there yet, or one that siblings share.
-bool needs_page(const Sequence& sequence, const EngineState& state) {
-  const size_t index = sequence.num_computed / state.limits.page_tokens;
-  return index >= sequence.pages.size() || state.pool.is_shared(sequence.pages[index]);
+// Pages `sequence` lacks to write all its uncomputed tokens: missing ones, and a copy of the page it
+// shares with siblings.
+int32_t num_pages_lacking(const Sequence& sequence, const EngineState& state) {
+  const int32_t page_tokens = state.limits.page_tokens;
+  const auto num_held = static_cast<int32_t>(sequence.pages.size());
+  const int32_t first = sequence.num_computed / page_tokens;
+  const bool copies = first < num_held && state.pool.is_shared(sequence.pages[first]);
+  return pages_for(sequence.num_computed + sequence.num_remaining(), page_tokens) - num_held +
+         (copies ? 1 : 0);
+}
+
+// Gives `sequence` what num_pages_lacking() counts; the pool must have it.
+void add_lacking_pages(Sequence& sequence, EngineState& state, StepBatch& batch) {
+  const int32_t page_tokens = state.limits.page_tokens;
+  bool has_room = try_make_writable(sequence, sequence.num_computed, page_tokens, state.pool,
+                                    batch.plan.page_copies);
+  if (const int32_t num_more = num_pages_lacking(sequence, state); num_more > 0) {
+    has_room = has_room && state.pool.try_allocate(num_more, sequence.pages);
+  }
+  if (!has_room) fail_invariant("KV pages that were counted as free are not");
 }
 
 // Whom preemption costs least: fewest computed tokens of its own, then the youngest.
@@ -81,12 +97,13 @@ void ContinuousBatching::plan(EngineState& state, StepBatch& batch) {
 }
 
 void ContinuousBatching::secure_pages(EngineState& state, StepBatch& batch) {
+  const auto computes = [](const Sequence& s) { return !s.is_finished && !s.pages.empty(); };
   for (;;) {
-    int32_t num_needed = 0;
+    int32_t num_lacking = 0;
     for (const auto& sequence : state.running) {
-      num_needed += is_decoding(*sequence) && needs_page(*sequence, state);
+      if (computes(*sequence)) num_lacking += num_pages_lacking(*sequence, state);
     }
-    if (num_needed <= state.pool.num_free()) break;
+    if (num_lacking <= state.pool.num_free()) break;
     if (!state.pinned_prompts.empty()) {
       state.unpin(*state.pinned_prompts.rbegin()->second);
       continue;
@@ -95,9 +112,7 @@ void ContinuousBatching::secure_pages(EngineState& state, StepBatch& batch) {
     ++state.counters.num_preemptions;
   }
   for (const auto& sequence : state.running) {
-    if (!is_decoding(*sequence)) continue;
-    try_make_writable(*sequence, sequence->num_computed, state.limits.page_tokens, state.pool,
-                      batch.plan.page_copies);
+    if (computes(*sequence)) add_lacking_pages(*sequence, state, batch);
   }
 }
 
@@ -161,17 +176,13 @@ bool ContinuousBatching::try_admit(EngineState& state, Sequence& sequence, StepB
     group->followers.push_back(&sequence);
     return true;
   }
-  const int32_t num_tokens = sequence.num_computed + sequence.num_remaining();
   if (num_shared > 0) {
     share_pages(group->prompt_pages, num_shared, state.pool, sequence);
     sequence.num_computed = num_computed;
-    try_make_writable(sequence, num_computed, page_tokens, state.pool, batch.plan.page_copies);
   } else if (group != nullptr) {
     group->leader = &sequence;
   }
-  const auto num_missing =
-      pages_for(num_tokens, page_tokens) - static_cast<int32_t>(sequence.pages.size());
-  if (num_missing > 0) state.pool.try_allocate(num_missing, sequence.pages);
+  add_lacking_pages(sequence, state, batch);
   return true;
 }
 
