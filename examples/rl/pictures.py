@@ -21,7 +21,7 @@ def draw_reward(path: pathlib.Path, rewards: list[float], accuracy: tuple[float,
     axes.plot(steps, rewards, color="0.75", marker=".", label="mean reward of the step")
     smooth = [np.mean(rewards[max(0, i - 4):i + 1]) for i in range(len(rewards))]
     axes.plot(steps, smooth, color="C0", linewidth=2, label="mean of the last 5")
-    axes.plot([0, len(rewards)], accuracy, "D", color="C1", label="greedy accuracy, all questions")
+    axes.plot([0, len(rewards)], accuracy, "D", color="C1", label="greedy accuracy")
     axes.set(xlabel="step", ylim=(-0.03, 1.03), title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
