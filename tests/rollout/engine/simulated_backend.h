@@ -1,0 +1,202 @@
+// A backend without numbers: a page slot holds a hash of everything its key depends on (weights, all
+// tokens up to its position), a token is drawn from the hash of its row. So a step that reads a
+// wrong, stale or foreign key draws a wrong token, and a few microseconds a step allow thousands of
+// random schedules. It also checks each plan: ranges, the token budget, no slot of memory written twice.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels/backend.h"
+#include "kernels/philox.h"
+
+namespace rollpack::rollout {
+
+inline uint64_t mix(uint64_t a, uint64_t b) {
+  const auto w = kernels::philox4x32({static_cast<uint32_t>(a), static_cast<uint32_t>(a >> 32),
+                                      static_cast<uint32_t>(b), static_cast<uint32_t>(b >> 32)},
+                                     {1, 2});
+  return static_cast<uint64_t>(w[0]) << 32 | w[1];
+}
+
+class SimulatedBackend : public kernels::Backend {
+ public:
+  struct Options {
+    int32_t num_pages = 64;
+    int32_t page_tokens = 4;
+    int32_t num_slots = 8;
+    int32_t max_rows = 32;
+    int32_t vocab_size = 100;
+  };
+
+  explicit SimulatedBackend(const Options& options)
+      : options_(options),
+        pages_(options.num_pages, std::vector<uint64_t>(options.page_tokens, 0)),
+        slots_(options.num_slots) {}
+
+  // What a row's hash is, given the hash of the row before it.
+  static uint64_t row_hash(uint64_t version, uint64_t previous, int32_t token) {
+    return mix(mix(version, previous), static_cast<uint64_t>(token) + 1);
+  }
+  static int32_t draw(uint64_t hash, uint64_t seed, uint64_t prompt_hash, uint32_t sample_index,
+                      int32_t vocab_size) {
+    return static_cast<int32_t>(mix(mix(hash, seed), mix(prompt_hash, sample_index)) %
+                                static_cast<uint64_t>(vocab_size));
+  }
+
+  void set_version(uint64_t version) { version_ = version; }
+  int64_t num_rows_run() const { return num_rows_run_; }
+
+  kernels::StepHandle submit(kernels::StepPlan plan) override;
+  kernels::StepResult wait(kernels::StepHandle, kernels::Deadline) override {
+    return std::move(result_);
+  }
+  bool poll(kernels::StepHandle) override { return true; }
+  const kernels::BackendInfo& info() const override { return info_; }
+
+  kernels::Buffer alloc(int64_t) override { return {}; }
+  void free(kernels::Buffer) override {}
+  void upload(kernels::Buffer, const void*, int64_t) override {}
+  void download(void*, kernels::Buffer, int64_t) override {}
+  void sync() override {}
+  kernels::WeightId declare_weight(const kernels::WeightSpec&) override { return 0; }
+  void begin_staging() override {}
+  void load_weight(kernels::WeightId, int32_t, const kernels::ConstTensor&,
+                   kernels::ShardRange) override {}
+  void copy_committed_to_staged() override {}
+  void commit_weights() override {}
+  void discard_weights() override {}
+  uint64_t weights_hash() override { return version_; }
+  int export_staged_weights() override { return -1; }
+  void adopt_staged_weights(int) override {}
+  void sleep(const std::vector<std::string>&) override {}
+  void wake_up(const std::vector<std::string>&) override {}
+  void set_program(std::shared_ptr<kernels::StepProgram>) override {}
+  void embed(const kernels::EmbedArgs&) override {}
+  void rms_norm(const kernels::RmsNormArgs&) override {}
+  void linear(const kernels::LinearArgs&) override {}
+  void rope_append(const kernels::RopeAppendArgs&) override {}
+  void attention(const kernels::AttentionArgs&) override {}
+  void gather_head_rows(const kernels::GatherHeadRowsArgs&) override {}
+  void lm_head(const kernels::LmHeadArgs&) override {}
+
+ private:
+  struct Slot {
+    kernels::SlotInit init;
+    int32_t pending_token = -1;
+    int32_t next_position = 0;
+    bool is_set = false;
+  };
+
+  static void check(bool holds, const char* what) {
+    if (!holds) throw std::logic_error(what);
+  }
+  void run_sequence(const kernels::StepPlan& plan, const kernels::StepSequence& sequence,
+                    std::vector<uint64_t>& hashes);
+  kernels::HeadResult sample(const kernels::StepPlan& plan, const kernels::SampleRow& row,
+                             uint64_t hash);
+
+  const Options options_;
+  uint64_t version_ = 0;
+  std::vector<std::vector<uint64_t>> pages_;  // [num_pages][page_tokens] row hashes
+  std::vector<Slot> slots_;
+  std::set<std::pair<int32_t, int32_t>> written_;  // (page, offset) of the step under way
+  kernels::StepResult result_;
+  kernels::BackendInfo info_;
+  int64_t num_rows_run_ = 0;
+};
+
+inline kernels::StepHandle SimulatedBackend::submit(kernels::StepPlan plan) {
+  check(plan.num_rows() >= 1 && plan.num_rows() <= options_.max_rows, "rows within the budget");
+  check(plan.positions.size() == plan.input_ids.size(), "a position a row");
+  num_rows_run_ += plan.num_rows();
+  for (const kernels::PageCopy& copy : plan.page_copies) {
+    check(copy.source != copy.target, "a page copied onto itself");
+    for (int32_t i = 0; i < copy.num_tokens; ++i) {
+      pages_.at(copy.target)[i] = pages_.at(copy.source)[i];
+    }
+  }
+  for (const kernels::SlotInit& init : plan.slot_inits) {
+    slots_.at(init.slot) = {.init = init, .next_position = init.next_position, .is_set = true};
+  }
+  written_.clear();
+  std::vector<uint64_t> hashes(plan.num_rows(), 0);
+  int32_t next_row = 0;
+  for (const kernels::StepSequence& sequence : plan.sequences) {
+    check(sequence.row_begin == next_row, "rows of sequences in order");
+    next_row += sequence.num_rows;
+    run_sequence(plan, sequence, hashes);
+  }
+  check(next_row == plan.num_rows(), "every row belongs to a sequence");
+  result_ = {};
+  std::set<int32_t> sampled_slots;
+  for (const kernels::SampleRow& row : plan.samples) {
+    check(sampled_slots.insert(row.slot).second, "a slot sampled once a step");
+    result_.samples.push_back(sample(plan, row, hashes.at(row.row)));
+  }
+  for (const kernels::ScoreRow& row : plan.scores) {
+    result_.scores.push_back(
+        {.position = plan.positions.at(row.row) + 1, .token = row.token,
+         .logprob = -static_cast<float>(mix(hashes.at(row.row), row.token) % 1000)});
+  }
+  return 1;
+}
+
+inline void SimulatedBackend::run_sequence(const kernels::StepPlan& plan,
+                                           const kernels::StepSequence& sequence,
+                                           std::vector<uint64_t>& hashes) {
+  const auto place = [&](int32_t position) -> std::pair<int32_t, int32_t> {
+    const int32_t index = position / options_.page_tokens;
+    check(index < sequence.num_pages, "a position within the page table");
+    return {plan.page_tables.at(sequence.page_table_begin + index),
+            position % options_.page_tokens};
+  };
+  for (int32_t row = sequence.row_begin; row < sequence.row_begin + sequence.num_rows; ++row) {
+    const int32_t position = plan.positions[row];
+    if (position == kernels::kPadPosition) continue;
+    int32_t token = plan.input_ids[row];
+    if (token == kernels::kPendingToken) {
+      const Slot& slot = slots_.at(sequence.slot);
+      check(slot.is_set && slot.pending_token >= 0, "a pending token in the slot");
+      check(slot.next_position == position + 1, "a pending token at its position");
+      token = slot.pending_token;
+    }
+    const auto key = [&](int32_t at) -> uint64_t& {
+      const auto [page, offset] = place(at);
+      return pages_.at(page)[offset];
+    };
+    // Everything the row sees counts, so that damage to any earlier key shows.
+    uint64_t seen = 0;
+    for (int32_t j = 0; j < position; ++j) seen = mix(seen, key(j));
+    check(written_.insert(place(position)).second, "memory written once a step");
+    hashes[row] = row_hash(version_, seen, token);
+    key(position) = hashes[row];
+  }
+}
+
+inline kernels::HeadResult SimulatedBackend::sample(const kernels::StepPlan& plan,
+                                                    const kernels::SampleRow& row, uint64_t hash) {
+  Slot& slot = slots_.at(row.slot);
+  check(slot.is_set, "a sampled slot that was set");
+  check(plan.positions.at(row.row) + 1 == slot.next_position, "a draw at the slot's position");
+  const kernels::SlotInit& init = slot.init;
+  kernels::HeadResult result{.slot = row.slot, .position = slot.next_position};
+  result.token = draw(hash, init.seed, init.prompt_hash, init.sample_index, options_.vocab_size);
+  result.logprob = -static_cast<float>(mix(hash, result.token) % 1000);
+  const bool is_stop = slot.next_position >= init.min_position &&
+                       std::ranges::binary_search(init.stop_token_ids, result.token);
+  if (is_stop) {
+    result.finish = kernels::SlotFinish::kStop;
+  } else if (slot.next_position + 1 == init.end_position) {
+    result.finish = kernels::SlotFinish::kLength;
+  }
+  slot.pending_token = result.token;
+  ++slot.next_position;
+  return result;
+}
+
+}  // namespace rollpack::rollout

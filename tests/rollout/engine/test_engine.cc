@@ -1,0 +1,366 @@
+// The engine and both batching policies over thousands of random schedules, against each sample
+// computed alone: arrivals, aborts, preemption, weight switches, scoring, budgets of any size.
+#include "rollout/engine/engine.h"
+
+#include <gtest/gtest.h>
+
+#include <map>
+#include <random>
+
+#include "kernels/base/checksum.h"
+#include "tests/rollout/engine/simulated_backend.h"
+
+namespace rollpack::rollout {
+namespace {
+
+using namespace std::chrono_literals;
+
+constexpr int32_t kVocab = 100;
+using SampleName = std::pair<int64_t, int32_t>;  // request, sample_index
+
+struct Collected : EngineOutput {
+  void on_sample(bridge::Sample sample) override {
+    const SampleName name{sample.key.request_id, sample.key.sample_index};
+    EXPECT_TRUE(samples.emplace(name, std::move(sample)).second) << "a sample came twice";
+  }
+  void on_failed(bridge::FailedSample sample) override {
+    ADD_FAILURE() << format_error(sample.error);
+  }
+  void on_scored(uint64_t ticket, bridge::Outcome error, bridge::ScoredSequence result) override {
+    EXPECT_FALSE(error);
+    EXPECT_TRUE(scored.emplace(ticket, std::move(result)).second) << "a score came twice";
+  }
+  std::map<SampleName, bridge::Sample> samples;
+  std::map<uint64_t, bridge::ScoredSequence> scored;
+};
+
+struct RigOptions {
+  std::string batching = "continuous";
+  int32_t num_pages = 64;
+  int32_t max_num_seqs = 8;
+  int32_t max_num_batched_tokens = 32;
+  bool chunked_prefill = true;
+  bool prefix_sharing = true;
+};
+
+struct Rig {
+  explicit Rig(const RigOptions& options)
+      : backend({.num_pages = options.num_pages,
+                 .num_slots = options.max_num_seqs,
+                 .max_rows = options.max_num_batched_tokens,
+                 .vocab_size = kVocab}),
+        engine({.max_num_seqs = options.max_num_seqs,
+                .max_num_batched_tokens = options.max_num_batched_tokens,
+                .page_tokens = 4,
+                .num_pages = options.num_pages,
+                .page_bytes = 1,
+                .max_positions = 1000,
+                .chunked_prefill = options.chunked_prefill,
+                .prefix_sharing = options.prefix_sharing},
+               make_batching_policy(options.batching), backend, collected) {}
+
+  void run_to_end() {
+    for (int steps = 0; engine.has_work(); ++steps) {
+      ASSERT_LT(steps, 100000) << "the engine does not come to an end";
+      ASSERT_TRUE(engine.step(1s)) << "work is left but no step is planned";
+    }
+    expect_nothing_held();
+  }
+  void expect_nothing_held() const {
+    EXPECT_EQ(engine.state().pool.num_free(), engine.state().pool.num_pages());
+    EXPECT_EQ(static_cast<int32_t>(engine.state().free_slots.size()),
+              engine.state().limits.max_num_seqs);
+    EXPECT_TRUE(engine.state().pinned_prompts.empty());
+  }
+
+  Collected collected;
+  SimulatedBackend backend;
+  Engine engine;
+};
+
+GroupRequest random_group(std::mt19937& random, int64_t request_id, int32_t max_prompt = 20,
+                          int32_t max_response = 24) {
+  const auto below = [&](int32_t n) { return static_cast<int32_t>(random() % n); };
+  std::vector<int32_t> prompt(1 + below(max_prompt));
+  for (int32_t& token : prompt) token = below(kVocab);
+  GroupRequest group;
+  group.key = {.request_id = request_id,
+               .prompt_id = {.text = std::to_string(request_id)},
+               .group_size = 1 + below(6)};
+  group.prompt_ids = std::make_shared<const std::vector<int32_t>>(prompt);
+  group.sampling = {.seed = 7, .response_length = 1 + below(max_response), .min_tokens = below(3),
+                    .stop_token_ids = {3, 50}};
+  return group;
+}
+
+// The sample computed by itself, straight from the definition of the simulated model.
+std::vector<int32_t> alone(const GroupRequest& group, int32_t sample_index, uint64_t version) {
+  std::vector<int32_t> tokens = *group.prompt_ids;
+  std::vector<uint64_t> keys;
+  std::vector<int32_t> response;
+  const size_t num_prompt = tokens.size();
+  for (size_t position = 0;; ++position) {
+    uint64_t seen = 0;
+    for (const uint64_t key : keys) seen = mix(seen, key);
+    keys.push_back(SimulatedBackend::row_hash(version, seen, tokens[position]));
+    if (position + 1 < num_prompt) continue;
+    const int32_t token = SimulatedBackend::draw(keys.back(), group.sampling.seed,
+                                                 fnv1a64(group.key.prompt_id.text), sample_index,
+                                                 kVocab);
+    response.push_back(token);
+    tokens.push_back(token);
+    const auto length = static_cast<int32_t>(response.size());
+    const bool stops = std::ranges::binary_search(group.sampling.stop_token_ids, token) &&
+                       length > group.sampling.min_tokens;
+    if (stops || length == group.sampling.response_length) return response;
+  }
+}
+
+void expect_alone(const Collected& collected, const GroupRequest& group, uint64_t version = 0) {
+  for (int32_t i = 0; i < group.key.group_size; ++i) {
+    const auto found = collected.samples.find({group.key.request_id, i});
+    ASSERT_NE(found, collected.samples.end()) << "request " << group.key.request_id;
+    EXPECT_EQ(found->second.response_ids, alone(group, i, version))
+        << "request " << group.key.request_id << ", sample " << i;
+  }
+}
+
+TEST(Engine, GivesEverySampleAsIfAloneOverRandomSchedules) {
+  for (uint32_t seed = 0; seed < 600; ++seed) {
+    SCOPED_TRACE(seed);
+    std::mt19937 random(seed);
+    const RigOptions options{.batching = seed % 3 == 0 ? "left_padded" : "continuous",
+                      .num_pages = static_cast<int32_t>(11 + random() % 40),
+                      .max_num_seqs = static_cast<int32_t>(1 + random() % 9),
+                      .max_num_batched_tokens = static_cast<int32_t>(1 + random() % 40),
+                      .prefix_sharing = random() % 4 != 0};
+    Rig rig(options);
+    std::vector<GroupRequest> groups;
+    const int64_t num_groups = 1 + random() % 8;
+    for (int64_t id = 0; id < num_groups; ++id) {
+      groups.push_back(random_group(random, id));
+      ASSERT_FALSE(check_group(groups.back(), rig.engine.state().limits, ""));
+      rig.engine.add(groups.back());
+      for (int steps = static_cast<int>(random() % 6); steps > 0; --steps) rig.engine.step(1s);
+    }
+    ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
+    for (const GroupRequest& group : groups) expect_alone(rig.collected, group);
+  }
+}
+
+TEST(Engine, PrefillsAGroupsPromptOnceAndComputesNoPad) {
+  Rig rig({.max_num_batched_tokens = 64});
+  std::mt19937 random(1);
+  GroupRequest group = random_group(random, 0);
+  group.key.group_size = 8;
+  group.sampling = {.response_length = 5};
+  rig.engine.add(group);
+  ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
+  // The last sampled token of a sample is never fed back.
+  EXPECT_EQ(rig.backend.num_rows_run(), static_cast<int64_t>(group.prompt_ids->size()) + 8 * 4);
+}
+
+TEST(Engine, LeftPaddedComputesEveryColumnOfEveryRow) {
+  Rig rig({.batching = "left_padded", .max_num_batched_tokens = 64});
+  for (int64_t id = 0; id < 2; ++id) {
+    GroupRequest group;
+    group.key = {.request_id = id, .prompt_id = {.text = std::to_string(id)}, .group_size = 2};
+    group.prompt_ids = std::make_shared<const std::vector<int32_t>>(id == 0 ? 3 : 10, 9);
+    group.sampling = {.response_length = id == 0 ? 2 : 6};
+    rig.engine.add(group);
+  }
+  ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
+  EXPECT_EQ(rig.backend.num_rows_run(), 4 * (10 + 5));
+  EXPECT_EQ(rig.engine.state().counters.num_pad_rows, 2 * 7 + 2 * 4);
+}
+
+TEST(Engine, PreemptsWhenPagesRunOutAndStillGivesTheSameTokens) {
+  Rig rig({.num_pages = 12, .max_num_seqs = 8});
+  std::mt19937 random(2);
+  std::vector<GroupRequest> groups;
+  for (int64_t id = 0; id < 6; ++id) {
+    groups.push_back(random_group(random, id));
+    groups.back().sampling.stop_token_ids.clear();
+    groups.back().sampling.response_length = 24;
+    rig.engine.add(groups.back());
+  }
+  ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
+  EXPECT_GT(rig.engine.state().counters.num_preemptions, 0);
+  for (const auto& [name, sample] : rig.collected.samples) EXPECT_EQ(sample.response_ids.size(), 24u);
+}
+
+TEST(Engine, AbortHandsOutPartialSamplesAndHoldsNothing) {
+  for (uint32_t seed = 0; seed < 300; ++seed) {
+    SCOPED_TRACE(seed);
+    std::mt19937 random(seed);
+    Rig rig({.batching = seed % 3 == 0 ? "left_padded" : "continuous",
+             .num_pages = static_cast<int32_t>(11 + random() % 20),
+             .max_num_seqs = static_cast<int32_t>(1 + random() % 9)});
+    std::vector<GroupRequest> groups;
+    for (int64_t id = 0; id < 5; ++id) {
+      groups.push_back(random_group(random, id));
+      rig.engine.add(groups.back());
+    }
+    for (int steps = static_cast<int>(random() % 12); steps > 0; --steps) rig.engine.step(1s);
+    const int64_t aborted = static_cast<int64_t>(random() % 5);
+    rig.engine.abort(aborted);
+    ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
+    for (const GroupRequest& group : groups) {
+      if (group.key.request_id != aborted) {
+        expect_alone(rig.collected, group);
+        continue;
+      }
+      for (int32_t i = 0; i < group.key.group_size; ++i) {
+        const bridge::Sample& sample = rig.collected.samples.at({aborted, i});
+        std::vector<int32_t> whole = alone(group, i, 0);
+        ASSERT_LE(sample.response_ids.size(), whole.size());
+        whole.resize(sample.response_ids.size());
+        EXPECT_EQ(sample.response_ids, whole) << "a partial sample is a prefix";
+        EXPECT_EQ(sample.logprobs.size(), whole.size());
+      }
+    }
+  }
+}
+
+TEST(Engine, ResumedPromptPlusPartialResponseContinuesTheStream) {
+  std::mt19937 random(5);
+  GroupRequest group = random_group(random, 0);
+  group.key.group_size = 1;
+  group.sampling = {.seed = 3, .response_length = 20};
+  const std::vector<int32_t> whole = alone(group, 0, 0);
+  GroupRequest resumed = group;
+  std::vector<int32_t> prompt = *group.prompt_ids;
+  prompt.insert(prompt.end(), whole.begin(), whole.begin() + 7);
+  resumed.prompt_ids = std::make_shared<const std::vector<int32_t>>(prompt);
+  resumed.sampling.response_length = 13;
+  Rig rig({});
+  rig.engine.add(resumed);
+  ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
+  EXPECT_EQ(rig.collected.samples.at({0, 0}).response_ids,
+            std::vector<int32_t>(whole.begin() + 7, whole.end()));
+}
+
+// After a switch each token is drawn from its whole prefix under the version stamped on it.
+TEST(Engine, KeepsSamplesOverAWeightSwitchAndStampsTheirVersions) {
+  for (uint32_t seed = 0; seed < 200; ++seed) {
+    SCOPED_TRACE(seed);
+    std::mt19937 random(seed);
+    Rig rig({.batching = seed % 3 == 0 ? "left_padded" : "continuous",
+             .num_pages = static_cast<int32_t>(14 + random() % 30)});
+    std::vector<GroupRequest> groups;
+    for (int64_t id = 0; id < 4; ++id) {
+      groups.push_back(random_group(random, id));
+      groups.back().sampling.stop_token_ids.clear();
+      rig.engine.add(groups.back());
+    }
+    for (int steps = static_cast<int>(random() % 15); steps > 0; --steps) rig.engine.step(1s);
+    rig.backend.set_version(1);
+    rig.engine.switch_version(1);
+    ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
+    for (const GroupRequest& group : groups) {
+      for (int32_t i = 0; i < group.key.group_size; ++i) {
+        const bridge::Sample& sample = rig.collected.samples.at({group.key.request_id, i});
+        ASSERT_FALSE(sample.weight_versions.empty());
+        for (size_t span = 0; span < sample.weight_versions.size(); ++span) {
+          const auto [first, version] = sample.weight_versions[span];
+          GroupRequest rest = group;  // the first token of the span, from the tokens before it
+          std::vector<int32_t> prefix = *group.prompt_ids;
+          prefix.insert(prefix.end(), sample.response_ids.begin(),
+                        sample.response_ids.begin() + first);
+          rest.prompt_ids = std::make_shared<const std::vector<int32_t>>(prefix);
+          rest.sampling.response_length -= first;
+          const auto expected = alone(rest, i, static_cast<uint64_t>(version));
+          const size_t end = span + 1 < sample.weight_versions.size()
+                                 ? sample.weight_versions[span + 1].first_token
+                                 : sample.response_ids.size();
+          for (size_t t = first; t < end; ++t) {
+            ASSERT_EQ(sample.response_ids[t], expected[t - first]) << "token " << t;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(Engine, ScoresGivenResponsesWithTheNumbersOfGeneration) {
+  for (const char* batching : {"continuous", "left_padded"}) {
+    for (const int32_t budget : {1, 3, 32}) {
+      std::mt19937 random(11);
+      Rig rig({.batching = batching, .num_pages = 24, .max_num_batched_tokens = budget});
+      std::vector<GroupRequest> groups;
+      for (int64_t id = 0; id < 5; ++id) {
+        groups.push_back(random_group(random, id));
+        rig.engine.add(groups.back());
+      }
+      ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
+      uint64_t ticket = 0;
+      for (const auto& [name, sample] : rig.collected.samples) {
+        rig.engine.add_score({.ticket = ticket++,
+                              .sequence = {.input_ids = *sample.prompt_ids,
+                                           .response_ids = sample.response_ids}});
+      }
+      ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
+      ticket = 0;
+      for (const auto& [name, sample] : rig.collected.samples) {
+        EXPECT_EQ(rig.collected.scored.at(ticket++).logprobs, sample.logprobs);
+      }
+    }
+  }
+}
+
+TEST(Engine, ScoresAnEmptyResponseAsNothing) {
+  Rig rig({});
+  rig.engine.add_score({.ticket = 4, .sequence = {.input_ids = {1}}});
+  EXPECT_TRUE(rig.collected.scored.at(4).logprobs.empty());
+  EXPECT_FALSE(rig.engine.has_work());
+}
+
+TEST(Engine, EndsASequenceAtTheModelsLastPositionByLength) {
+  Rig rig({.num_pages = 300});
+  std::mt19937 random(3);
+  GroupRequest group = random_group(random, 0);
+  group.key.group_size = 1;
+  group.prompt_ids = std::make_shared<const std::vector<int32_t>>(995, 1);
+  group.sampling = {.response_length = 50};
+  rig.engine.add(group);
+  ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
+  const bridge::Sample& sample = rig.collected.samples.at({0, 0});
+  EXPECT_EQ(sample.response_ids.size(), 5u);
+  EXPECT_EQ(sample.finish_reason, bridge::FinishReason::kLength);
+}
+
+TEST(Engine, StopsAdmittingButFinishesWhatHasStarted) {
+  Rig rig({.max_num_seqs = 2});
+  std::mt19937 random(4);
+  for (int64_t id = 0; id < 4; ++id) rig.engine.add(random_group(random, id));
+  for (int i = 0; i < 3; ++i) rig.engine.step(1s);
+  rig.engine.set_admits(false);
+  for (int steps = 0; rig.engine.has_started_work(); ++steps) {
+    ASSERT_LT(steps, 1000);
+    rig.engine.step(1s);
+  }
+  EXPECT_TRUE(rig.engine.has_work());
+  EXPECT_FALSE(rig.engine.step(1s));
+  rig.engine.set_admits(true);
+  ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
+}
+
+TEST(RequestCheck, NamesTheBytesASequenceNeeds) {
+  const EngineLimits limits{.page_tokens = 4, .num_pages = 5, .page_bytes = 100,
+                            .max_positions = 1000};
+  GroupRequest group;
+  group.prompt_ids = std::make_shared<const std::vector<int32_t>>(10, 1);
+  group.sampling = {.response_length = 10};
+  EXPECT_FALSE(check_group(group, limits, "here"));
+  group.sampling.response_length = 11;
+  const bridge::Outcome error = check_group(group, limits, "here");
+  ASSERT_TRUE(error);
+  EXPECT_EQ(error->code, ErrorCode::kResourceExhausted);
+  EXPECT_EQ(format_error(*error),
+            "engine.kv_cache_memory = 500 bytes (here): expected at least 600 bytes for this "
+            "sequence of up to 21 tokens; raise engine.kv_cache_memory or shorten prompt or "
+            "response");
+}
+
+}  // namespace
+}  // namespace rollpack::rollout
