@@ -1,0 +1,358 @@
+#include "kernels/cpu/cpu_backend.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <utility>
+
+#include "kernels/base/error.h"
+#include "kernels/cpu/attention.h"
+#include "kernels/cpu/gemm.h"
+#include "kernels/cpu/kv_pages.h"
+#include "kernels/cpu/row_ops.h"
+#include "kernels/cpu/step_context.h"
+#include "kernels/cpu/step_queue.h"
+#include "kernels/cpu/thread_pool.h"
+#include "kernels/cpu/vocab_head.h"
+#include "kernels/cpu/weight_store.h"
+
+namespace rollpack::kernels {
+namespace cpu {
+namespace {
+
+void check_shape(const ModelShape& shape, const BackendOptions& options) {
+  if (shape.dtype != DType::kBF16 && shape.dtype != DType::kF32) {
+    throw Error({.code = ErrorCode::kUnsupported,
+                 .field = "model.dtype",
+                 .value = std::string(dtype_name(shape.dtype)),
+                 .allowed = "bfloat16 or float32"});
+  }
+  if (shape.K <= 0 || shape.K % 2 != 0 || shape.K > kMaxHeadWidth) {
+    throw Error({.code = ErrorCode::kUnsupported,
+                 .field = "head_dim",
+                 .value = std::to_string(shape.K),
+                 .allowed = fmt::format("an even number up to {}", kMaxHeadWidth),
+                 .message = "rotation pairs elements k and k + head_dim / 2"});
+  }
+  if (shape.D <= 0 || shape.H <= 0 || shape.G <= 0 || shape.F <= 0 || shape.V <= 0 ||
+      shape.L <= 0 || shape.H % shape.G != 0) {
+    throw Error({.code = ErrorCode::kInvalidArgument,
+                 .field = "model shape",
+                 .value = fmt::format("D {} H {} G {} F {} V {} L {}", shape.D, shape.H, shape.G,
+                                      shape.F, shape.V, shape.L),
+                 .allowed = "positive numbers, G dividing H"});
+  }
+  if (options.max_num_seqs <= 0 || options.max_num_batched_tokens <= 0 ||
+      options.num_threads < 0) {
+    throw Error({.code = ErrorCode::kInvalidArgument,
+                 .field = "engine.max_num_seqs, max_num_batched_tokens, num_threads",
+                 .value = fmt::format("{}, {}, {}", options.max_num_seqs,
+                                      options.max_num_batched_tokens, options.num_threads),
+                 .allowed = "positive numbers; 0 threads for all CPUs"});
+  }
+}
+
+Isa choose_isa(const CpuOptions& cpu_options) {
+  const std::vector<Isa> isas = supported_isas();
+  if (!cpu_options.isa) return isas.front();
+  if (std::ranges::find(isas, *cpu_options.isa) == isas.end()) {
+    std::string names;
+    for (const Isa isa : isas) names += (names.empty() ? "" : ", ") + std::string(isa_name(isa));
+    throw Error({.code = ErrorCode::kUnsupported,
+                 .field = "isa",
+                 .value = std::string(isa_name(*cpu_options.isa)),
+                 .allowed = names,
+                 .message = "this machine lacks the instructions"});
+  }
+  return *cpu_options.isa;
+}
+
+void expect_shape(const Tensor& tensor, int64_t rows, int64_t cols, const char* what) {
+  if (tensor.rows() == rows && tensor.cols() == cols) return;
+  throw Error({.code = ErrorCode::kInvalidArgument,
+               .field = what,
+               .value = fmt::format("[{}, {}]", tensor.rows(), tensor.cols()),
+               .allowed = fmt::format("[{}, {}]", rows, cols)});
+}
+
+[[noreturn]] void refuse_sleep(const char* call) {
+  throw Error({.code = ErrorCode::kUnsupported,
+               .field = call,
+               .message = "the cpu backend keeps its memory; restart the process to give it back"});
+}
+
+template <class Element>
+class CpuBackend final : public Backend {
+ public:
+  CpuBackend(const ModelShape& shape, const BackendOptions& options, Isa isa)
+      : shape_(shape),
+        options_(options),
+        kernels_(kernel_table(isa)),
+        pool_(options.num_threads),
+        weights_(shape.dtype, options.shared_weights),
+        pages_(shape, options.kv_cache_bytes),
+        step_(shape, options, pages_.num_pages()),
+        attention_(kernels_, shape, pages_, pool_.num_threads()),
+        head_(kernels_, pool_.num_threads()),
+        queue_([this](const StepPlan& plan, StepProgram& program) { return run(plan, program); }) {
+    describe(isa);
+  }
+
+  ~CpuBackend() override {
+    queue_.close();
+    program_.reset();  // while this is whole: a program may free its buffers here
+  }
+
+  const BackendInfo& info() const override { return info_; }
+
+  Buffer alloc(int64_t bytes) override {
+    // Whole cache lines, so that no two buffers share one.
+    const size_t size = (static_cast<size_t>(std::max<int64_t>(bytes, 1)) + 63) / 64 * 64;
+    void* data = bytes >= 0 ? std::aligned_alloc(64, size) : nullptr;
+    if (data == nullptr) {
+      throw Error({.code = ErrorCode::kResourceExhausted,
+                   .field = "alloc",
+                   .value = fmt::format("{} bytes", bytes),
+                   .message = "the system has no such memory"});
+    }
+    std::memset(data, 0, size);
+    return {data, bytes};
+  }
+  void free(Buffer buffer) override {
+    queue_.drain();  // a step in flight may still use it
+    std::free(buffer.data);
+  }
+  void upload(Buffer target, const void* source, int64_t bytes) override {
+    queue_.drain();
+    if (bytes > target.bytes) fail_invariant("upload: more bytes than the buffer has");
+    std::memcpy(target.data, source, static_cast<size_t>(bytes));
+  }
+  void download(void* target, Buffer source, int64_t bytes) override {
+    queue_.drain();
+    if (bytes > source.bytes) fail_invariant("download: more bytes than the buffer has");
+    std::memcpy(target, source.data, static_cast<size_t>(bytes));
+  }
+  void sync() override { queue_.drain(); }
+
+  WeightId declare_weight(const WeightSpec& spec) override {
+    const WeightId id = weights_.declare(spec);
+    info_.memory.weight_bytes = weights_.set_bytes();
+    info_.memory.staging_bytes = weights_.set_bytes();
+    return id;
+  }
+  void begin_staging() override { weights_.begin_staging(); }
+  void load_weight(WeightId id, int32_t part, const ConstTensor& source,
+                   ShardRange shard) override {
+    with_idle_pool([&](ThreadPool* pool) { weights_.load(id, part, source, shard, pool); });
+  }
+  void copy_committed_to_staged() override { weights_.copy_committed_to_staged(); }
+  void commit_weights() override {
+    weights_.require_complete();
+    queue_.drain();  // steps keep the weights they were submitted under
+    weights_.commit();
+  }
+  void discard_weights() override { weights_.discard(); }
+  uint64_t weights_hash() override {
+    uint64_t hash = 0;
+    with_idle_pool([&](ThreadPool* pool) { hash = weights_.committed_hash(pool); });
+    return hash;
+  }
+  int export_staged_weights() override { return weights_.export_staged(); }
+  void adopt_staged_weights(int fd) override { weights_.adopt_staged(fd); }
+
+  void sleep(const std::vector<std::string>&) override { refuse_sleep("sleep"); }
+  void wake_up(const std::vector<std::string>&) override { refuse_sleep("wake_up"); }
+
+  void set_program(std::shared_ptr<StepProgram> program) override {
+    program_ = std::move(program);
+  }
+  StepHandle submit(StepPlan plan) override {
+    if (!program_) {
+      throw Error({.code = ErrorCode::kFailedPrecondition,
+                   .field = "submit",
+                   .message = "no program is set; call set_program first"});
+    }
+    return queue_.submit(std::move(plan), program_);
+  }
+  bool poll(StepHandle handle) override { return queue_.poll(handle); }
+  StepResult wait(StepHandle handle, Deadline deadline) override {
+    return queue_.wait(handle, deadline);
+  }
+
+  void embed(const EmbedArgs& args) override {
+    const PackedMatrix matrix = weights_.matrix(args.weight, "embed");
+    expect_shape(args.out, step_.plan().num_rows(), matrix.K_in, "embed out");
+    embed_rows(pool_, step_, matrix, args.out);
+  }
+  void rms_norm(const RmsNormArgs& args) override {
+    expect_shape(args.out, args.in.rows(), args.in.cols(), "rms_norm out");
+    rms_norm_rows<Element>(kernels_, pool_,
+                           weights_.vector(args.weight, args.in.cols(), "rms_norm"), args.epsilon,
+                           args.in, args.out);
+  }
+  void linear(const LinearArgs& args) override;
+  void rope_append(const RopeAppendArgs& args) override;
+  void attention(const AttentionArgs& args) override {
+    expect_shape(args.q, step_.plan().num_rows(), shape_.H * shape_.K, "attention q");
+    expect_shape(args.out, step_.plan().num_rows(), shape_.H * shape_.K, "attention out");
+    attention_.run(pool_, step_, args);
+  }
+  void gather_head_rows(const GatherHeadRowsArgs& args) override;
+  void lm_head(const LmHeadArgs& args) override;
+
+ private:
+  void describe(Isa isa);
+  StepResult run(const StepPlan& plan, StepProgram& program);
+  const float* optional_vector(WeightId id, int64_t size, const char* op) const {
+    return id == kNoWeight ? nullptr : weights_.vector(id, size, op);
+  }
+
+  // Calls work with the pool if no step runs, else with null: work on weights must neither wait for
+  // a step nor take its threads.
+  template <class Work>
+  void with_idle_pool(Work work) {
+    const std::unique_lock lock(pool_mutex_, std::try_to_lock);
+    work(lock.owns_lock() ? &pool_ : nullptr);
+  }
+
+  const ModelShape shape_;
+  const BackendOptions options_;
+  const KernelTable& kernels_;
+  BackendInfo info_;
+  ThreadPool pool_;
+  std::mutex pool_mutex_;  // held by the thread that calls parallel_for
+  WeightStore weights_;
+  KvPages pages_;
+  StepContext step_;
+  Attention<Element> attention_;
+  VocabHead<Element> head_;
+  bool has_head_results_ = false;
+  std::vector<Element> padded_rows_;  // inputs of an odd width, in whole steps
+  std::shared_ptr<StepProgram> program_;
+  StepQueue queue_;  // last: its thread uses all of the above
+};
+
+template <class Element>
+void CpuBackend<Element>::describe(Isa isa) {
+  info_.name = "cpu";
+  info_.description = fmt::format("cpu: {}, {} threads", isa_name(isa), pool_.num_threads());
+  // Neither instruction set nor threads: they change no bit.
+  info_.fingerprint = fmt::format("cpu-v1 {}", dtype_name(shape_.dtype));
+  info_.kv = {.dtype = shape_.dtype,
+              .page_tokens = kPageTokens,
+              .page_bytes = pages_.page_bytes(),
+              .num_pages = pages_.num_pages()};
+  const int64_t element = dtype_bytes(shape_.dtype);
+  const ModelShape& s = shape_;
+  // Until weights are declared: a model with a tied head and no biases.
+  const int64_t layer = (s.H + 2 * s.G) * s.K * s.D + s.H * s.K * s.D + 3 * s.D * s.F;
+  info_.memory.weight_bytes = (s.V * s.D + s.L * layer) * element + (2 * s.L + 1) * s.D * 4;
+  info_.memory.staging_bytes = info_.memory.weight_bytes;
+  info_.memory.kv_bytes = pages_.page_bytes() * pages_.num_pages();
+  // A row: residual, its norm, Q K V in f32, rotated Q and attention output, gated F; threads' own.
+  const int64_t row = s.D * (4 + element) + (s.H + 2 * s.G) * s.K * 4 + 2 * s.H * s.K * element +
+                      s.F * element;
+  info_.memory.activation_bytes =
+      row * options_.max_num_batched_tokens +
+      attention_.workspace_bytes() * pool_.num_threads();
+}
+
+template <class Element>
+StepResult CpuBackend<Element>::run(const StepPlan& plan, StepProgram& program) {
+  if (!weights_.has_committed()) {
+    throw Error({.code = ErrorCode::kFailedPrecondition,
+                 .field = "step",
+                 .message = "no weights are committed yet"});
+  }
+  const std::lock_guard lock(pool_mutex_);
+  step_.begin(plan);
+  has_head_results_ = false;
+  copy_pages(pool_, plan, pages_);
+  try {
+    program.run(*this, plan.num_rows(), static_cast<int64_t>(step_.head_rows.size()));
+  } catch (...) {
+    step_.end();
+    throw;
+  }
+  step_.end();
+  if (!step_.head_rows.empty() && !has_head_results_) {
+    fail_invariant("the step's program did not run lm_head, though rows are sampled or scored");
+  }
+  for (size_t s = 0; s < step_.sequence_failed.size(); ++s) {
+    if (step_.sequence_failed[s] != 0) {
+      step_.result.failed_sequences.push_back(static_cast<int32_t>(s));
+    }
+  }
+  return std::move(step_.result);
+}
+
+template <class Element>
+void CpuBackend<Element>::linear(const LinearArgs& args) {
+  const PackedMatrix matrix = weights_.matrix(args.weight, "linear");
+  if (matrix.is_gated != (args.epilogue == Epilogue::kGated)) {
+    fail_invariant("linear: a gated weight and the gated epilogue go together");
+  }
+  expect_shape(args.in, args.in.rows(), matrix.K_in, "linear in");
+  expect_shape(args.out, args.in.rows(), matrix.columns, "linear out");
+  const int64_t bias_size = matrix.columns * (matrix.is_gated ? 2 : 1);
+  gemm<Element>(kernels_, pool_, whole_steps<Element>(args.in, padded_rows_),
+                {.weight = matrix,
+                 .epilogue = args.epilogue,
+                 .bias = optional_vector(args.bias, bias_size, "linear"),
+                 .out = args.out.data});
+}
+
+template <class Element>
+void CpuBackend<Element>::rope_append(const RopeAppendArgs& args) {
+  const int64_t rows = step_.plan().num_rows();
+  if (args.layer < 0 || args.layer >= shape_.L) fail_invariant("rope_append: no such layer");
+  expect_shape(args.qkv, rows, (shape_.H + 2 * shape_.G) * shape_.K, "rope_append qkv");
+  expect_shape(args.q, rows, shape_.H * shape_.K, "rope_append q");
+  expect_shape(args.rope_table, args.rope_table.rows(), shape_.K, "rope_append rope_table");
+  rope_append_rows<Element>(kernels_, pool_, step_, shape_, pages_, args,
+                            {.q_norm = optional_vector(args.q_norm, shape_.K, "rope_append"),
+                             .k_norm = optional_vector(args.k_norm, shape_.K, "rope_append")});
+}
+
+template <class Element>
+void CpuBackend<Element>::gather_head_rows(const GatherHeadRowsArgs& args) {
+  const auto rows = static_cast<int64_t>(step_.head_rows.size());
+  expect_shape(args.in, step_.plan().num_rows(), args.in.cols(), "gather_head_rows in");
+  expect_shape(args.out, rows, args.in.cols(), "gather_head_rows out");
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t row = step_.head_rows[static_cast<size_t>(i)];
+    std::copy_n(args.in.as<float>() + row * args.in.cols(), args.in.cols(),
+                args.out.as<float>() + i * args.in.cols());
+  }
+}
+
+template <class Element>
+void CpuBackend<Element>::lm_head(const LmHeadArgs& args) {
+  const PackedMatrix matrix = weights_.matrix(args.weight, "lm_head");
+  step_.plan();  // an op outside of a step is an error
+  expect_shape(args.in, static_cast<int64_t>(step_.head_rows.size()), matrix.K_in, "lm_head in");
+  head_.run(pool_, step_, matrix, whole_steps<Element>(args.in, padded_rows_));
+  has_head_results_ = true;
+}
+
+}  // namespace
+}  // namespace cpu
+
+std::unique_ptr<Backend> make_cpu_backend(const ModelShape& shape, const BackendOptions& options) {
+  return make_cpu_backend(shape, options, {});
+}
+
+std::unique_ptr<Backend> make_cpu_backend(const ModelShape& shape, const BackendOptions& options,
+                                          const CpuOptions& cpu_options) {
+  cpu::check_shape(shape, options);
+  const cpu::Isa isa = cpu::choose_isa(cpu_options);
+  if (shape.dtype == DType::kBF16) {
+    return std::make_unique<cpu::CpuBackend<uint16_t>>(shape, options, isa);
+  }
+  return std::make_unique<cpu::CpuBackend<float>>(shape, options, isa);
+}
+
+}  // namespace rollpack::kernels

@@ -1,0 +1,61 @@
+// The softmax of one row of logits at one temperature, as the statistics of its vocabulary blocks
+// (1024 columns) and panels (64): enough for logprobs, entropy and the draw, without the logits.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "kernels/cpu/kernel_table.h"
+
+namespace rollpack::kernels::cpu {
+
+inline constexpr int64_t kBlockColumns = 1024;
+inline constexpr int64_t kBlockPanels = kBlockColumns / kPanelColumns;
+
+// Sums over one block, of logits x scaled and rounded once.
+struct BlockStats {
+  float max = 0;        // m: the largest x
+  double sum = 0;       // of exp(x - m)
+  double weighted = 0;  // of (x - m) exp(x - m)
+};
+
+// Merges the panels of a block, in order.
+BlockStats merge_panels(std::span<const PanelStats> panels);
+
+// A whole row.
+struct RowStats {
+  float max = 0;
+  double total = 0;      // sum over blocks, in order, of sum * exp(m - max)
+  double log_total = 0;
+  double weighted = 0;   // sum over all x of (x - max) exp(x - max)
+
+  // log softmax of a logit, which is scaled and rounded already. Rounded once.
+  float logprob(float x) const;
+  // Nats.
+  float entropy() const;
+};
+
+RowStats merge_blocks(std::span<const BlockStats> blocks);
+
+// One level of the inverse CDF.
+struct Pick {
+  int64_t item = -1;   // -1: every item has zero mass
+  double before = 0;   // running mass of what lies before it
+};
+
+// The first of `count` items whose running mass, which starts at `running`, exceeds `target`; where
+// rounding leaves none, the last item of non-zero mass. mass_of(i) is item i's mass.
+template <class MassOf>
+Pick pick_item(int64_t count, double running, double target, MassOf mass_of) {
+  Pick pick;
+  for (int64_t i = 0; i < count; ++i) {
+    const double mass = mass_of(i);
+    if (!(mass > 0)) continue;
+    pick = {.item = i, .before = running};
+    running += mass;
+    if (running > target) return pick;
+  }
+  return pick;
+}
+
+}  // namespace rollpack::kernels::cpu

@@ -1,0 +1,246 @@
+// The micro-kernels, written once over the lanes of an instruction set. Included inside that
+// instruction set's namespace, after its lanes header; every instruction set compiles its own copy.
+// The order of operations here IS the numerics contract of kernels/cpu/README.md.
+
+// ---- steps of a product: a pair of bf16 or one f32 ------------------------------------------------
+
+struct PairStep {
+  using Element = uint16_t;
+  using Column = Pairs;
+  static constexpr int kWidth = 2;  // elements of k in a step
+  static Column load_columns(const Element* p) { return load_pairs(p); }
+  static Column broadcast_row(const Element* p) { return broadcast_pair(p); }
+  static Lanes multiply_add(Lanes acc, Column a, Column b) { return fma_pairs(acc, a, b); }
+  static void store_rounded(Element* p, Lanes a, int n) {
+    if (n >= 16) {
+      store_bf16(p, a);
+    } else {
+      store_bf16_first(p, a, n);
+    }
+  }
+};
+
+struct SingleStep {
+  using Element = float;
+  using Column = Lanes;
+  static constexpr int kWidth = 1;
+  static Column load_columns(const Element* p) { return load(p); }
+  static Column broadcast_row(const Element* p) { return broadcast(*p); }
+  static Lanes multiply_add(Lanes acc, Column a, Column b) { return fma(a, b, acc); }
+  static void store_rounded(Element* p, Lanes a, int n) {
+    if (n >= 16) {
+      store(p, a);
+    } else {
+      store_first(p, a, n);
+    }
+  }
+};
+
+template <int kRows, int kVectors>
+struct Accumulators {
+  Lanes at[kRows][kVectors];
+};
+
+// One register tile: kRows x (16 kVectors) sums over `steps` steps, one chain an element. The
+// columns of vector v at step s lie at columns[v] + s * column_stride.
+template <class Step, int kRows, int kVectors>
+inline __attribute__((always_inline)) void accumulate(
+    Accumulators<kRows, kVectors>& acc, const typename Step::Element* a, int64_t a_stride,
+    const typename Step::Element* const (&columns)[kVectors], int64_t column_stride,
+    int64_t steps) {
+  for (int64_t s = 0; s < steps; ++s) {
+    typename Step::Column b[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) b[v] = Step::load_columns(columns[v] + s * column_stride);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const typename Step::Column x = Step::broadcast_row(a + r * a_stride + s * Step::kWidth);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        acc.at[r][v] = Step::multiply_add(acc.at[r][v], x, b[v]);
+      }
+    }
+  }
+}
+
+template <int kRows, int kVectors>
+inline __attribute__((always_inline)) void clear(Accumulators<kRows, kVectors>& acc) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) acc.at[r][v] = broadcast(0.0f);
+  }
+}
+
+// Calls body.template operator()<n>(first_row) over rows in passes of at most kRowsPerPass.
+template <class Body>
+inline __attribute__((always_inline)) void for_row_passes(int rows, Body body) {
+  for (int r = 0; r < rows; r += kRowsPerPass) {
+    switch (rows - r < kRowsPerPass ? rows - r : kRowsPerPass) {
+      case 1: body.template operator()<1>(r); break;
+      case 2: body.template operator()<2>(r); break;
+      case 3: body.template operator()<3>(r); break;
+      case 4: body.template operator()<4>(r); break;
+      case 5: body.template operator()<(kRowsPerPass >= 5 ? 5 : 1)>(r); break;
+      default: body.template operator()<kRowsPerPass>(r); break;
+    }
+  }
+}
+
+// ---- linear layers -------------------------------------------------------------------------------
+
+template <class Step>
+void panel_product(const typename Step::Element* a, int64_t a_stride, int rows,
+                   const typename Step::Element* panel, int64_t steps, float* tile) {
+  constexpr int kVectors = kVectorsPerPass;
+  constexpr int64_t kStride = kPanelColumns * Step::kWidth;
+  for_row_passes(rows, [&]<int kRows>(int first) __attribute__((always_inline)) {
+    for (int v0 = 0; v0 < kPanelColumns / 16; v0 += kVectors) {
+      const typename Step::Element* columns[kVectors];
+      for (int v = 0; v < kVectors; ++v) columns[v] = panel + (v0 + v) * 16 * Step::kWidth;
+      Accumulators<kRows, kVectors> acc;
+      clear(acc);
+      accumulate<Step, kRows, kVectors>(acc, a + first * a_stride, a_stride, columns, kStride,
+                                        steps);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) {
+          store(tile + (first + r) * kPanelColumns + (v0 + v) * 16, acc.at[r][v]);
+        }
+      }
+    }
+  });
+}
+
+void store_plain(const float* tile, int rows, const TileOutput& output) {
+  float* out = static_cast<float*>(output.out);
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < output.columns; c += 16) {
+      const int n = output.columns - c;
+      Lanes x = load(tile + r * kPanelColumns + c);
+      if (output.bias != nullptr) x = add(x, load_first(output.bias + c, n));
+      store_first(out + r * output.stride + c, x, n < 16 ? n : 16);
+    }
+  }
+}
+
+void store_residual(const float* tile, int rows, const TileOutput& output) {
+  float* out = static_cast<float*>(output.out);
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < output.columns; c += 16) {
+      const int n = output.columns - c;
+      Lanes x = load(tile + r * kPanelColumns + c);
+      if (output.bias != nullptr) x = add(x, load_first(output.bias + c, n));
+      float* target = out + r * output.stride + c;
+      store_first(target, add(load_first(target, n), x), n < 16 ? n : 16);
+    }
+  }
+}
+
+// exp_f32() of polynomial.h, lane by lane.
+inline Lanes exp(Lanes x) {
+  const Lanes t = fma(x, broadcast(kExpLog2e), broadcast(kExpRound));
+  const Lanes n = sub(t, broadcast(kExpRound));
+  const Lanes r =
+      fma(n, broadcast(-kExpLn2Low), fma(n, broadcast(-kExpLn2High), x));
+  Lanes q = fma(broadcast(kExpQ4), r, broadcast(kExpQ3));
+  q = fma(q, r, broadcast(kExpQ2));
+  q = fma(q, r, broadcast(kExpQ1));
+  q = fma(q, r, broadcast(kExpQ0));
+  const Lanes p = fma(fma(q, r, broadcast(1.0f)), r, broadcast(1.0f));
+  Lanes y = scale_by_power(p, t);
+  y = select(less(x, broadcast(kExpCutoff)), broadcast(0.0f), y);
+  y = select(less(broadcast(kExpOverflow), x), broadcast(__builtin_inff()), y);
+  return select(is_nan(x), x, y);
+}
+
+template <class Step>
+void store_gated(const float* tile, int rows, const TileOutput& output) {
+  auto* out = static_cast<typename Step::Element*>(output.out);
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < output.columns; c += 16) {
+      const int n = output.columns - c;
+      Lanes gate = load(tile + r * kPanelColumns + c);
+      Lanes up = load(tile + r * kPanelColumns + kPanelColumns / 2 + c);
+      if (output.bias != nullptr) {
+        gate = add(gate, load_first(output.bias + c, n));
+        up = add(up, load_first(output.bias + output.up_bias + c, n));
+      }
+      const Lanes minus = sub(broadcast(0.0f), gate);
+      const Lanes silu = div(gate, add(broadcast(1.0f), exp(minus)));
+      Step::store_rounded(out + r * output.stride + c, mul(silu, up), n);
+    }
+  }
+}
+
+// ---- rows ----------------------------------------------------------------------------------------
+
+template <class Step>
+void rms_norm(const float* in, const float* weight, int64_t n, float epsilon,
+              typename Step::Element* out) {
+  Lanes sum = broadcast(0.0f);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const Lanes x = load(in + i);
+    sum = fma(x, x, sum);
+  }
+  if (i < n) {
+    const Lanes x = load_first(in + i, static_cast<int>(n - i));
+    sum = fma(x, x, sum);
+  }
+  const float mean = sum_lanes(sum) / static_cast<float>(n);
+  const Lanes scale = broadcast(1.0f / __builtin_sqrtf(mean + epsilon));
+  for (i = 0; i < n; i += 16) {
+    const int left = n - i < 16 ? static_cast<int>(n - i) : 16;
+    const Lanes x = mul(load_first(in + i, left), scale);
+    Step::store_rounded(out + i, mul(x, load_first(weight + i, left)), left);
+  }
+}
+
+bool all_finite(const float* x, int64_t n) {
+  // x - x is 0 where x is finite and NaN where it is not.
+  Lanes difference = broadcast(0.0f);
+  for (int64_t i = 0; i < n; i += 16) {
+    const int left = n - i < 16 ? static_cast<int>(n - i) : 16;
+    const Lanes lanes = load_first(x + i, left);
+    difference = add(difference, sub(lanes, lanes));
+  }
+  const float sum = sum_lanes(difference);
+  return sum == sum;
+}
+
+// ---- vocabulary ----------------------------------------------------------------------------------
+
+void panel_stats(const float* logits, int columns, float scale, PanelStats* stats) {
+  constexpr int kVectors = kPanelColumns / 16;
+  const Lanes lowest = broadcast(-__builtin_inff());
+  Lanes x[kVectors];
+  Lanes highest = lowest;
+  for (int v = 0; v < kVectors; ++v) {
+    x[v] = mul(load(logits + 16 * v), broadcast(scale));
+    x[v] = select(first_lanes(columns - 16 * v), x[v], lowest);
+    highest = max(highest, x[v]);
+  }
+  const float m = max_lanes(highest);
+  Lanes sum = broadcast(0.0f);
+  Lanes weighted = broadcast(0.0f);
+  for (int v = 0; v < kVectors; ++v) {
+    const Lanes d = sub(x[v], broadcast(m));
+    const Lanes e = exp(d);
+    sum = add(sum, e);
+    // A column past the vocabulary has d = -infinity and e = 0: keep their product 0.
+    weighted = fma(max(d, broadcast(-1e30f)), e, weighted);
+  }
+  stats->max = m;
+  stats->sum = sum_lanes(sum);
+  stats->weighted = sum_lanes(weighted);
+}
+
+void shifted_exp(const float* x, int64_t n, float scale, float max, float* out) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const int left = n - i < 16 ? static_cast<int>(n - i) : 16;
+    const Lanes scaled = mul(load_first(x + i, left), broadcast(scale));
+    store_first(out + i, exp(sub(scaled, broadcast(max))), left);
+  }
+}

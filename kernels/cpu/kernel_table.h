@@ -1,0 +1,92 @@
+// The micro-kernels that exist once per instruction set, as a table of functions. Everything else
+// (loops over panels, sequences and rows, threads) is written once, above this table.
+//
+// All functions give the same bits on every instruction set, provided that the thread flushes
+// subnormals (float_mode.h). Element is uint16_t (bf16) or float.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cpu/isa.h"
+
+namespace rollpack::kernels::cpu {
+
+inline constexpr int kPanelColumns = 64;  // output columns of a packed weight panel
+inline constexpr int kTileRows = 6;       // 6 x 4 zmm accumulators + 4 weights + 1 input = 29 of 32
+inline constexpr int kPageTokens = 16;    // tokens of a KV page: one 16-lane vector of scores
+inline constexpr int kChunkKeys = 256;    // keys of an attention chunk
+inline constexpr int kChunkPages = kChunkKeys / kPageTokens;
+
+// Sums over the columns of one vocabulary panel, of logits x scaled and rounded once.
+struct PanelStats {
+  float max = 0;       // m
+  float sum = 0;       // sum of exp(x - m)
+  float weighted = 0;  // sum of (x - m) exp(x - m), for the entropy
+};
+
+// What a finished tile becomes; see Epilogue in backend.h. `out` points at the tile's first element.
+struct TileOutput {
+  const float* bias = nullptr;  // of the tile's columns (gated: of its gate columns), or none
+  int64_t up_bias = 0;          // gated: where the bias of the up columns starts, from bias
+  void* out = nullptr;
+  int64_t stride = 0;  // elements from row to row of out
+  int columns = 0;     // valid output columns: at most 64, for gated tiles 32
+};
+
+// The kernels that depend on the compute dtype.
+template <class Element>
+struct ElementKernels {
+  // tile[r][n] = sum over steps ascending of a[r] * panel[.][n], r < rows <= kTileRows, n < 64.
+  // One step is a pair of k in bf16 (odd element first), a single k in f32.
+  void (*panel_product)(const Element* a, int64_t a_stride, int rows, const Element* panel,
+                        int64_t steps, float* tile);
+  // out[r][c] = silu(tile[r][c]) * tile[r][c + 32], rounded once.
+  void (*store_gated)(const float* tile, int rows, const TileOutput& output);
+  // out[d] = (in[d] * (1 / sqrt(sum(in^2) / n + epsilon))) * weight[d], rounded once.
+  void (*rms_norm)(const float* in, const float* weight, int64_t n, float epsilon, Element* out);
+  // scores[r][token] = scale * (q[r] . k[token]) for the tokens of num_pages <= 16 key pages;
+  // scores has kChunkKeys columns.
+  void (*page_scores)(const Element* q, int64_t q_stride, int rows, const Element* const* pages,
+                      int num_pages, int64_t steps, float scale, float* scores);
+  // Softmax numerators of one row of scores: keys [begin, end) of its num_pages * 16 are visible.
+  // p = exp(s - max), rounded to Element and 0 outside; max and sum (of unrounded p) come out.
+  void (*chunk_softmax)(const float* scores, int num_pages, int begin, int end, Element* p,
+                        float* max, float* sum);
+  // out[r][c] = sum over tokens ascending of p[r] * v[.][c]; columns is a multiple of 16 and the
+  // width of a value page; p has kChunkKeys columns. Zero sums are +0.
+  void (*page_values)(const Element* p, int rows, const Element* const* pages, int num_pages,
+                      int64_t columns, float* out);
+  // out[c] = o[c] / l, rounded once.
+  void (*divide)(const float* o, float l, int64_t n, Element* out);
+};
+
+struct KernelTable {
+  Isa isa = Isa::kPortable;
+  ElementKernels<uint16_t> bf16;
+  ElementKernels<float> f32;
+
+  // out = tile (+ bias), and out += tile (+ bias).
+  void (*store_plain)(const float* tile, int rows, const TileOutput& output);
+  void (*store_residual)(const float* tile, int rows, const TileOutput& output);
+  // o = fma(o, a, o_chunk * b), the merge of two attention chunks.
+  void (*merge_chunk)(float* o, const float* o_chunk, float a, float b, int64_t n);
+  // Stats of the first `columns` logits of a panel, each multiplied by scale.
+  void (*panel_stats)(const float* logits, int columns, float scale, PanelStats* stats);
+  bool (*all_finite)(const float* x, int64_t n);
+  // out[i] = exp(x[i] * scale - max).
+  void (*shifted_exp)(const float* x, int64_t n, float scale, float max, float* out);
+
+  template <class Element>
+  const ElementKernels<Element>& of() const {
+    if constexpr (sizeof(Element) == 2) {
+      return bf16;
+    } else {
+      return f32;
+    }
+  }
+};
+
+// The table of an instruction set that supported_isas() lists.
+const KernelTable& kernel_table(Isa isa);
+
+}  // namespace rollpack::kernels::cpu

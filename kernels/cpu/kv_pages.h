@@ -1,0 +1,62 @@
+// The KV cache: pages of 16 tokens, each holding K and V of all layers and KV heads in the layouts
+// that attention reads (attention_bodies.h).
+//
+//   page   [L][G] blocks
+//   block  K, then V
+//   bf16   K [K / 2][16][2]         V [8][value_columns][2]
+//   f32    K [K][16]                V [16][value_columns]
+// value_columns is K rounded up to a multiple of 16. Padding is 0 and stays 0.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/backend.h"
+#include "kernels/cpu/arena.h"
+
+namespace rollpack::kernels::cpu {
+
+class KvPages {
+ public:
+  // Takes as many pages as options.kv_cache_bytes holds.
+  // Errors: resource_exhausted, naming the bytes of one page, if that is none.
+  KvPages(const ModelShape& shape, int64_t kv_cache_bytes);
+
+  int32_t num_pages() const { return num_pages_; }
+  int64_t page_bytes() const { return page_bytes_; }
+  int64_t value_columns() const { return value_columns_; }
+  // Steps of a score's chain: pairs of K in bf16, elements in f32.
+  int64_t score_steps() const { return score_steps_; }
+
+  template <class Element>
+  Element* keys(int32_t page, int64_t layer, int64_t head) const {
+    return reinterpret_cast<Element*>(block(page, layer, head));
+  }
+  template <class Element>
+  Element* values(int32_t page, int64_t layer, int64_t head) const {
+    return reinterpret_cast<Element*>(block(page, layer, head) + key_bytes_);
+  }
+  // Slice [begin, end) of a page's bytes, for copies.
+  std::byte* page(int32_t page) const { return arena_.data() + page * page_bytes_; }
+
+  // Writes K values of one token: k and v already rounded to Element.
+  template <class Element>
+  void write(int32_t page, int64_t layer, int64_t head, int32_t slot, const Element* k,
+             const Element* v) const;
+
+ private:
+  std::byte* block(int32_t page, int64_t layer, int64_t head) const {
+    return arena_.data() + page * page_bytes_ + (layer * G_ + head) * block_bytes_;
+  }
+
+  int64_t G_ = 0, K_ = 0;
+  int64_t score_steps_ = 0;
+  int64_t value_columns_ = 0;
+  int64_t key_bytes_ = 0;
+  int64_t block_bytes_ = 0;
+  int64_t page_bytes_ = 0;
+  int32_t num_pages_ = 0;
+  Arena arena_;
+};
+
+}  // namespace rollpack::kernels::cpu

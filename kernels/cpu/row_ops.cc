@@ -1,0 +1,166 @@
+#include "kernels/cpu/row_ops.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "kernels/base/error.h"
+
+namespace rollpack::kernels::cpu {
+namespace {
+
+uint16_t round_to(float value, uint16_t*) { return f32_to_bf16(value); }
+float round_to(float value, float*) { return value; }
+
+bool is_finite(uint16_t bits) { return (bits & 0x7f80u) != 0x7f80u; }
+bool is_finite(float value) { return std::isfinite(value); }
+
+// Rotates one head by its row of the table and rounds: pairs are (i, i + K / 2). Products are
+// rounded before they are added, so that the compiler's choice of instructions changes nothing.
+template <class Element>
+void rotate_head(const float* in, const float* table, int64_t K, Element* out) {
+  const int64_t half = K / 2;
+  const float* cosine = table;
+  const float* sine = table + half;
+  for (int64_t i = 0; i < half; ++i) {
+    const float low = in[i], high = in[i + half];
+    out[i] = round_to(low * cosine[i] - high * sine[i], out);
+    out[i + half] = round_to(high * cosine[i] + low * sine[i], out);
+  }
+}
+
+template <class Element>
+class RopeRow {
+ public:
+  RopeRow(const KernelTable& kernels, StepContext& step, const ModelShape& shape,
+          const KvPages& pages, const RopeAppendArgs& args, const RopeAppendInputs& inputs)
+      : kernels_(kernels), step_(step), shape_(shape), pages_(pages), args_(args),
+        inputs_(inputs) {}
+
+  void run(int64_t row) const {
+    const int64_t K = shape_.K;
+    Element* q = args_.q.as<Element>() + row * shape_.H * K;
+    const int32_t position = step_.plan().positions[static_cast<size_t>(row)];
+    if (position == kPadPosition) {
+      std::fill_n(q, shape_.H * K, Element{});
+      return;
+    }
+    const float* in = args_.qkv.as<float>() + row * (shape_.H + 2 * shape_.G) * K;
+    const float* table = args_.rope_table.as<float>() + position * K;
+    for (int64_t h = 0; h < shape_.H; ++h) {
+      transform(in + h * K, inputs_.q_norm, table, q + h * K);
+    }
+    append(row, position, in + shape_.H * K, table);
+  }
+
+ private:
+  void transform(const float* in, const float* norm, const float* table, Element* out) const {
+    float normed[kMaxHeadWidth];
+    if (norm != nullptr) {
+      kernels_.f32.rms_norm(in, norm, shape_.K, args_.norm_epsilon, normed);
+      in = normed;
+    }
+    rotate_head(in, table, shape_.K, out);
+  }
+
+  // K and V heads of a row into its page slot. Two tokens of a pair share 4 bytes of a page, so the
+  // writes are of single elements: the neighbour may be another thread's row.
+  void append(int64_t row, int32_t position, const float* in, const float* table) const {
+    const int64_t K = shape_.K;
+    const int32_t page = step_.page_of(row);
+    const int32_t slot = position % kPageTokens;
+    const float* v_in = in + shape_.G * K;
+    Element k[kMaxHeadWidth], v[kMaxHeadWidth];
+    bool is_row_finite = true;
+    for (int64_t g = 0; g < shape_.G; ++g) {
+      transform(in + g * K, inputs_.k_norm, table, k);
+      for (int64_t i = 0; i < K; ++i) v[i] = round_to(v_in[g * K + i], v);
+      for (int64_t i = 0; i < K; ++i) {
+        is_row_finite = is_row_finite && is_finite(k[i]) && is_finite(v[i]);
+      }
+      if (!is_row_finite) break;
+      pages_.write(page, args_.layer, g, slot, k, v);
+    }
+    if (is_row_finite) return;
+    step_.fail_sequence(row);
+    std::fill_n(k, K, Element{});
+    std::fill_n(v, K, Element{});
+    for (int64_t g = 0; g < shape_.G; ++g) pages_.write(page, args_.layer, g, slot, k, v);
+  }
+
+  const KernelTable& kernels_;
+  StepContext& step_;
+  const ModelShape& shape_;
+  const KvPages& pages_;
+  const RopeAppendArgs& args_;
+  const RopeAppendInputs& inputs_;
+};
+
+}  // namespace
+
+void embed_rows(ThreadPool& pool, const StepContext& step, const PackedMatrix& embedding,
+                const Tensor& out) {
+  pool.parallel_for(out.rows(), [&](int64_t row, int) {
+    gather_column(embedding, step.token(row), out.as<float>() + row * out.cols());
+  });
+}
+
+template <class Element>
+void rms_norm_rows(const KernelTable& kernels, ThreadPool& pool, const float* weight, float epsilon,
+                   const Tensor& in, const Tensor& out) {
+  const int64_t n = in.cols();
+  pool.parallel_for(in.rows(), [&](int64_t row, int) {
+    kernels.of<Element>().rms_norm(in.as<float>() + row * n, weight, n, epsilon,
+                                   out.as<Element>() + row * n);
+  });
+}
+
+template <class Element>
+void rope_append_rows(const KernelTable& kernels, ThreadPool& pool, StepContext& step,
+                      const ModelShape& shape, const KvPages& pages, const RopeAppendArgs& args,
+                      const RopeAppendInputs& inputs) {
+  const std::vector<int32_t>& positions = step.plan().positions;
+  const auto highest = std::max_element(positions.begin(), positions.end());
+  if (highest != positions.end() && *highest >= args.rope_table.rows()) {
+    throw Error({.code = ErrorCode::kInvalidArgument,
+                 .field = "plan.positions",
+                 .value = std::to_string(*highest),
+                 .allowed = fmt::format("below {}, the rows of the rope table",
+                                        args.rope_table.rows())});
+  }
+  const RopeRow<Element> rope(kernels, step, shape, pages, args, inputs);
+  pool.parallel_for(static_cast<int64_t>(positions.size()),
+                    [&](int64_t row, int) { rope.run(row); });
+}
+
+void copy_pages(ThreadPool& pool, const StepPlan& plan, const KvPages& pages) {
+  if (plan.page_copies.empty()) return;
+  // Threads take slices of all pages, not pages: a copy may read what the one before it wrote.
+  constexpr int64_t kSliceBytes = 64 << 10;
+  const int64_t num_slices = (pages.page_bytes() + kSliceBytes - 1) / kSliceBytes;
+  pool.parallel_for(num_slices, [&](int64_t slice, int) {
+    const int64_t begin = slice * kSliceBytes;
+    const int64_t end = std::min(begin + kSliceBytes, pages.page_bytes());
+    for (const PageCopy& copy : plan.page_copies) {
+      if (copy.source == copy.target) continue;
+      std::memcpy(pages.page(copy.target) + begin, pages.page(copy.source) + begin,
+                  static_cast<size_t>(end - begin));
+    }
+  });
+}
+
+template void rms_norm_rows<uint16_t>(const KernelTable&, ThreadPool&, const float*, float,
+                                      const Tensor&, const Tensor&);
+template void rms_norm_rows<float>(const KernelTable&, ThreadPool&, const float*, float,
+                                   const Tensor&, const Tensor&);
+template void rope_append_rows<uint16_t>(const KernelTable&, ThreadPool&, StepContext&,
+                                         const ModelShape&, const KvPages&, const RopeAppendArgs&,
+                                         const RopeAppendInputs&);
+template void rope_append_rows<float>(const KernelTable&, ThreadPool&, StepContext&,
+                                      const ModelShape&, const KvPages&, const RopeAppendArgs&,
+                                      const RopeAppendInputs&);
+
+}  // namespace rollpack::kernels::cpu

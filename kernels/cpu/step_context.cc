@@ -1,0 +1,109 @@
+#include "kernels/cpu/step_context.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "kernels/base/error.h"
+#include "kernels/cpu/kernel_table.h"
+
+namespace rollpack::kernels::cpu {
+int32_t attention_rows_per_tile(const ModelShape& shape) {
+  return static_cast<int32_t>(std::max<int64_t>(1, 48 / (shape.H / shape.G)));
+}
+
+StepContext::StepContext(const ModelShape& shape, const BackendOptions& options, int32_t num_pages)
+    : slots(static_cast<size_t>(options.max_num_seqs)),
+      shape_(shape),
+      options_(options),
+      num_pages_(num_pages),
+      rows_per_tile_(attention_rows_per_tile(shape)) {}
+
+void StepContext::begin(const StepPlan& plan) {
+  check(plan);
+  plan_ = &plan;
+  for (const SlotInit& init : plan.slot_inits) {
+    Slot& slot = slots[static_cast<size_t>(init.slot)];
+    slot.init = init;
+    slot.is_set = true;
+    slot.pending_token = kPendingToken;
+    slot.next_position = init.next_position;
+  }
+  derive_rows();
+  derive_head_rows();
+  sequence_failed.assign(plan.sequences.size(), 0);
+  result = {};
+}
+
+void StepContext::derive_rows() {
+  row_sequence.assign(static_cast<size_t>(plan_->num_rows()), 0);
+  live_rows.clear();
+  pad_rows.clear();
+  tiles.clear();
+  for (size_t s = 0; s < plan_->sequences.size(); ++s) {
+    const StepSequence& sequence = plan_->sequences[s];
+    const auto first_live = static_cast<int32_t>(live_rows.size());
+    for (int32_t row = sequence.row_begin; row < sequence.row_begin + sequence.num_rows; ++row) {
+      row_sequence[static_cast<size_t>(row)] = static_cast<int32_t>(s);
+      const bool is_pad = plan_->positions[static_cast<size_t>(row)] == kPadPosition;
+      (is_pad ? pad_rows : live_rows).push_back(row);
+    }
+    const auto end = static_cast<int32_t>(live_rows.size());
+    for (int32_t begin = first_live; begin < end; begin += rows_per_tile_) {
+      tiles.push_back({.sequence = static_cast<int32_t>(s),
+                       .begin = begin,
+                       .num_rows = std::min(rows_per_tile_, end - begin)});
+    }
+  }
+  // Tiles that see most keys first, so that no thread is left with a long one at the end.
+  const auto last_position = [this](const AttentionTile& tile) {
+    const int32_t row = live_rows[static_cast<size_t>(tile.begin + tile.num_rows - 1)];
+    return plan_->positions[static_cast<size_t>(row)];
+  };
+  std::stable_sort(tiles.begin(), tiles.end(), [&](const auto& a, const auto& b) {
+    return last_position(a) > last_position(b);
+  });
+}
+
+void StepContext::derive_head_rows() {
+  head_rows.clear();
+  for (const SampleRow& sample : plan_->samples) head_rows.push_back(sample.row);
+  for (const ScoreRow& score : plan_->scores) head_rows.push_back(score.row);
+  std::sort(head_rows.begin(), head_rows.end());
+  head_rows.erase(std::unique(head_rows.begin(), head_rows.end()), head_rows.end());
+  const auto index_of = [this](int32_t row) {
+    return static_cast<int32_t>(std::lower_bound(head_rows.begin(), head_rows.end(), row) -
+                                head_rows.begin());
+  };
+  sample_head_row.clear();
+  score_head_row.clear();
+  for (const SampleRow& sample : plan_->samples) sample_head_row.push_back(index_of(sample.row));
+  for (const ScoreRow& score : plan_->scores) score_head_row.push_back(index_of(score.row));
+}
+
+const StepPlan& StepContext::plan() const {
+  if (plan_ == nullptr) fail_invariant("ops are called by a step's program only");
+  return *plan_;
+}
+
+int32_t StepContext::token(int64_t row) const {
+  const int32_t token = plan_->input_ids[static_cast<size_t>(row)];
+  if (token != kPendingToken) return token;
+  const auto s = static_cast<size_t>(row_sequence[static_cast<size_t>(row)]);
+  return slots[static_cast<size_t>(plan_->sequences[s].slot)].pending_token;
+}
+
+int32_t StepContext::page_of(int64_t row) const {
+  const auto index = static_cast<size_t>(row);
+  const StepSequence& sequence = plan_->sequences[static_cast<size_t>(row_sequence[index])];
+  return plan_->page_tables[static_cast<size_t>(sequence.page_table_begin +
+                                                plan_->positions[index] / kPageTokens)];
+}
+
+void StepContext::fail_sequence(int64_t row) {
+  // Relaxed: read after the loop's end, which orders everything.
+  std::atomic_ref<uint8_t>(
+      sequence_failed[static_cast<size_t>(row_sequence[static_cast<size_t>(row)])])
+      .store(1, std::memory_order_relaxed);
+}
+
+}  // namespace rollpack::kernels::cpu

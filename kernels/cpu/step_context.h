@@ -1,0 +1,77 @@
+// What the ops of one step share: the plan, the facts derived from it once (which sequence a row
+// belongs to, attention tiles, head rows), the sequence slots, and the result under construction.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/backend.h"
+
+namespace rollpack::kernels::cpu {
+
+// State of a sequence that outlives a step.
+struct Slot {
+  SlotInit init;
+  bool is_set = false;
+  int32_t pending_token = kPendingToken;  // sampled last; kPendingToken: nothing yet
+  int32_t next_position = 0;  // of the next token to be sampled
+};
+
+// Query rows of one sequence that attention treats together: entries
+// [begin, begin + num_rows) of StepContext::live_rows, positions ascending by 1.
+struct AttentionTile {
+  int32_t sequence = 0;
+  int32_t begin = 0;
+  int32_t num_rows = 0;
+};
+
+class StepContext {
+ public:
+  StepContext(const ModelShape& shape, const BackendOptions& options, int32_t num_pages);
+
+  // Starts a step: checks the plan, fills the slots and derives the rest. The plan outlives the
+  // step. Errors: invalid_argument naming the entry of the plan and what is allowed; nothing is
+  // changed then.
+  void begin(const StepPlan& plan);
+  void end() { plan_ = nullptr; }
+
+  const StepPlan& plan() const;
+  // Token of a row, the slot's where it is pending.
+  int32_t token(int64_t row) const;
+  int32_t page_of(int64_t row) const;
+  // Marks the sequence of a row; several threads may.
+  void fail_sequence(int64_t row);
+
+  std::vector<Slot> slots;
+  std::vector<int32_t> row_sequence;  // [T]
+  std::vector<int32_t> live_rows;     // rows that are not pads, ascending
+  std::vector<int32_t> pad_rows;
+  std::vector<AttentionTile> tiles;
+  std::vector<int32_t> head_rows;        // distinct rows sampled or scored, ascending
+  std::vector<int32_t> sample_head_row;  // [samples] index into head_rows
+  std::vector<int32_t> score_head_row;   // [scores]
+  std::vector<uint8_t> sequence_failed;  // [S]; written through fail_sequence()
+  StepResult result;
+
+ private:
+  void check(const StepPlan& plan) const;  // step_check.cc
+  void check_slot_init(const SlotInit& init, size_t i) const;
+  void check_sequences(const StepPlan& plan) const;
+  void check_rows(const StepPlan& plan, size_t s) const;
+  void check_heads(const StepPlan& plan) const;
+  bool has_pending(const StepPlan& plan, int32_t slot) const;
+  void derive_rows();
+  void derive_head_rows();
+
+  ModelShape shape_;
+  BackendOptions options_;
+  int32_t num_pages_;
+  int32_t rows_per_tile_;  // query rows of an attention tile
+  const StepPlan* plan_ = nullptr;
+};
+
+// Query rows of a tile: its H / G heads times these rows share the keys that are loaded, and 48 row
+// times 256 keys of f32 scores (6 rows at a time), K and V of a chunk stay within L2.
+int32_t attention_rows_per_tile(const ModelShape& shape);
+
+}  // namespace rollpack::kernels::cpu

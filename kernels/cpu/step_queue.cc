@@ -1,0 +1,112 @@
+#include "kernels/cpu/step_queue.h"
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "kernels/base/error.h"
+#include "kernels/cpu/float_mode.h"
+
+namespace rollpack::kernels::cpu {
+namespace {
+
+constexpr size_t kMaxStepsInFlight = 2;
+
+}  // namespace
+
+StepQueue::StepQueue(Run run) : run_(std::move(run)), driver_([this] { drive(); }) {}
+
+StepHandle StepQueue::submit(StepPlan plan, std::shared_ptr<StepProgram> program) {
+  auto step = std::make_unique<Step>();
+  step->plan = std::move(plan);
+  step->program = std::move(program);
+  const std::lock_guard lock(mutex_);
+  if (steps_.size() == kMaxStepsInFlight) {
+    throw Error({.code = ErrorCode::kFailedPrecondition,
+                 .field = "steps in flight",
+                 .value = std::to_string(steps_.size()),
+                 .allowed = "at most " + std::to_string(kMaxStepsInFlight),
+                 .message = "wait for the oldest step before submitting another"});
+  }
+  step->handle = ++last_handle_;
+  steps_.push_back(std::move(step));
+  changed_.notify_all();
+  return last_handle_;
+}
+
+bool StepQueue::poll(StepHandle handle) {
+  const std::lock_guard lock(mutex_);
+  return (*find(handle))->is_done;
+}
+
+StepResult StepQueue::wait(StepHandle handle, Deadline deadline) {
+  std::unique_lock lock(mutex_);
+  const Step& step = **find(handle);
+  if (!changed_.wait_until(lock, deadline, [&] { return step.is_done; })) {
+    throw Error({.code = ErrorCode::kDeadlineExceeded,
+                 .field = "step",
+                 .value = std::to_string(handle),
+                 .message = "the step is still running"});
+  }
+  const auto at = find(handle);
+  const std::unique_ptr<Step> taken = std::move(*at);
+  steps_.erase(at);
+  lock.unlock();
+  if (taken->error) std::rethrow_exception(taken->error);
+  return std::move(taken->result);
+}
+
+void StepQueue::drain() {
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [this] { return next_to_run() == nullptr; });
+}
+
+void StepQueue::close() {
+  {
+    const std::lock_guard lock(mutex_);
+    is_closing_ = true;
+  }
+  changed_.notify_all();
+  if (driver_.joinable()) driver_.join();
+  steps_.clear();
+}
+
+void StepQueue::drive() {
+  flush_subnormals();
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    changed_.wait(lock, [this] { return is_closing_ || next_to_run() != nullptr; });
+    if (is_closing_) return;
+    Step& step = *next_to_run();  // only done steps leave the queue
+    lock.unlock();
+    try {
+      step.result = run_(step.plan, *step.program);
+    } catch (...) {
+      step.error = std::current_exception();
+    }
+    lock.lock();
+    step.is_done = true;
+    changed_.notify_all();
+  }
+}
+
+StepQueue::Step* StepQueue::next_to_run() const {
+  for (const std::unique_ptr<Step>& step : steps_) {
+    if (!step->is_done) return step.get();
+  }
+  return nullptr;
+}
+
+StepQueue::Steps::iterator StepQueue::find(StepHandle handle) {
+  const auto at = std::find_if(steps_.begin(), steps_.end(),
+                               [handle](const auto& step) { return step->handle == handle; });
+  if (at == steps_.end()) {
+    throw Error({.code = ErrorCode::kNotFound,
+                 .field = "step",
+                 .value = std::to_string(handle),
+                 .message = "no step in flight has this handle"});
+  }
+  return at;
+}
+
+}  // namespace rollpack::kernels::cpu

@@ -1,0 +1,74 @@
+// The packed weights: what was declared, the committed set that steps read, and the staged set that
+// the next commit makes current. A set is one contiguous arena: a header, then every weight in the
+// order of declaration, so that two processes with equal declarations can share it.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "kernels/backend.h"
+#include "kernels/cpu/arena.h"
+#include "kernels/cpu/packing.h"
+
+namespace rollpack::kernels::cpu {
+
+class WeightStore {
+ public:
+  WeightStore(DType compute, bool is_shared) : compute_(compute), is_shared_(is_shared) {}
+
+  // The calls of backend.h, with its errors. pool may be null: then the caller packs alone.
+  WeightId declare(const WeightSpec& spec);
+  void begin_staging();
+  void load(WeightId id, int32_t part, const ConstTensor& source, ShardRange shard,
+            ThreadPool* pool);
+  void copy_committed_to_staged();
+  // Errors: failed_precondition naming the first part that was not loaded.
+  void require_complete() const;
+  void commit();
+  void discard();
+  uint64_t committed_hash(ThreadPool* pool) const;
+  int export_staged();
+  void adopt_staged(int fd);
+
+  // Bytes of one set as declared so far.
+  int64_t set_bytes() const { return next_offset_; }
+
+  bool has_committed() const;
+  // Views of the committed set. Errors: failed_precondition before the first commit,
+  // invalid_argument for an id or a kind that does not fit the op.
+  PackedMatrix matrix(WeightId id, const char* op) const;
+  const float* vector(WeightId id, int64_t expected, const char* op) const;
+
+ private:
+  struct Declared {
+    WeightSpec spec;
+    int64_t offset = 0;
+    int64_t bytes = 0;
+    // Rows of each part that this process holds: fixed by the first load of the part.
+    std::vector<std::optional<int64_t>> local_rows;
+  };
+  struct Set {
+    Arena arena;
+    std::vector<std::vector<bool>> is_loaded;  // [weight][part]
+  };
+
+  const Declared& declared(WeightId id, const char* op) const;
+  PackedMatrix view(const Declared& weight, std::byte* base) const;
+  int64_t first_row(const Declared& weight, int32_t part) const;
+  void check_load(const Declared& weight, int32_t part, const ConstTensor& source,
+                  ShardRange shard) const;
+  void fix_local_rows(Declared& weight, int32_t part, ShardRange shard);
+  Set make_set(bool is_loaded) const;
+  Set& staged();
+  uint64_t layout_hash() const;
+
+  DType compute_;
+  bool is_shared_;
+  std::vector<Declared> weights_;
+  int64_t next_offset_ = 4096;  // the header has the first page
+  std::optional<Set> committed_;
+  std::optional<Set> staged_;
+};
+
+}  // namespace rollpack::kernels::cpu
