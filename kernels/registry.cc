@@ -6,6 +6,7 @@
 #include <array>
 
 #include "kernels/base/error.h"
+#include "kernels/cpu/cpu_backend.h"
 #include "kernels/reference/reference_backend.h"
 
 namespace rollpack::kernels {
@@ -17,6 +18,7 @@ struct Entry {
 };
 
 constexpr std::array kEntries = {
+    Entry{"cpu", make_cpu_backend},
     Entry{"reference", make_reference_backend},
 };
 
