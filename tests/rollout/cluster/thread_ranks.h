@@ -1,0 +1,116 @@
+// Ranks as threads: a dispatcher and n workers with replicas of their own in one process. Messages to
+// and from every worker but the first go through the codec, as they would between processes.
+#pragma once
+
+#include <condition_variable>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "rollout/cluster/dispatcher.h"
+#include "rollout/cluster/message_codec.h"
+#include "rollout/cluster/worker.h"
+#include "tests/rollout/tiny_model.h"
+#include "trainer_bridge/contract/sample_sink.h"
+
+namespace rollpack::rollout {
+
+// Keeps what it gets, under (prompt_id, sample_index).
+class KeepingSink : public bridge::SampleSink {
+ public:
+  using Name = std::pair<std::string, int32_t>;
+
+  void commit(bridge::Sample sample) override {
+    const std::lock_guard lock(mutex_);
+    const Name name{sample.key.prompt_id.text, sample.key.sample_index};
+    EXPECT_TRUE(samples_.emplace(name, std::move(sample)).second) << "a sample came twice";
+    changed_.notify_all();
+  }
+  void fail(bridge::FailedSample sample) override {
+    const std::lock_guard lock(mutex_);
+    failed_.push_back(std::move(sample));
+    changed_.notify_all();
+  }
+  // Samples and failures so far, once there are `count`.
+  bool wait_for(size_t count) {
+    std::unique_lock lock(mutex_);
+    return changed_.wait_for(lock, std::chrono::seconds(30),
+                             [&] { return samples_.size() + failed_.size() >= count; });
+  }
+  std::map<Name, bridge::Sample> samples() {
+    const std::lock_guard lock(mutex_);
+    return samples_;
+  }
+  std::vector<bridge::FailedSample> failed() {
+    const std::lock_guard lock(mutex_);
+    return failed_;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::map<Name, bridge::Sample> samples_;
+  std::vector<bridge::FailedSample> failed_;
+};
+
+class ThreadRanks {
+ public:
+  explicit ThreadRanks(int num_ranks, const Config& config = tiny_config()) {
+    for (int rank = 0; rank < num_ranks; ++rank) replicas_.push_back(tiny_replica(config));
+    dispatcher_ = std::make_unique<Dispatcher>(
+        config, tiny_model_config(), replicas_[0]->limits(),
+        replicas_[0]->backend().info().fingerprint, /*shares_weights=*/false);
+    dispatcher_->set_sink(sink);
+    for (int rank = 0; rank < num_ranks; ++rank) {
+      workers_.push_back(std::make_shared<Worker>(*replicas_[rank], [this, rank](Event event) {
+        if (rank > 0) event = decode_event(encode(event));
+        dispatcher_->handle(rank, std::move(event));
+      }));
+      if (rank == 0) {
+        dispatcher_->add_worker(workers_[rank]);
+      } else {
+        dispatcher_->add_worker(std::make_shared<CodecLink>(workers_[rank]));
+      }
+    }
+    for (const auto& worker : workers_) worker->start();
+    dispatcher_->wait_ready(std::chrono::steady_clock::now() + std::chrono::seconds(30));
+  }
+  ~ThreadRanks() {
+    dispatcher_->stop(false, std::chrono::steady_clock::now() + std::chrono::seconds(30));
+    workers_.clear();
+  }
+
+  Dispatcher& dispatcher() { return *dispatcher_; }
+  KeepingSink sink;
+
+ private:
+  class CodecLink : public WorkerLink {
+   public:
+    explicit CodecLink(std::shared_ptr<Worker> worker) : worker_(std::move(worker)) {}
+    void send(Command command) override { worker_->send(decode_command(encode(command))); }
+
+   private:
+    std::shared_ptr<Worker> worker_;
+  };
+
+  std::vector<std::unique_ptr<Replica>> replicas_;
+  std::unique_ptr<Dispatcher> dispatcher_;
+  std::vector<std::shared_ptr<Worker>> workers_;
+};
+
+inline std::vector<bridge::PromptRequest> numbered_prompts(int count) {
+  std::mt19937 random(9);
+  std::vector<bridge::PromptRequest> prompts(count);
+  for (int i = 0; i < count; ++i) {
+    prompts[i].prompt_id = bridge::PromptId{.text = "p" + std::to_string(i)};
+    prompts[i].input_ids.resize(1 + random() % 20);
+    for (int32_t& id : prompts[i].input_ids) id = static_cast<int32_t>(random() % 71);
+    prompts[i].origin = "prompts[" + std::to_string(i) + "]";
+  }
+  return prompts;
+}
+
+}  // namespace rollpack::rollout
