@@ -76,7 +76,7 @@ enum class WeightKind : uint8_t {
   kGated,      // two parts of equal N: gate and up; linear() with Epilogue::kGated gives N / 2 columns
   kEmbedding,  // [V, D] used by embed(), and by lm_head() when the head is tied
   kLmHead,     // [V, D] used by lm_head() only
-  kVector,     // [1, N] kept in f32 (norm weights, biases); parts are stacked
+  kVector,     // [1, N] rounded to the compute dtype, held as f32 (norms, biases); parts are stacked
 };
 
 struct WeightSpec {
