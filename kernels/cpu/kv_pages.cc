@@ -20,15 +20,15 @@ KvPages::KvPages(const ModelShape& shape, int64_t kv_cache_bytes) : G_(shape.G),
   const int64_t pages = kv_cache_bytes / page_bytes_;
   if (pages < 1) {
     throw Error({.code = ErrorCode::kResourceExhausted,
-                 .field = "kv_cache_bytes",
-                 .value = std::to_string(kv_cache_bytes),
+                 .field = "engine.kv_cache_memory",
+                 .value = fmt::format("{} bytes", kv_cache_bytes),
                  .allowed = fmt::format("at least {} bytes", page_bytes_),
                  .message = fmt::format("one page holds {} tokens of all {} layers", kPageTokens,
                                         shape.L)});
   }
   num_pages_ = static_cast<int32_t>(
       std::min<int64_t>(pages, std::numeric_limits<int32_t>::max() / 2));
-  arena_ = Arena::make_private(num_pages_ * page_bytes_, "kv_cache_bytes");
+  arena_ = Arena::make_private(num_pages_ * page_bytes_, "engine.kv_cache_memory");
 }
 
 template <>
