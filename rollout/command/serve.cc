@@ -1,0 +1,56 @@
+#include <cstdio>
+
+#include <fmt/format.h>
+#include <spdlog/spdlog.h>
+
+#include "kernels/base/error.h"
+#include "rollout/command/command.h"
+#include "rollout/command/end_signal.h"
+#include "trainer_bridge/server/server.h"
+
+namespace rollpack::rollout {
+namespace {
+
+constexpr int kLostRankStatus = 3;
+
+bridge::ServerOptions server_options(const Job& job) {
+  const BridgeSection& section = job.config().bridge;
+  bridge::ServerOptions options;
+  options.socket = section.socket;
+  options.slots = section.slots;
+  options.slot_bytes = section.slot_bytes;
+  options.layout = {.layout = section.layout,
+                    .max_tokens_per_row = section.max_tokens_per_row,
+                    .columns = section.columns,
+                    .logprobs_mode = job.config().rollout.logprobs_mode};
+  return options;
+}
+
+}  // namespace
+
+int serve(Job& job, const CommandLine&) {
+  EndSignal end;
+  Dispatcher& dispatcher = job.dispatcher();
+  bridge::ServerOptions options = server_options(job);
+  options.layout.pad_token_id = dispatcher.info().pad_token_id;
+  bridge::Server server(options);
+  dispatcher.set_sink(server);
+  dispatcher.set_on_end([&] {
+    server.health_changed();
+    end.raise(0);
+  });
+  job.start();
+  server.start(dispatcher);
+  spdlog::info("serving at {}", options.socket);
+  fmt::print("ready\n");
+  std::fflush(stdout);
+  end.wait([] { return false; });
+  const bridge::Outcome broken = dispatcher.health();
+  job.stop(/*hand_back=*/!broken);
+  server.stop();
+  if (!broken) return 0;
+  fmt::print(stderr, "rollpack: {}: {}\n", error_code_name(broken->code), format_error(*broken));
+  return kLostRankStatus;
+}
+
+}  // namespace rollpack::rollout
