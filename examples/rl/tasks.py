@@ -1,4 +1,4 @@
-"""What the policy is asked: small arithmetic questions, how they become prompts, and their reward."""
+"""What the policy is asked: arithmetic questions, how they become prompts, and their reward."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def _sums() -> list[Question]:
             for x in range(2, 10) for y in range(2, 10)]
 
 
-def _chains() -> list[Question]:
-    return [Question(f"What is {x} + {y} - {z}? Reply with the number only.", x + y - z)
-            for x in range(2, 10) for y in range(2, 10) for z in range(2, 10) if z < x + y]
+def _products() -> list[Question]:
+    return [Question(f"What is {x} times {y}? Reply with the number only.", x * y)
+            for x in range(2, 10) for y in range(2, 10)]
 
 
 # Every question of a task; few enough that greedy accuracy can be measured on all of them.
-TASKS: dict[str, Callable[[], list[Question]]] = {"sum": _sums, "chain": _chains}
+TASKS: dict[str, Callable[[], list[Question]]] = {"sum": _sums, "product": _products}
 
 
 def draw(questions: Sequence[Question], num: int, seed: int, step: int) -> list[Question]:

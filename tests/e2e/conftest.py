@@ -1,0 +1,26 @@
+"""Fixtures of the end-to-end tests: the program must be built and SmolLM2 exported beforehand."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+from engine_process import BINARY, MODEL
+from tiny_models import MODELS
+
+
+@pytest.fixture(scope="session", autouse=True)
+def needs() -> None:
+    """Fails at once, and loudly, where there is nothing to test."""
+    if not BINARY.is_file():
+        pytest.exit(f"{BINARY} is not there: build it (tests/build.sh release) or set "
+                    "ROLLPACK_BINARY", returncode=1)
+    if not (MODEL / "config.json").is_file():
+        pytest.exit(f"{MODEL} is not there: run examples/export_smollm2.py or set ROLLPACK_MODEL",
+                    returncode=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A random Llama of odd sizes whose pad id is its EOS id."""
+    return MODELS["llama-untied"].write(tmp_path_factory.mktemp("models") / "tiny")

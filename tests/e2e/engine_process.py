@@ -1,0 +1,191 @@
+"""Runs the rollpack program as a user does, alone or under mpirun, and sees what it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+BINARY = pathlib.Path(os.environ.get("ROLLPACK_BINARY", ROOT / "build" / "rollout" / "rollpack"))
+MODEL = pathlib.Path(os.environ.get("ROLLPACK_MODEL", ROOT / "models" / "smollm2-135m"))
+IS_FULL = os.environ.get("ROLLPACK_FULL", "0") == "1"
+
+_MARK = "ROLLPACK_TEST_MARK"
+Config = Mapping[str, Mapping[str, Any]]
+
+
+def write_config(path: pathlib.Path, *layers: Config) -> pathlib.Path:
+    """Writes a configuration; of two layers that set a key the later wins. JSON is YAML."""
+    merged: dict[str, dict[str, Any]] = {}
+    for layer in layers:
+        for section, fields in layer.items():
+            merged.setdefault(section, {}).update(fields)
+    path.write_text(json.dumps(merged, default=str, indent=1))
+    return path
+
+
+def write_jsonl(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> pathlib.Path:
+    """Writes one JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Reads one JSON object a line."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Job:
+    """A started program, in a process group of its own and marked, so that no child gets lost."""
+
+    def __init__(self, arguments: Iterable[Any], *, num_ranks: int = 0) -> None:
+        """Starts it; num_ranks 0 runs it without mpirun."""
+        self._mark = uuid.uuid4().hex
+        command = [str(BINARY), *map(str, arguments)]
+        if num_ranks:
+            command = ["mpirun", "-n", str(num_ranks), "--bind-to", "none", "--oversubscribe",
+                       *command]
+        environment = {**os.environ, _MARK: self._mark, "OMPI_ALLOW_RUN_AS_ROOT": "1",
+                       "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env=environment, start_new_session=True)
+        self.stdout = self.stderr = ""
+        self.status: int | None = None  # set by run()
+
+    @property
+    def pid(self) -> int:
+        """Of the program, or of its mpirun."""
+        return self._process.pid
+
+    def signal(self, number: int) -> None:
+        """Sends a signal to the program, or to its mpirun, alone."""
+        self._process.send_signal(number)
+
+    def wait(self, timeout_s: float = 120.0) -> int:
+        """Waits for its end and keeps its output. Returns: the exit status.
+
+        Raises: AssertionError with its output when it does not end in time.
+        """
+        try:
+            self.stdout, self.stderr = self._process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            self.stdout, self.stderr = self._process.communicate(timeout=30)
+            raise AssertionError(f"no end after {timeout_s} s:\n{self.stderr[-4000:]}") from None
+        return self._process.returncode
+
+    def rank_pids(self) -> dict[int, int]:
+        """Returns the pid of each living rank, by rank; alone it is rank 0."""
+        ranks = {}
+        for pid in self.living_pids():
+            environment = _environment_of(pid)
+            if _program_of(pid) == str(BINARY.resolve()):
+                ranks[int(environment.get("OMPI_COMM_WORLD_RANK", 0))] = pid
+        return ranks
+
+    def living_pids(self) -> list[int]:
+        """Returns the processes that descend from this job, orphans too, zombies not."""
+        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        return [pid for pid in pids if _environment_of(pid).get(_MARK) == self._mark]
+
+    def wait_for_no_process(self, timeout_s: float = 5.0) -> list[int]:
+        """Waits until none of its processes lives. Returns: those that still do."""
+        deadline = time.monotonic() + timeout_s
+        while (living := self.living_pids()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return living
+
+    def wait_for_ranks(self, num_ranks: int, timeout_s: float = 60.0) -> dict[int, int]:
+        """Waits until that many ranks live. Returns: their pids by rank."""
+        deadline = time.monotonic() + timeout_s
+        while len(ranks := self.rank_pids()) < num_ranks:
+            assert self._process.poll() is None, f"it ended: {self._process.communicate()[1]}"
+            assert time.monotonic() < deadline, f"only {len(ranks)} of {num_ranks} ranks started"
+            time.sleep(0.02)
+        return ranks
+
+    def kill(self) -> None:
+        """Ends whatever of it still lives; for clean-up."""
+        for pid in self.living_pids():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+        if self._process.returncode is None:
+            self._process.communicate(timeout=30)
+
+
+def _environment_of(pid: int) -> dict[str, str]:
+    try:
+        entries = pathlib.Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+    except OSError:  # ended, or not ours to read
+        return {}
+    return dict(entry.split("=", 1) for entry in entries.split("\0") if "=" in entry)
+
+
+def _program_of(pid: int) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)")
+    except OSError:
+        return ""
+
+
+def run(*arguments: Any, num_ranks: int = 0, timeout_s: float = 120.0) -> Job:
+    """Runs the program to its end. Returns: the ended job with its output; see `status`."""
+    with Job(arguments, num_ranks=num_ranks) as job:
+        job.status = job.wait(timeout_s)
+        left = job.wait_for_no_process()
+    assert not left, f"processes {left} outlived {arguments}"
+    return job
+
+
+def run_well(*arguments: Any, num_ranks: int = 0, timeout_s: float = 120.0) -> Job:
+    """As run(), and the exit status must be 0."""
+    job = run(*arguments, num_ranks=num_ranks, timeout_s=timeout_s)
+    assert job.status == 0, f"exit status {job.status} of {arguments}:\n{job.stderr[-4000:]}"
+    return job
+
+
+def generate(config: pathlib.Path, prompts: pathlib.Path, output: pathlib.Path, *,
+             num_ranks: int = 0, timeout_s: float = 120.0) -> list[dict[str, Any]]:
+    """Runs `rollpack generate`. Returns: its samples."""
+    run_well("generate", "--config", config, "--prompts", prompts, "--output", output,
+             num_ranks=num_ranks, timeout_s=timeout_s)
+    return read_jsonl(output)
+
+
+def score(config: pathlib.Path, sequences: pathlib.Path, output: pathlib.Path, *,
+          num_ranks: int = 0, timeout_s: float = 120.0) -> list[dict[str, Any]]:
+    """Runs `rollpack score`. Returns: one result a sequence."""
+    run_well("score", "--config", config, "--sequences", sequences, "--output", output,
+             num_ranks=num_ranks, timeout_s=timeout_s)
+    return read_jsonl(output)
+
+
+def shared_files() -> set[str]:
+    """Returns what a job could leave behind in shared memory and in the temporary directory."""
+    temporary = pathlib.Path(os.environ.get("TMPDIR", "/tmp"))
+    return {str(path) for path in [*pathlib.Path("/dev/shm").glob("*"),
+                                   *temporary.glob("rollpack*")]}
+
+
+def wait_for_no_new_files(before: set[str], timeout_s: float = 3.0) -> set[str]:
+    """Waits until nothing is there that was not before. Returns: what still is."""
+    deadline = time.monotonic() + timeout_s
+    while (new := shared_files() - before) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return new

@@ -1,0 +1,144 @@
+"""One sequence, one answer: 200 samples of SmolLM2 are the same bytes however they are computed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pathlib
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import rollpack
+from engine_process import (
+    IS_FULL,
+    MODEL,
+    Config,
+    generate,
+    run_well,
+    score,
+    write_config,
+    write_jsonl,
+)
+
+NUM_PROMPTS, NUM_SAMPLES = 50, 4
+BASE: Config = {
+    "model": {"path": MODEL},
+    "rollout": {"n": NUM_SAMPLES, "temperature": 1.0, "seed": 5, "response_length": 6},
+    "engine": {"batching": "continuous", "max_num_seqs": 64, "max_num_batched_tokens": 2048,
+               "num_threads": 1, "kv_cache_memory": "256MiB"}}
+
+
+def _case(name: str, num_ranks: int = 0, **engine: Any) -> Any:
+    return pytest.param(engine, num_ranks, id=name)
+
+
+# Each value of every axis at least once, and combinations likely to interfere.
+CASES = [
+    _case("two-threads", num_threads=2),
+    _case("one-at-a-time", max_num_seqs=1, num_threads=2),
+    _case("few-seqs-few-tokens", max_num_seqs=7, max_num_batched_tokens=64),
+    _case("fewer-tokens-than-seqs", max_num_batched_tokens=20, num_threads=2),
+    _case("no-cache-whole-prompts", enable_prefix_caching=False, enable_chunked_prefill=False),
+    _case("two-ranks", num_ranks=2),
+    _case("three-ranks-few-tokens", num_ranks=3, max_num_batched_tokens=64),
+    _case("two-ranks-private-weights", num_ranks=2, share_weights="off"),
+    _case("left-padded", batching="left_padded", num_threads=2),
+    _case("left-padded-few-seqs-two-ranks", num_ranks=2, batching="left_padded", max_num_seqs=7),
+]
+if IS_FULL:
+    CASES += [
+        _case(f"{batching}-{seqs}-seqs-{tokens}-tokens-{threads}-threads-{ranks}-ranks", ranks,
+              batching=batching, max_num_seqs=seqs, max_num_batched_tokens=tokens,
+              num_threads=threads)
+        for batching, seqs, tokens, threads, ranks in itertools.product(
+            ("continuous", "left_padded"), (1, 7, 64), (64, 2048), (1, 2), (1, 2, 3))]
+
+
+def _prompts() -> list[dict[str, Any]]:
+    """Lengths 1 to 60; some begin alike, some have their own limits and truncation."""
+    draw = random.Random(7)
+    shared = [draw.randrange(3, 49152) for _ in range(40)]
+    prompts = []
+    for index in range(NUM_PROMPTS):
+        own = [draw.randrange(3, 49152) for _ in range(draw.randrange(1, 21))]
+        ids = shared[:draw.choice([16, 17, 40])] + own if index % 3 == 0 else own
+        prompt: dict[str, Any] = {"prompt_id": f"p{index}", "input_ids": ids}
+        if index % 5 == 1:
+            prompt["sampling"] = {"temperature": 0.7, "top_k": 40, "response_length": 9}
+        elif index % 5 == 2:
+            prompt["sampling"] = {"top_p": 0.9, "min_p": 0.01, "response_length": 3}
+        elif index % 5 == 3:
+            prompt["sampling"] = {"temperature": 0.0}
+        prompts.append(prompt)
+    return prompts
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The file that every case reads."""
+    return write_jsonl(tmp_path_factory.mktemp("in") / "prompts.jsonl", _prompts())
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory, prompts: pathlib.Path) -> pathlib.Path:
+    """What the base configuration writes."""
+    folder = tmp_path_factory.mktemp("base")
+    samples = generate(write_config(folder / "config.yaml", BASE), prompts,
+                       folder / "samples.jsonl")
+    assert len(samples) == NUM_PROMPTS * NUM_SAMPLES
+    assert all(sample["finish_reason"] in ("stop", "length") for sample in samples)
+    # Samples of one group must differ, or equal files would say little.
+    assert len({tuple(sample["response_ids"]) for sample in samples}) > NUM_PROMPTS * 2
+    return folder / "samples.jsonl"
+
+
+@pytest.mark.parametrize(("engine", "num_ranks"), CASES)
+def test_generation_gives_the_same_file(engine: dict[str, Any], num_ranks: int,
+                                        prompts: pathlib.Path, expected: pathlib.Path,
+                                        tmp_path: pathlib.Path) -> None:
+    config = write_config(tmp_path / "config.yaml", BASE, {"engine": engine})
+    run_well("generate", "--config", config, "--prompts", prompts, "--output",
+             tmp_path / "samples.jsonl", num_ranks=num_ranks)
+    assert (tmp_path / "samples.jsonl").read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize(("engine", "num_ranks"), [
+    _case("few-tokens", max_num_batched_tokens=64, num_threads=2),
+    _case("two-ranks", num_ranks=2),
+    _case("left-padded", batching="left_padded", max_num_seqs=7)])
+def test_scores_are_the_bits_of_generation(engine: dict[str, Any], num_ranks: int,
+                                           expected: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    by_id = {prompt["prompt_id"]: prompt for prompt in _prompts()}
+    samples = [json.loads(line) for line in expected.read_text().splitlines()]
+    sequences = [
+        {"id": f"{sample['prompt_id']}/{sample['sample_index']}",
+         "input_ids": by_id[sample["prompt_id"]]["input_ids"],
+         "response_ids": sample["response_ids"],
+         "temperature": by_id[sample["prompt_id"]].get("sampling", {}).get("temperature", 1.0)}
+        for sample in samples]
+    config = write_config(tmp_path / "config.yaml", BASE, {"engine": engine})
+    scored = score(config, write_jsonl(tmp_path / "in.jsonl", sequences), tmp_path / "out.jsonl",
+                   num_ranks=num_ranks)
+    for sample, result in zip(samples, scored, strict=True):
+        for key in ("logprobs", "scaled_logprobs"):
+            assert result[key] == sample[key], f"{result['id']}: {key}"
+
+
+def test_preempted_samples_are_the_same(expected: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    # 22.5 KiB a token: room for about 460 tokens where 64 sequences of up to 69 run.
+    columns = ["logprobs", "scaled_logprobs", "support_logmass"]
+    config = write_config(tmp_path / "config.yaml", BASE, {
+        "engine": {"kv_cache_memory": "10MiB"}, "bridge": {"columns": columns}})
+    with rollpack.launch(config) as client:
+        samples = client.generate(_prompts())
+        assert client.stats()["num_preemptions"] > 0
+    lines = [json.loads(line) for line in expected.read_text().splitlines()]
+    for sample, line in zip(samples, lines, strict=True):
+        name = f"{sample.prompt_id}/{sample.sample_index}"
+        assert name == f"{line['prompt_id']}/{line['sample_index']}"
+        assert sample.response_ids.tolist() == line["response_ids"], name
+        for column in columns:
+            written = np.array(line[column], np.float32)
+            assert getattr(sample, column).tobytes() == written.tobytes(), f"{name}: {column}"

@@ -1,0 +1,199 @@
+"""Weights that change under load: what happens to live samples, and which updates are refused."""
+
+from __future__ import annotations
+
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import rollpack
+import torch
+from engine_process import Config, write_config
+from rollpack.weights import Chunk, write_chunks
+from safetensors.torch import load_file
+from tiny_models import MODELS
+
+Tensors = dict[str, torch.Tensor]
+PROMPTS = [{"prompt_id": f"p{index}", "input_ids": [7 + index, 50, 3 * index]}
+           for index in range(16)]
+NORM = "model.layers.1.post_attention_layernorm.weight"
+
+
+@pytest.fixture(scope="module")
+def old(tiny_model: pathlib.Path) -> Tensors:
+    """The tensors of the file that every server here starts from."""
+    return load_file(tiny_model / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def new(old: Tensors) -> Tensors:
+    """Others of the same shapes."""
+    generator = torch.Generator().manual_seed(1)
+    return {name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+            for name, tensor in old.items()}
+
+
+@pytest.fixture
+def config(tiny_model: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """Two slots, all logprob columns, responses long enough to be caught half-way."""
+    layers: Config = {
+        "model": {"path": tiny_model},
+        "rollout": {"n": 8, "response_length": 500, "ignore_eos": True},
+        "engine": {"kv_cache_memory": "64MiB", "num_threads": 1, "max_num_seqs": 16},
+        "bridge": {"slots": 2, "slot_bytes": "16MiB", "columns": ["logprobs"]}}
+    return write_config(tmp_path / "config.yaml", layers)
+
+
+@pytest.fixture
+def client(config: pathlib.Path) -> Iterator[rollpack.Client]:
+    """A fresh server of two ranks."""
+    with rollpack.launch(config, num_ranks=2) as client:
+        yield client
+
+
+def _draw(client: rollpack.Client) -> list[tuple[bytes, bytes]]:
+    """A few samples, tokens and logprobs, as bits."""
+    samples = client.generate(PROMPTS[:4], n=2, sampling={"response_length": 20})
+    return [(sample.response_ids.tobytes(), sample.logprobs.tobytes()) for sample in samples]
+
+
+def _submit_load(client: rollpack.Client) -> None:
+    """Submits more than fits at once and waits until it is well under way."""
+    client.submit(PROMPTS)
+    deadline = time.monotonic() + 30
+    while client.stats().get("num_tokens_generated", 0) < 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _collect(client: rollpack.Client) -> list[rollpack.Sample]:
+    """Takes every sample of the load."""
+    samples: list[rollpack.Sample] = []
+    while len(samples) < 8 * len(PROMPTS):
+        with client.next_batch(timeout_s=60) as batch:
+            assert not batch.failed
+            samples += batch.samples(copy=True)
+    keys = {(sample.prompt_id, sample.sample_index) for sample in samples}
+    assert len(keys) == len(samples), "a sample came twice"
+    return samples
+
+
+def _assert_scored(client: rollpack.Client, samples: list[rollpack.Sample], version: int) -> None:
+    """Each token stamped `version` has the bits that score gives now."""
+    stamped = [sample for sample in samples if (sample.weight_versions == version).any()]
+    for sample, scored in zip(stamped, client.score(stamped), strict=True):
+        here = sample.weight_versions == version
+        assert np.array_equal(sample.logprobs[here], scored.logprobs[here]), sample.prompt_id
+
+
+def test_an_update_with_the_files_tensors_gives_the_files_bits(client: rollpack.Client,
+                                                               old: Tensors, new: Tensors) -> None:
+    before = _draw(client)
+    assert client.update_weights(new, version=1) == 1
+    assert _draw(client) != before
+    wrapped = {f"module._orig_mod.{name}": tensor.float() for name, tensor in old.items()}
+    assert client.update_weights(wrapped, version=2) == 2
+    assert client.get_weight_version() == 2
+    assert _draw(client) == before
+
+
+def test_keep_goes_on_under_the_new_weights(client: rollpack.Client, old: Tensors,
+                                            new: Tensors) -> None:
+    _submit_load(client)
+    assert client.update_weights(new, version=1, mode="keep") == 1
+    samples = _collect(client)
+    assert all(sample.finish_reason == "length" for sample in samples)
+    assert all((np.diff(sample.weight_versions) >= 0).all() for sample in samples)
+    mixed = [sample for sample in samples if len(set(sample.weight_versions.tolist())) == 2]
+    assert mixed, "no sample was under way"
+    _assert_scored(client, samples, version=1)
+    client.update_weights(old, version=2)
+    _assert_scored(client, samples, version=0)
+
+
+def test_wait_finishes_live_samples_under_the_old_weights(client: rollpack.Client,
+                                                          old: Tensors, new: Tensors) -> None:
+    _submit_load(client)
+    assert client.update_weights(new, version=1, mode="wait") == 1
+    samples = _collect(client)
+    assert all(sample.finish_reason == "length" for sample in samples)
+    versions = {tuple(set(sample.weight_versions.tolist())) for sample in samples}
+    assert versions <= {(0,), (1,)} and (0,) in versions
+    _assert_scored(client, samples, version=1)
+    client.update_weights(old, version=2)
+    _assert_scored(client, samples, version=0)
+
+
+def test_abort_hands_live_samples_back(client: rollpack.Client, new: Tensors) -> None:
+    _submit_load(client)
+    assert client.update_weights(new, version=1, mode="abort") == 1
+    samples = _collect(client)
+    aborted = [sample for sample in samples if sample.finish_reason == "abort"]
+    assert any(0 < len(sample.response_ids) < 500 for sample in aborted)
+    assert all((sample.weight_versions == 0).all() for sample in aborted)
+    _assert_scored(client, samples, version=1)
+
+
+def _refused(name: str, tensors: dict[str, Any], *parts: str) -> Any:
+    return pytest.param(tensors, parts, id=name)
+
+
+@pytest.mark.parametrize(("changes", "parts"), [
+    _refused("missing", {NORM: None}, NORM),
+    _refused("extra", {"model.layers.9.mlp.up_proj.weight": torch.zeros(70, 90)},
+             "model.layers.9.mlp.up_proj.weight"),
+    _refused("misshapen", {NORM: torch.ones(91)}, NORM, "91", "90"),
+    _refused("transposed", {"model.layers.0.mlp.up_proj.weight": torch.zeros(90, 70)},
+             "model.layers.0.mlp.up_proj.weight", "[70, 90]"),
+    _refused("dtype", {NORM: torch.ones(90, dtype=torch.int32)}, NORM, "int32"),
+    _refused("adapter", {"model.layers.0.mlp.up_proj.lora_A.weight": torch.zeros(4, 90)}, "lora_A",
+             "merge")])
+def test_a_wrong_tensor_is_named_and_the_old_weights_stay(
+        changes: dict[str, torch.Tensor | None], parts: tuple[str, ...], client: rollpack.Client,
+        new: Tensors) -> None:
+    before = _draw(client)
+    tensors = {name: tensor for name, tensor in {**new, **changes}.items() if tensor is not None}
+    with pytest.raises(rollpack.RollpackError) as error:
+        client.update_weights(tensors, version=1)
+    for part in parts:
+        assert part in str(error.value)
+    assert client.get_weight_version() == 0
+    assert _draw(client) == before
+    assert client.update_weights(new, version=1) == 1, "a good update works afterwards"
+
+
+def test_a_corrupt_tensor_is_named_and_the_old_weights_stay(
+        client: rollpack.Client, new: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
+    def corrupted(*arguments: Any) -> Iterator[Chunk]:
+        for chunk in write_chunks(*arguments):
+            for tensor in chunk.manifest:
+                tensor["crc32"] ^= tensor["name"] == NORM
+            yield chunk
+
+    before = _draw(client)
+    with monkeypatch.context() as patch:
+        patch.setattr("rollpack.client.write_chunks", corrupted)
+        with pytest.raises(rollpack.DataLoss, match=NORM):
+            client.update_weights(new, version=1)
+    assert client.get_weight_version() == 0
+    assert _draw(client) == before
+
+
+@pytest.mark.parametrize("share_weights", ["on", "off"])
+def test_a_tied_head_may_be_sent_if_it_is_the_embedding(share_weights: str, config: pathlib.Path,
+                                                        tmp_path: pathlib.Path) -> None:
+    folder = MODELS["qwen2-tied"].write(tmp_path / "tied")
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    overrides = {"model.path": folder, "engine.share_weights": share_weights}
+    with rollpack.launch(config, num_ranks=2, set=overrides) as client:
+        before = _draw(client)
+        client.update_weights({**tensors, "lm_head.weight": embedding}, version=1)
+        assert _draw(client) == before
+        with pytest.raises(rollpack.RollpackError, match="lm_head.weight"):
+            client.update_weights({**tensors, "lm_head.weight": embedding * 2}, version=2)
+        assert client.get_weight_version() == 1
+        assert _draw(client) == before
