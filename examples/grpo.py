@@ -4,8 +4,8 @@
     python examples/grpo.py --socket run/rollpack.sock --task product --steps 40
 
 A step: submit a few questions, take their groups as one packed batch, reward them, train on the
-batch as it lies in shared memory, send the new weights. The samples are always on-policy. At the end
-out/reward.png shows the reward and out/batch.png one packed batch.
+batch as it lies in shared memory, send the new weights. The samples are always on-policy. At the
+end out/reward.png shows the reward and out/batch.png one packed batch.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python examples/padding.py
 
 A batch is continued from the logits of its last column. Padded on the right, that column holds a
-pad for every prompt but the longest, and the model continues the pad (transformers, float32, masks and
-all). Padded on the left, with positions counted from each prompt's own length, it holds each
+pad for every prompt but the longest, and the model continues the pad (transformers, float32, masks
+and all). Padded on the left, with positions counted from each prompt's own length, it holds each
 prompt's last token, and rollpack gives the tokens and logprobs of the prompt alone, bit for bit.
 """
 
