@@ -8,6 +8,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <fstream>
 #include <utility>
 
 #include "kernels/base/error.h"
@@ -53,6 +54,21 @@ void check_file_size_limit(const std::string& name, int64_t bytes) {
                .value = fmt::format("{} bytes", bytes),
                .allowed = fmt::format("{} bytes, the limit on file sizes", limit.rlim_cur),
                .message = "it holds for shared memory too; raise it with ulimit -f"});
+}
+
+// Asked before pages are taken: the kernel grants them one by one until its OOM killer chooses a
+// process. Not asked where the system does not say.
+void check_available_memory(const std::string& name, int64_t bytes) {
+  std::ifstream meminfo("/proc/meminfo");
+  std::string key;
+  int64_t kibibytes = 0;
+  std::string unit;
+  while (meminfo >> key >> kibibytes && key != "MemAvailable:") std::getline(meminfo, unit);
+  if (key != "MemAvailable:" || bytes <= kibibytes * 1024) return;
+  throw Error({.code = ErrorCode::kResourceExhausted,
+               .field = "memfd " + name,
+               .value = fmt::format("{} bytes", bytes),
+               .allowed = fmt::format("{} bytes, the memory available now", kibibytes * 1024)});
 }
 
 // Takes every page now: without, the first touch of a page that is not there is a SIGBUS.
@@ -116,6 +132,7 @@ void check_size(int fd, int64_t bytes, const std::string& origin) {
 SealedSegment SealedSegment::create(const std::string& name, int64_t bytes) {
   check_bytes("memfd " + name, bytes);
   check_file_size_limit(name, bytes);
+  check_available_memory(name, bytes);
   SealedSegment segment;  // frees what it already holds when a step below throws
   segment.fd_ = create_memfd(name);
   if (segment.fd_ < 0) {
