@@ -1,0 +1,199 @@
+#include "trainer_bridge/weight_inbox/weight_inbox.h"
+
+#include <fmt/format.h>
+
+#include <utility>
+
+#include "kernels/base/error.h"
+
+namespace rollpack::bridge {
+namespace {
+
+ErrorInfo out_of_order(std::string value, std::string allowed, std::string message) {
+  return {.code = ErrorCode::kFailedPrecondition,
+          .field = "update_weights",
+          .value = std::move(value),
+          .allowed = std::move(allowed),
+          .message = std::move(message)};
+}
+
+}  // namespace
+
+WeightInbox::WeightInbox(RolloutService& service, Runner background, Runner foreground)
+    : service_(service), background_(std::move(background)), foreground_(std::move(foreground)) {}
+
+void WeightInbox::check_owner(const char* phase, uint64_t client, int64_t version) const {
+  if (!update_) throw Error(out_of_order(phase, "begin first", "no update is under way"));
+  if (update_->client != client) {
+    throw Error(out_of_order(
+        phase, "its own client only",
+        fmt::format("another client's update to version {} is under way", update_->version)));
+  }
+  if (update_->version != version) {
+    throw Error(
+        {.code = ErrorCode::kFailedPrecondition,
+         .field = "version",
+         .value = std::to_string(version),
+         .origin = fmt::format("update_weights {}", phase),
+         .allowed = fmt::format("{}, the version of the update under way", update_->version)});
+  }
+  if (update_->is_committing) {
+    throw Error(out_of_order(phase, "nothing until the commit is answered",
+                             "this update is being committed"));
+  }
+}
+
+void WeightInbox::begin(uint64_t client, int64_t version, OutcomeCallback done) {
+  if (update_) {
+    return done(
+        out_of_order("begin", "one update at a time",
+                     fmt::format("an update to version {} is under way", update_->version)));
+  }
+  if (version <= service_.weight_version()) {
+    return done(ErrorInfo{
+        .code = ErrorCode::kInvalidArgument,
+        .field = "version",
+        .value = std::to_string(version),
+        .origin = "update_weights begin",
+        .allowed = fmt::format("above {}, the current version", service_.weight_version())});
+  }
+  update_ = Update{.client = client, .version = version};
+  ++update_serial_;
+  enqueue({"begin", [this, version](OutcomeCallback end) { service_.begin_weights(version, end); },
+           std::move(done)});
+}
+
+void WeightInbox::chunk(uint64_t client, int64_t version, ChunkManifest manifest, OwnedFd fd,
+                        OutcomeCallback done) {
+  try {
+    check_owner("chunk", client, version);
+    if (waiting_.size() >= kMaxPhasesAhead) {
+      throw Error({.code = ErrorCode::kWouldBlock,
+                   .field = "update_weights",
+                   .value = "chunk",
+                   .allowed = fmt::format("{} phases ahead of their replies", kMaxPhasesAhead),
+                   .message = "wait for a reply"});
+    }
+  } catch (const Error& error) {
+    return done(error.info);
+  }
+  auto shared_fd = std::make_shared<OwnedFd>(std::move(fd));  // std::function wants copies
+  enqueue({"chunk",
+           [this, manifest = std::move(manifest), shared_fd](OutcomeCallback end) {
+             stage(manifest, shared_fd, std::move(end));
+           },
+           std::move(done)});
+}
+
+void WeightInbox::commit(uint64_t client, int64_t version, InFlight in_flight,
+                         OutcomeCallback done) {
+  try {
+    check_owner("commit", client, version);
+  } catch (const Error& error) {
+    return done(error.info);
+  }
+  enqueue({"commit",
+           [this, in_flight](OutcomeCallback end) {
+             update_->is_committing = true;
+             service_.commit_weights(in_flight, std::move(end));
+           },
+           std::move(done)});
+}
+
+void WeightInbox::cancel(uint64_t client, int64_t version) {
+  check_owner("cancel", client, version);
+  service_.cancel_weights();
+  close("the update was cancelled");
+}
+
+void WeightInbox::client_gone(uint64_t client) {
+  if (!update_ || update_->client != client || update_->is_committing) return;
+  service_.cancel_weights();
+  close("its client has gone");
+}
+
+void WeightInbox::enqueue(Phase phase) {
+  waiting_.push_back(std::move(phase));
+  run_next();
+}
+
+void WeightInbox::run_next() {
+  if (is_busy_ || waiting_.empty()) return;
+  is_busy_ = true;
+  Phase phase = std::move(waiting_.front());
+  waiting_.pop_front();
+  // The service answers on any thread; the runner is copied so that a late answer finds it.
+  const OutcomeCallback end = [this, foreground = foreground_, serial = update_serial_,
+                               name = phase.name, done = phase.done](Outcome outcome) {
+    foreground([this, serial, name, done, outcome = std::move(outcome)] {
+      phase_ended(serial, name, done, outcome);
+    });
+  };
+  try {
+    phase.run(end);
+  } catch (const Error& error) {
+    end(error.info);
+  }
+}
+
+void WeightInbox::phase_ended(uint64_t update_serial, const std::string& name,
+                              const OutcomeCallback& done, Outcome outcome) {
+  is_busy_ = false;
+  const bool is_current = update_ && update_serial == update_serial_;
+  if (!is_current && !outcome) {
+    outcome = out_of_order(name, "an update that goes on", "the update was cancelled meanwhile");
+  }
+  if (is_current && outcome) close("a phase before it was refused");
+  if (is_current && name == "commit" && !outcome) update_.reset();
+  done(std::move(outcome));
+  run_next();
+}
+
+void WeightInbox::stage(ChunkManifest manifest, std::shared_ptr<OwnedFd> fd, OutcomeCallback done) {
+  const auto refuse = [this, serial = update_serial_, done](const ErrorInfo& error) {
+    if (update_ && serial == update_serial_) service_.cancel_weights();
+    done(error);
+  };
+  try {
+    check_new_names(manifest);
+  } catch (const Error& error) {
+    return refuse(error.info);
+  }
+  background_([this, manifest = std::move(manifest), fd, foreground = foreground_,
+               serial = update_serial_, refuse, done] {
+    std::shared_ptr<ReceivedChunk> chunk;
+    std::optional<ErrorInfo> failure;
+    try {
+      chunk = std::make_shared<ReceivedChunk>(manifest, std::move(*fd));
+    } catch (const Error& error) {
+      failure = error.info;
+    }
+    foreground([this, chunk, failure, serial, refuse, done] {
+      if (failure) return refuse(*failure);
+      if (!update_ || serial != update_serial_) return done(std::nullopt);  // cancelled meanwhile
+      // The callback holds the mapping until the service has answered.
+      service_.stage_weights(chunk->view(),
+                             [chunk, done](Outcome outcome) { done(std::move(outcome)); });
+    });
+  });
+}
+
+void WeightInbox::check_new_names(const ChunkManifest& manifest) {
+  for (const TensorEntry& tensor : manifest.tensors) {
+    if (update_->names.insert(tensor.name).second) continue;
+    throw Error({.code = ErrorCode::kInvalidArgument,
+                 .field = "name",
+                 .value = tensor.name,
+                 .origin = "update_weights chunk",
+                 .allowed = "each tensor once in an update"});
+  }
+}
+
+void WeightInbox::close(const std::string& why) {
+  update_.reset();
+  for (const Phase& phase : std::exchange(waiting_, {})) {
+    phase.done(out_of_order(phase.name, "begin first", why));
+  }
+}
+
+}  // namespace rollpack::bridge
