@@ -1,0 +1,51 @@
+// next_batch calls that wait, served in the order they were asked. A call for many groups is not
+// overtaken by later calls for few, so that it cannot starve.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <optional>
+
+#include "trainer_bridge/contract/rollout_service.h"
+#include "trainer_bridge/delivery/delivery.h"
+#include "trainer_bridge/wire/asio.h"
+
+namespace rollpack::bridge {
+
+// Single-threaded: the server's thread.
+class BatchWaiters {
+ public:
+  struct Waiter {
+    uint64_t client = 0;
+    std::optional<int64_t> num_groups;
+    int64_t timeout_ms = 0;  // 0 looks once
+    std::chrono::steady_clock::time_point deadline;
+    std::function<void(BatchNotice)> deliver;
+    std::function<void(const ErrorInfo&)> refuse;
+  };
+
+  // `health` says why no more samples will come, if so; it is asked whenever a call has to wait.
+  BatchWaiters(asio::io_context& io, Delivery& delivery, std::function<Outcome()> health)
+      : delivery_(delivery), health_(std::move(health)), timer_(io) {}
+
+  void add(Waiter waiter);
+  // Serves whom it can. To be called when samples came or slots were given back.
+  void serve();
+  void remove(uint64_t client);
+  void refuse_all(const ErrorInfo& error);
+  int64_t num_waiting() const { return static_cast<int64_t>(waiting_.size()); }
+
+ private:
+  ErrorInfo timed_out(const Waiter& waiter) const;
+  void refuse_expired();
+  void schedule();
+
+  Delivery& delivery_;
+  std::function<Outcome()> health_;
+  asio::steady_timer timer_;
+  std::deque<Waiter> waiting_;
+};
+
+}  // namespace rollpack::bridge

@@ -1,0 +1,60 @@
+#include "trainer_bridge/server/replies.h"
+
+#include "trainer_bridge/contract/batch_schema.h"
+#include "trainer_bridge/server/requests.h"
+
+namespace rollpack::bridge {
+
+Json id_value(const PromptId& id) {
+  if (!id.is_integer) return id.text;
+  const Json number = Json::parse(id.text, nullptr, /*allow_exceptions=*/false);
+  return number.is_number_integer() ? number : Json(id.text);
+}
+
+Json hello_reply(const ServiceInfo& info, int64_t weight_version, const SlotRing& slots) {
+  return {{"protocol_version", kProtocolVersion},
+          {"schema_version", kSchemaVersion},
+          {"config", Json::parse(info.resolved_config_json)},
+          {"eos_token_ids", to_bin(std::span(info.eos_token_ids))},
+          {"pad_token_id", info.pad_token_id},
+          {"vocab_size", info.vocab_size},
+          {"fingerprint", info.fingerprint},
+          {"weight_version", weight_version},
+          {"num_slots", slots.num_slots()},
+          {"slot_bytes", slots.slot_bytes()},
+          {"num_fds", slots.num_slots()}};
+}
+
+Json batch_reply(const BatchNotice& notice) {
+  Json failed = Json::array();
+  for (const FailedSample& sample : notice.failed) {
+    failed.push_back({{"request_id", sample.key.request_id},
+                      {"prompt_index", sample.key.prompt_index},
+                      {"prompt_id", id_value(sample.key.prompt_id)},
+                      {"sample_index", sample.key.sample_index},
+                      {"group_size", sample.key.group_size},
+                      {"error", error_to_map(sample.error)}});
+  }
+  const SlotLease lease = notice.lease.value_or(SlotLease{});
+  return {{"slot", notice.lease ? Json(lease.slot) : Json(nullptr)},
+          {"generation", lease.generation},
+          {"batch_seq", notice.batch_seq},
+          {"bytes", notice.bytes},
+          {"crc32", notice.crc32},
+          {"num_samples", notice.num_samples},
+          {"num_groups", notice.num_groups},
+          {"failed", std::move(failed)}};
+}
+
+Json score_reply(const std::vector<ScoredSequence>& results) {
+  Json list = Json::array();
+  for (const ScoredSequence& result : results) {
+    list.push_back({{"id", id_value(result.id)},
+                    {"logprobs", to_bin(std::span(result.logprobs))},
+                    {"scaled_logprobs", to_bin(std::span(result.scaled_logprobs))},
+                    {"entropy", to_bin(std::span(result.entropy))}});
+  }
+  return {{"results", std::move(list)}};
+}
+
+}  // namespace rollpack::bridge

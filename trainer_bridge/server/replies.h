@@ -1,0 +1,20 @@
+// What the service and the delivery say -> replies as maps, fields as in trainer_bridge/README.md.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "trainer_bridge/contract/rollout_service.h"
+#include "trainer_bridge/delivery/delivery.h"
+#include "trainer_bridge/shared_memory/slot_ring.h"
+#include "trainer_bridge/wire/message.h"
+
+namespace rollpack::bridge {
+
+Json hello_reply(const ServiceInfo& info, int64_t weight_version, const SlotRing& slots);
+Json batch_reply(const BatchNotice& notice);
+Json score_reply(const std::vector<ScoredSequence>& results);
+// Text or integer, as it was given.
+Json id_value(const PromptId& id);
+
+}  // namespace rollpack::bridge

@@ -1,0 +1,120 @@
+#include "trainer_bridge/server/requests.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <limits>
+
+namespace rollpack::bridge {
+namespace {
+
+constexpr int64_t kMaxI32 = std::numeric_limits<int32_t>::max();
+constexpr int64_t kMaxI64 = std::numeric_limits<int64_t>::max();
+// A wait without end by another name; keeps deadlines away from the clock's limit.
+constexpr int64_t kMaxTimeoutMs = int64_t{365} * 24 * 3600 * 1000;
+
+PromptId id_from(const Fields& fields, std::string_view key, const Json& value) {
+  if (value.is_string()) return {value.get<std::string>(), false};
+  if (value.is_number_integer()) return {value.dump(), true};
+  fields.refuse(key, value, "text or an integer");
+}
+
+// A number as f32, refused where f32 has no finite value for it.
+std::optional<float> read_f32(Fields& fields, std::string_view key) {
+  const auto number = fields.optional_number(key);
+  if (!number) return std::nullopt;
+  if (*number > std::numeric_limits<float>::max() ||
+      *number < std::numeric_limits<float>::lowest()) {
+    fields.refuse(key, *number, "a number that fits 32 bits");
+  }
+  return static_cast<float>(*number);
+}
+
+SamplingOverrides read_sampling(const Json* map, const std::string& path) {
+  SamplingOverrides sampling;
+  if (map == nullptr) return sampling;
+  Fields fields(*map, path, "submit");
+  sampling.temperature = read_f32(fields, "temperature");
+  sampling.top_k = fields.optional_i32("top_k");
+  sampling.top_p = read_f32(fields, "top_p");
+  sampling.min_p = read_f32(fields, "min_p");
+  sampling.seed = fields.optional_u64("seed");
+  sampling.response_length = fields.optional_i32("response_length");
+  sampling.min_tokens = fields.optional_i32("min_tokens");
+  sampling.stop_token_ids = fields.optional_i32s("stop_token_ids");
+  sampling.ignore_eos = fields.optional_boolean("ignore_eos");
+  fields.finish();
+  return sampling;
+}
+
+PromptRequest read_prompt(const Json& map, size_t index) {
+  Fields fields(map, fmt::format("prompts[{}]", index), "submit");
+  PromptRequest prompt;
+  prompt.origin = fmt::format("submit prompts[{}]", index);
+  if (const Json* id = fields.optional_any("prompt_id")) {
+    prompt.prompt_id = id_from(fields, "prompt_id", *id);
+  }
+  prompt.input_ids = fields.i32s("input_ids");
+  prompt.n = fields.optional_i32("n");
+  prompt.sampling = read_sampling(fields.optional_map("sampling"), fields.path_of("sampling"));
+  fields.finish();
+  return prompt;
+}
+
+ScoreSequence read_sequence(const Json& map, size_t index) {
+  Fields fields(map, fmt::format("sequences[{}]", index), "score");
+  ScoreSequence sequence;
+  sequence.origin = fmt::format("score sequences[{}]", index);
+  sequence.id = id_from(fields, "id", fields.any("id"));
+  sequence.input_ids = fields.i32s("input_ids");
+  sequence.response_ids = fields.i32s("response_ids");
+  sequence.temperature = read_f32(fields, "temperature").value_or(1.0f);
+  fields.finish();
+  return sequence;
+}
+
+}  // namespace
+
+std::vector<PromptRequest> read_prompts(Fields& fields) {
+  const Json& maps = fields.array("prompts");
+  fields.finish();
+  if (maps.empty()) fields.refuse("prompts", maps, "at least one prompt");
+  std::vector<PromptRequest> prompts;
+  prompts.reserve(maps.size());
+  for (size_t i = 0; i < maps.size(); ++i) prompts.push_back(read_prompt(maps[i], i));
+  return prompts;
+}
+
+std::vector<ScoreSequence> read_sequences(Fields& fields) {
+  const Json& maps = fields.array("sequences");
+  fields.finish();
+  std::vector<ScoreSequence> sequences;
+  sequences.reserve(maps.size());
+  for (size_t i = 0; i < maps.size(); ++i) sequences.push_back(read_sequence(maps[i], i));
+  return sequences;
+}
+
+InFlight read_in_flight(Fields& fields) {
+  constexpr std::array kModes = {InFlight::kKeep, InFlight::kWait, InFlight::kAbort};
+  return kModes[fields.one_of("mode", {"keep", "wait", "abort"})];
+}
+
+NextBatchRequest read_next_batch(Fields& fields) {
+  NextBatchRequest request;
+  request.num_groups = fields.optional_integer("num_groups", 1, kMaxI64);
+  request.timeout_ms = std::min(fields.integer("timeout_ms", 0, kMaxI64), kMaxTimeoutMs);
+  fields.finish();
+  return request;
+}
+
+ReleaseRequest read_release(Fields& fields) {
+  ReleaseRequest request;
+  request.lease.slot = static_cast<int32_t>(fields.integer("slot", 0, kMaxI32));
+  request.lease.generation = fields.u64("generation");
+  request.batch_seq = fields.u64("batch_seq");
+  fields.finish();
+  return request;
+}
+
+}  // namespace rollpack::bridge

@@ -1,0 +1,34 @@
+// Requests as maps -> what the service and the delivery take. Types and ranges of the protocol are
+// checked here; what a value means to the model is the service's business.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "trainer_bridge/contract/rollout_service.h"
+#include "trainer_bridge/shared_memory/slot_ring.h"
+#include "trainer_bridge/wire/fields.h"
+
+namespace rollpack::bridge {
+
+inline constexpr int64_t kProtocolVersion = 1;
+
+// Errors, all: invalid_argument naming the field, e.g. prompts[3].sampling.top_p.
+std::vector<PromptRequest> read_prompts(Fields& fields);
+std::vector<ScoreSequence> read_sequences(Fields& fields);
+InFlight read_in_flight(Fields& fields);
+
+struct NextBatchRequest {
+  std::optional<int64_t> num_groups;
+  int64_t timeout_ms = 0;
+};
+NextBatchRequest read_next_batch(Fields& fields);
+
+struct ReleaseRequest {
+  SlotLease lease;
+  uint64_t batch_seq = 0;
+};
+ReleaseRequest read_release(Fields& fields);
+
+}  // namespace rollpack::bridge

@@ -1,0 +1,289 @@
+#include "trainer_bridge/server/server.h"
+
+#include <fmt/format.h>
+#include <sys/socket.h>
+
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <exception>
+#include <map>
+#include <optional>
+#include <thread>
+#include <utility>
+
+#include "trainer_bridge/delivery/delivery.h"
+#include "trainer_bridge/server/batch_waiters.h"
+#include "trainer_bridge/server/connection.h"
+#include "trainer_bridge/server/listen_socket.h"
+#include "trainer_bridge/server/peer.h"
+#include "trainer_bridge/server/sample_inbox.h"
+#include "trainer_bridge/server/verbs.h"
+#include "trainer_bridge/shared_memory/slot_ring.h"
+#include "trainer_bridge/weight_inbox/weight_inbox.h"
+#include "trainer_bridge/wire/asio.h"
+
+namespace rollpack::bridge {
+namespace {
+
+constexpr auto kAcceptRetry = std::chrono::milliseconds(100);
+constexpr auto kFlushTime = std::chrono::milliseconds(300);
+constexpr auto kFlushPoll = std::chrono::milliseconds(5);
+
+// Outlives the server where a late answer of the service still holds it: what is posted then is
+// never run.
+struct Loop {
+  asio::io_context io{1};
+};
+
+ServerOptions checked(ServerOptions options) {
+  if (options.slots > kMaxFdsPerFrame) {
+    throw Error({.code = ErrorCode::kInvalidArgument,
+                 .field = "bridge.slots",
+                 .value = std::to_string(options.slots),
+                 .allowed = fmt::format("1 to {}, the descriptors of one frame", kMaxFdsPerFrame)});
+  }
+  options.frames.finish_deadline = kFlushTime;
+  return options;
+}
+
+}  // namespace
+
+// Everything but the inbox and the posting is touched by the server's thread only, once it runs.
+struct Server::State {
+  explicit State(ServerOptions given)
+      : options(checked(std::move(given))),
+        listener(std::in_place, options.socket),
+        layout(make_layout(options.layout)),
+        slots(options.slots, options.slot_bytes),
+        delivery(slots, *layout),
+        waiters(loop->io, delivery, [this] { return health(); }),
+        acceptor(loop->io),
+        accept_timer(loop->io),
+        flush_timer(loop->io) {}
+
+  void start(RolloutService& given_service);
+  void run();
+  void stop();
+  void put(SampleInbox::Entry entry);
+  void deliver_inbox();
+  Outcome health() const;
+
+  void wait_for_clients();
+  void accept_clients();
+  void add_client(OwnedFd socket);
+  void client_gone(Connection& connection);
+  void begin_stop();
+  void poll_flush(std::chrono::steady_clock::time_point deadline);
+  VerbParts verb_parts(RolloutService& given_service);
+  std::function<void(std::function<void()>)> poster() const;
+
+  const ServerOptions options;
+  const std::shared_ptr<Loop> loop = std::make_shared<Loop>();
+  std::optional<ListenSocket> listener;  // until stopped
+  const std::unique_ptr<BatchLayout> layout;
+  SlotRing slots;
+  Delivery delivery;
+  BatchWaiters waiters;
+  SampleInbox inbox;
+  asio::posix::stream_descriptor acceptor;
+  asio::steady_timer accept_timer;
+  asio::steady_timer flush_timer;
+  std::unique_ptr<asio::thread_pool> checksums;
+  RolloutService* service = nullptr;
+  std::unique_ptr<WeightInbox> weights;
+  std::unique_ptr<Verbs> verbs;
+  std::map<uint64_t, std::shared_ptr<Connection>> connections;  // by client
+  std::vector<std::weak_ptr<Connection>> closing;               // still to be flushed at stop
+  uint64_t last_client = 0;
+  Outcome fault;  // of ours: no batch can be trusted to be complete any more
+  std::thread thread;
+  std::atomic<bool> is_running = false;
+};
+
+std::function<void(std::function<void()>)> Server::State::poster() const {
+  return [loop = loop](std::function<void()> task) { asio::post(loop->io, std::move(task)); };
+}
+
+VerbParts Server::State::verb_parts(RolloutService& given_service) {
+  return {.service = given_service,
+          .slots = slots,
+          .delivery = delivery,
+          .waiters = waiters,
+          .weights = *weights,
+          .max_held_samples = options.max_held_samples,
+          .on_server_thread = poster(),
+          .num_pending_samples = [this] { return inbox.size(); },
+          .num_clients = [this] { return static_cast<int64_t>(connections.size()); },
+          .health = [this] { return health(); }};
+}
+
+void Server::State::start(RolloutService& given_service) {
+  if (service != nullptr) fail_invariant("a server was started twice");
+  service = &given_service;
+  checksums = std::make_unique<asio::thread_pool>(1);
+  weights = std::make_unique<WeightInbox>(
+      given_service,
+      [pool = checksums.get()](std::function<void()> task) { asio::post(*pool, std::move(task)); },
+      poster());
+  verbs = std::make_unique<Verbs>(verb_parts(given_service));
+  listener->listen();
+  acceptor.assign(OwnedFd::duplicate(listener->fd()).release());
+  wait_for_clients();
+  asio::post(loop->io, [this] { deliver_inbox(); });  // what came before the start
+  is_running = true;
+  thread = std::thread([this] { run(); });
+}
+
+// An exception here has passed every handler that could answer for it; what it interrupted is
+// unknown, so waiting calls and health say so from now on.
+void Server::State::run() {
+  const auto guard = asio::make_work_guard(loop->io);
+  while (!loop->io.stopped()) {
+    try {
+      loop->io.run();
+    } catch (const std::exception& error) {
+      fault = ErrorInfo{.code = ErrorCode::kInternal, .field = "server", .message = error.what()};
+    }
+  }
+}
+
+void Server::State::put(SampleInbox::Entry entry) {
+  const bool is_first = inbox.put(std::move(entry));
+  if (is_first) asio::post(loop->io, [this] { deliver_inbox(); });
+}
+
+void Server::State::deliver_inbox() {
+  for (SampleInbox::Entry& entry : inbox.take_all()) {
+    try {
+      if (auto* sample = std::get_if<Sample>(&entry)) {
+        delivery.commit(std::move(*sample));
+      } else {
+        delivery.fail(std::move(std::get<FailedSample>(entry)));
+      }
+    } catch (const Error& error) {
+      if (!fault) fault = error.info;
+    }
+  }
+  waiters.serve();
+}
+
+Outcome Server::State::health() const {
+  return fault ? fault : service->health();
+}
+
+void Server::State::wait_for_clients() {
+  acceptor.async_wait(asio::posix::stream_descriptor::wait_read, [this](SystemError error) {
+    if (!error) accept_clients();
+  });
+}
+
+void Server::State::accept_clients() {
+  for (;;) {
+    OwnedFd socket(
+        ::accept4(acceptor.native_handle(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+    if (socket) {
+      add_client(std::move(socket));
+      continue;
+    }
+    if (errno == EINTR || errno == ECONNABORTED) continue;
+    if (errno == EAGAIN || errno == EWOULDBLOCK) return wait_for_clients();
+    // Out of descriptors or memory: the client stays in the backlog until some are free again.
+    accept_timer.expires_after(kAcceptRetry);
+    return accept_timer.async_wait([this](SystemError error) {
+      if (!error) accept_clients();
+    });
+  }
+}
+
+void Server::State::add_client(OwnedFd socket) {
+  Peer peer = peer_of(socket.get());
+  Outcome refusal = other_user(peer);
+  if (!refusal && connections.size() >= static_cast<size_t>(options.max_clients)) {
+    refusal = ErrorInfo{.code = ErrorCode::kResourceExhausted,
+                        .field = "clients",
+                        .value = std::to_string(connections.size() + 1),
+                        .allowed = fmt::format("at most {}", options.max_clients)};
+  }
+  const auto connection = std::make_shared<Connection>(loop->io, std::move(socket), std::move(peer),
+                                                       ++last_client, options.frames);
+  if (refusal) return connection->refuse(*refusal);
+  connections[connection->client] = connection;
+  connection->start({.on_request = [this](Request& request) { verbs->handle(request); },
+                     .on_gone = [this](Connection& gone) { client_gone(gone); }});
+}
+
+void Server::State::client_gone(Connection& connection) {
+  const uint64_t client = connection.client;
+  connections.erase(client);
+  waiters.remove(client);
+  weights->client_gone(client);
+  bool others_have_slots = false;
+  for (const auto& [number, other] : connections) others_have_slots |= other->said_hello;
+  delivery.client_gone(client, others_have_slots || connection.peer_is_dead()
+                                   ? GoneClient::kKeepMemory
+                                   : GoneClient::kReplaceMemory);
+  asio::post(loop->io, [this] { waiters.serve(); });  // others may have what it left
+}
+
+void Server::State::begin_stop() {
+  acceptor.close();
+  accept_timer.cancel();
+  waiters.refuse_all(
+      {.code = ErrorCode::kUnavailable, .field = "server", .message = "is stopping"});
+  for (const auto& [number, connection] : connections) {
+    connection->finish();
+    weights->client_gone(number);
+    closing.push_back(connection);
+  }
+  poll_flush(std::chrono::steady_clock::now() + kFlushTime);
+}
+
+// Ends the loop when every reply is out, or the time is up.
+void Server::State::poll_flush(std::chrono::steady_clock::time_point deadline) {
+  bool is_flushing = false;
+  for (const auto& weak : closing) {
+    const auto connection = weak.lock();
+    is_flushing |= connection && connection->is_open();
+  }
+  if (!is_flushing || std::chrono::steady_clock::now() >= deadline) return loop->io.stop();
+  flush_timer.expires_after(kFlushPoll);
+  flush_timer.async_wait([this, deadline](SystemError) { poll_flush(deadline); });
+}
+
+void Server::State::stop() {
+  if (!is_running.exchange(false)) return;
+  asio::post(loop->io, [this] { begin_stop(); });
+  thread.join();
+  checksums->stop();
+  checksums->join();
+  listener.reset();
+}
+
+Server::Server(ServerOptions options) : state_(std::make_unique<State>(std::move(options))) {}
+
+Server::~Server() {
+  stop();
+}
+
+void Server::start(RolloutService& service) {
+  state_->start(service);
+}
+
+void Server::stop() {
+  state_->stop();
+}
+
+void Server::commit(Sample sample) {
+  state_->put(std::move(sample));
+}
+
+void Server::fail(FailedSample sample) {
+  state_->put(std::move(sample));
+}
+
+void Server::health_changed() {
+  asio::post(state_->loop->io, [state = state_.get()] { state->waiters.serve(); });
+}
+
+}  // namespace rollpack::bridge

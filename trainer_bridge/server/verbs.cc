@@ -1,0 +1,245 @@
+#include "trainer_bridge/server/verbs.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <limits>
+#include <string>
+
+#include "trainer_bridge/server/replies.h"
+#include "trainer_bridge/server/requests.h"
+
+namespace rollpack::bridge {
+namespace {
+
+constexpr int64_t kMaxI64 = std::numeric_limits<int64_t>::max();
+
+void check_no_fds(const Request& request) {
+  if (request.fds.empty()) return;
+  throw Error({.code = ErrorCode::kInvalidArgument,
+               .field = "num_fds",
+               .value = std::to_string(request.fds.size()),
+               .origin = request.verb,
+               .allowed = "no file descriptors with this request"});
+}
+
+}  // namespace
+
+struct Verbs::Entry {
+  std::string_view name;
+  void (Verbs::*run)(Request&);
+  bool needs_hello = true;
+};
+
+const std::vector<Verbs::Entry>& Verbs::entries() {
+  static const std::vector<Entry> kEntries = {
+      {"hello", &Verbs::hello, false},
+      {"submit", &Verbs::submit},
+      {"next_batch", &Verbs::next_batch},
+      {"release", &Verbs::release},
+      {"abort", &Verbs::abort},
+      {"pause", &Verbs::pause},
+      {"resume", &Verbs::resume},
+      {"score", &Verbs::score},
+      {"update_weights", &Verbs::update_weights},
+      {"get_weight_version", &Verbs::get_weight_version},
+      {"stats", &Verbs::stats},
+      {"health", &Verbs::health, false},
+      {"shutdown", &Verbs::shutdown},
+  };
+  return kEntries;
+}
+
+void Verbs::handle(Request& request) {
+  for (const Entry& entry : entries()) {
+    if (entry.name != request.verb) continue;
+    if (entry.needs_hello && !request.connection.said_hello) {
+      throw Error({.code = ErrorCode::kFailedPrecondition,
+                   .field = "verb",
+                   .value = request.verb,
+                   .origin = "request",
+                   .allowed = "hello first"});
+    }
+    return (this->*entry.run)(request);
+  }
+  std::vector<std::string_view> names;
+  for (const Entry& entry : entries()) names.push_back(entry.name);
+  throw Error({.code = ErrorCode::kNotFound,
+               .field = "verb",
+               .value = quoted(Json(request.verb)),
+               .origin = "request",
+               .allowed = fmt::format("one of {}", fmt::join(names, ", "))});
+}
+
+void Verbs::hello(Request& request) {
+  const int64_t version = request.fields.integer("protocol_version", 0, kMaxI64);
+  request.fields.text("client");
+  request.fields.finish();
+  check_no_fds(request);
+  if (version != kProtocolVersion) {
+    throw Error({.code = ErrorCode::kUnsupported,
+                 .field = "protocol_version",
+                 .value = std::to_string(version),
+                 .origin = "hello",
+                 .allowed = std::to_string(kProtocolVersion),
+                 .message = "client and server are of different releases"});
+  }
+  std::vector<OwnedFd> fds;
+  for (int32_t slot = 0; slot < parts_.slots.num_slots(); ++slot) {
+    fds.push_back(OwnedFd::duplicate(parts_.slots.fd(slot)));
+  }
+  Json reply = hello_reply(parts_.service.info(), parts_.service.weight_version(), parts_.slots);
+  request.connection.said_hello = true;
+  request.responder.ok(std::move(reply), std::move(fds));
+}
+
+void Verbs::submit(Request& request) {
+  std::vector<PromptRequest> prompts = read_prompts(request.fields);
+  check_no_fds(request);
+  // Samples are never dropped, so the way to bound them is to take in fewer requests.
+  const int64_t held = parts_.delivery.num_held_samples() + parts_.num_pending_samples();
+  if (held >= parts_.max_held_samples) {
+    throw Error({.code = ErrorCode::kWouldBlock,
+                 .field = "samples not taken yet",
+                 .value = std::to_string(held),
+                 .origin = "submit",
+                 .allowed = fmt::format("fewer than {}", parts_.max_held_samples),
+                 .message = "take batches, then try again"});
+  }
+  request.responder.ok({{"request_id", parts_.service.submit(std::move(prompts))}});
+}
+
+void Verbs::next_batch(Request& request) {
+  const NextBatchRequest wanted = read_next_batch(request.fields);
+  check_no_fds(request);
+  parts_.waiters.add(
+      {.client = request.connection.client,
+       .num_groups = wanted.num_groups,
+       .timeout_ms = wanted.timeout_ms,
+       .deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(wanted.timeout_ms),
+       .deliver = [responder = request.responder](
+                      const BatchNotice& notice) { responder.ok(batch_reply(notice)); },
+       .refuse = [responder =
+                      request.responder](const ErrorInfo& error) { responder.error(error); }});
+}
+
+void Verbs::release(Request& request) {
+  const ReleaseRequest released = read_release(request.fields);
+  check_no_fds(request);
+  parts_.delivery.release(request.connection.client, released.lease, released.batch_seq);
+  request.responder.ok();
+  parts_.waiters.serve();
+}
+
+void Verbs::abort(Request& request) {
+  const auto request_id = request.fields.optional_integer("request_id", 0, kMaxI64);
+  request.fields.finish();
+  check_no_fds(request);
+  request.responder.ok({{"num_aborted", parts_.service.abort(request_id)}});
+}
+
+void Verbs::pause(Request& request) {
+  const InFlight in_flight = read_in_flight(request.fields);
+  request.fields.finish();
+  check_no_fds(request);
+  parts_.service.pause(
+      in_flight, [post = parts_.on_server_thread, responder = request.responder](Outcome outcome) {
+        post([responder, outcome] { responder.outcome(outcome); });
+      });
+}
+
+void Verbs::resume(Request& request) {
+  request.fields.finish();
+  check_no_fds(request);
+  parts_.service.resume();
+  request.responder.ok();
+}
+
+void Verbs::score(Request& request) {
+  std::vector<ScoreSequence> sequences = read_sequences(request.fields);
+  check_no_fds(request);
+  parts_.service.score(std::move(sequences),
+                       [post = parts_.on_server_thread, responder = request.responder](
+                           Outcome outcome, std::vector<ScoredSequence> results) {
+                         post([responder, outcome, results = std::move(results)] {
+                           outcome ? responder.error(*outcome) : responder.ok(score_reply(results));
+                         });
+                       });
+}
+
+void Verbs::update_weights(Request& request) {
+  Fields& fields = request.fields;
+  const size_t phase = fields.one_of("phase", {"begin", "chunk", "commit", "cancel"});
+  const int64_t version = fields.integer("version", 0, kMaxI64);
+  const uint64_t client = request.connection.client;
+  const OutcomeCallback answer = [responder = request.responder](const Outcome& outcome) {
+    responder.outcome(outcome);
+  };
+  if (phase == 1) return weight_chunk(request, version);
+  check_no_fds(request);
+  if (phase == 0) {
+    fields.finish();
+    return parts_.weights.begin(client, version, answer);
+  }
+  if (phase == 2) {
+    const InFlight in_flight = read_in_flight(fields);
+    fields.finish();
+    return parts_.weights.commit(
+        client, version, in_flight,
+        [responder = request.responder, &service = parts_.service](const Outcome& outcome) {
+          outcome ? responder.error(*outcome)
+                  : responder.ok({{"weight_version", service.weight_version()}});
+        });
+  }
+  fields.finish();
+  parts_.weights.cancel(client, version);
+  request.responder.ok();
+}
+
+void Verbs::weight_chunk(Request& request, int64_t version) {
+  ChunkManifest manifest = read_manifest(request.fields);
+  request.fields.finish();
+  if (request.fds.size() != 1) {
+    throw Error({.code = ErrorCode::kInvalidArgument,
+                 .field = "num_fds",
+                 .value = std::to_string(request.fds.size()),
+                 .origin = "update_weights chunk",
+                 .allowed = "1, the memfd that holds the tensors"});
+  }
+  parts_.weights.chunk(
+      request.connection.client, version, std::move(manifest), std::move(request.fds.front()),
+      [responder = request.responder](const Outcome& outcome) { responder.outcome(outcome); });
+}
+
+void Verbs::get_weight_version(Request& request) {
+  request.fields.finish();
+  check_no_fds(request);
+  request.responder.ok({{"weight_version", parts_.service.weight_version()}});
+}
+
+void Verbs::stats(Request& request) {
+  request.fields.finish();
+  check_no_fds(request);
+  Json stats = Json::object();
+  for (const auto& [name, value] : parts_.service.stats()) stats[name] = value;
+  for (const auto& [name, value] : parts_.delivery.stats()) stats[name] = value;
+  stats["num_clients"] = static_cast<double>(parts_.num_clients());
+  stats["num_waiting_calls"] = static_cast<double>(parts_.waiters.num_waiting());
+  request.responder.ok({{"stats", std::move(stats)}});
+}
+
+void Verbs::health(Request& request) {
+  request.fields.finish();
+  check_no_fds(request);
+  if (const Outcome sick = parts_.health()) throw Error(*sick);
+  request.responder.ok({{"status", "ok"}});
+}
+
+void Verbs::shutdown(Request& request) {
+  request.fields.finish();
+  check_no_fds(request);
+  request.responder.ok();
+  parts_.service.shutdown();
+}
+
+}  // namespace rollpack::bridge
