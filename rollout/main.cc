@@ -68,7 +68,7 @@ void print_error(const Error& error) {
              error.what());
 }
 
-int run_rank(const Parsed& parsed, const Config& config, const Launch& launch) {
+int run_rank(const Parsed& parsed, const Config& config, Launch& launch) {
   if (launch.placement().rank > 0) return rollpack::rollout::run_worker_rank(config, launch);
   fmt::print(stderr, "{}", rollpack::rollout::config_yaml(config));
   Job job(config, launch);
@@ -91,7 +91,7 @@ int run(int argc, char** argv) {
     fmt::print("{}", rollpack::rollout::config_yaml(config));
     return 0;
   }
-  const Launch launch(&argc, &argv);
+  Launch launch(&argc, &argv);
   int status = kUsageStatus;
   try {
     const Config config = rollpack::rollout::load_config(parsed.line.config_path,

@@ -1,6 +1,6 @@
 // How this process was started: alone, or as one rank of an mpirun. MPI is used here and nowhere else,
-// and only while ranks meet: to learn who they are and where rank 0's socket is. Afterwards ranks
-// talk by socket, because Open MPI 4.1 never reports a dead peer.
+// and only while ranks meet: to learn who they are and where rank 0's socket is. Then it is left, so
+// that no death can block it and no crash leaves its files behind; ranks go on by socket.
 #pragma once
 
 #include <filesystem>
@@ -11,7 +11,6 @@ namespace rollpack::rollout {
 struct Placement {
   int rank = 0;
   int num_ranks = 1;
-  std::string job;  // equal on all ranks of a job, unique on the host; empty without mpirun
 };
 
 class Launch {
@@ -21,20 +20,17 @@ class Launch {
   Launch(int* argc, char*** argv);
 
   const Placement& placement() const { return placement_; }
-  // `text` of rank 0, on every rank.
-  std::string from_rank_0(const std::string& text) const;
 
-  // Leaves MPI and the process: flushed, no destructors, no collective that a dead rank could block.
-  // A failed rank (`status` != 0) skips MPI_Finalize, so that mpirun ends the job at once.
-  [[noreturn]] void exit(int status) const;
+  // `text` of rank 0, on every rank; then leaves MPI. Every rank calls it once.
+  std::string meet(const std::string& text);
+
+  // Leaves the process: flushed, no destructors. mpirun ends the job when `status` is not 0.
+  [[noreturn]] static void exit(int status);
 
  private:
-  void meet(int* argc, char*** argv);
-
   Placement placement_;
   bool has_mpi_ = false;
   std::filesystem::path mpi_folder_;
-  std::filesystem::path own_mpi_file_;
 };
 
 }  // namespace rollpack::rollout

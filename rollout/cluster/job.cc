@@ -1,0 +1,145 @@
+#include "rollout/cluster/job.h"
+
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+
+#include <fmt/format.h>
+#include <spdlog/spdlog.h>
+
+#include "kernels/base/error.h"
+#include "rollout/cluster/weight_sharing.h"
+
+namespace rollpack::rollout {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using namespace std::chrono_literals;
+
+// Loading a large model from a cold disk takes minutes; longer than this, a rank is stuck.
+constexpr auto kStartTimeout = 30min;
+// mpirun follows SIGTERM with SIGKILL after 1 s: what is not handed back by then is lost.
+constexpr auto kStopTimeout = 800ms;
+
+int threads_per_rank(const EngineSection& engine, int num_ranks) {
+  if (engine.num_threads > 0) return engine.num_threads;
+  cpu_set_t cpus;
+  CPU_ZERO(&cpus);
+  if (::sched_getaffinity(0, sizeof(cpus), &cpus) != 0) return 1;
+  return std::max(1, CPU_COUNT(&cpus) / num_ranks);
+}
+
+std::string make_private_folder() {
+  const char* base = std::getenv("TMPDIR");
+  std::string name = std::string(base != nullptr ? base : "/tmp") + "/rollpack-XXXXXX";
+  if (::mkdtemp(name.data()) == nullptr) {
+    throw Error({.code = ErrorCode::kUnavailable, .field = "TMPDIR", .value = name,
+                 .allowed = "a folder that can be written"});
+  }
+  return name;
+}
+
+DType compute_dtype(const Config& config) {
+  return config.model.dtype == "float32" ? DType::kF32 : DType::kBF16;
+}
+
+}  // namespace
+
+Job::Job(const Config& config, Launch& launch)
+    : config_(config),
+      placement_(launch.placement()),
+      num_threads_(threads_per_rank(config.engine, launch.placement().num_ranks)) {
+  const ModelConfig model = read_model_config(config.model.path);
+  const WeightSharing sharing =
+      decide_weight_sharing(config.engine.share_weights, num_ranks(),
+                            weight_bytes(model, compute_dtype(config)));
+  shares_weights_ = sharing.is_shared && num_ranks() > 1;
+  std::string socket;
+  if (num_ranks() > 1) {
+    folder_ = make_private_folder();
+    socket = folder_ + "/ranks.sock";
+    hub_ = std::make_unique<RankHub>(socket);
+  }
+  // One line that every rank needs: the socket, and whether its weights come through it.
+  launch.meet((shares_weights_ ? "shared:" : "private:") + socket);
+  replica_ = std::make_unique<Replica>(
+      config, model, ReplicaOptions{.num_threads = num_threads_, .shared_weights = shares_weights_});
+  const kernels::BackendInfo& info = replica_->backend().info();
+  spdlog::info("{}; {} ranks, {} threads each; {} KV pages of {} tokens; weights {} ({})",
+               info.description, num_ranks(), num_threads_, info.kv.num_pages, info.kv.page_tokens,
+               shares_weights_ ? "shared" : "private", sharing.reason);
+  replica_->load_checkpoint();
+  if (shares_weights_) {
+    first_weights_ = bridge::OwnedFd::duplicate(replica_->backend().export_staged_weights());
+  }
+  replica_->backend().commit_weights();
+  dispatcher_ = std::make_unique<Dispatcher>(config, model, replica_->limits(), info.fingerprint,
+                                             shares_weights_);
+}
+
+Job::~Job() {
+  worker_.reset();
+  hub_.reset();
+  if (!folder_.empty()) {
+    std::error_code ignored;
+    std::filesystem::remove_all(folder_, ignored);
+  }
+}
+
+void Job::start() {
+  const auto deadline = Clock::now() + kStartTimeout;
+  Dispatcher& dispatcher = *dispatcher_;
+  worker_ = std::make_shared<Worker>(
+      *replica_, [&dispatcher](Event event) { dispatcher.handle(0, std::move(event)); });
+  dispatcher.add_worker(worker_);
+  worker_->start();
+  if (hub_) hub_->connect(dispatcher, num_ranks(), deadline);
+  if (shares_weights_) dispatcher.share_first_weights(std::move(first_weights_));
+  dispatcher.wait_ready(deadline);
+  if (!folder_.empty()) std::filesystem::remove_all(folder_);
+}
+
+void Job::stop(bool hand_back) { dispatcher_->stop(hand_back, Clock::now() + kStopTimeout); }
+
+int run_worker_rank(const Config& config, Launch& launch) {
+  const int rank = launch.placement().rank;
+  const std::string line = launch.meet("");
+  const size_t colon = line.find(':');
+  const bool is_shared = line.substr(0, colon) == "shared";
+  RankClient client(line.substr(colon + 1), rank, Clock::now() + 1min);
+  try {
+    Replica replica(config, read_model_config(config.model.path),
+                    {.num_threads = threads_per_rank(config.engine, launch.placement().num_ranks),
+                     .shared_weights = is_shared});
+    if (!is_shared) {
+      replica.load_checkpoint();
+      replica.backend().commit_weights();
+    }
+    Worker worker(replica, [&](Event event) {
+      try {
+        client.send(event);
+      } catch (const Error&) {
+        // Rank 0 is gone: receive() below is told so too, and ends this rank.
+      }
+    });
+    worker.start();
+    while (std::optional<Command> command = client.receive()) {
+      const bool stops = std::holds_alternative<Stop>(*command);
+      worker.send(std::move(*command));
+      if (!stops) continue;
+      worker.join();
+      return 0;
+    }
+    spdlog::error("rank {}: rank 0 is gone", rank);
+    launch.exit(1);  // a step under way may take seconds; nobody waits for its result
+  } catch (const Error& error) {
+    client.send(WorkerFailed{error.info});
+    return 1;
+  }
+}
+
+}  // namespace rollpack::rollout

@@ -1,0 +1,52 @@
+// One run of rollpack over its ranks: rank 0's replica, worker and dispatcher with links to all other
+// ranks; or one worker rank that does what rank 0 says.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "rollout/cluster/dispatcher.h"
+#include "rollout/cluster/launch.h"
+#include "rollout/cluster/rank_link.h"
+#include "rollout/cluster/worker.h"
+#include "rollout/engine/replica.h"
+
+namespace rollpack::rollout {
+
+// Rank 0.
+class Job {
+ public:
+  // Loads the model; other ranks load theirs meanwhile.
+  Job(const Config& config, Launch& launch);
+  ~Job();
+
+  // Starts the workers and waits until every rank is ready. The dispatcher's sink must be set.
+  // Errors: whatever a rank reports, or deadline_exceeded naming those that are not ready.
+  void start();
+  // Ends all workers; with hand_back open samples reach the sink as partial samples first.
+  void stop(bool hand_back);
+
+  Dispatcher& dispatcher() { return *dispatcher_; }
+  const Replica& replica() const { return *replica_; }
+  const Config& config() const { return config_; }
+  int num_ranks() const { return placement_.num_ranks; }
+  int num_threads() const { return num_threads_; }  // of one rank
+
+ private:
+  const Config config_;
+  Launch& launch_;
+  const int num_threads_;
+  std::string folder_;  // private to this run; holds the rank socket while ranks connect
+  std::unique_ptr<RankHub> hub_;
+  std::unique_ptr<Replica> replica_;
+  std::unique_ptr<Dispatcher> dispatcher_;
+  std::shared_ptr<Worker> worker_;
+  bool shares_weights_ = false;
+  bridge::OwnedFd first_weights_;  // the packed set of a shared start
+};
+
+// Any other rank: returns its exit status when rank 0 says stop, or when it is gone.
+int run_worker_rank(const Config& config, Launch& launch);
+
+}  // namespace rollpack::rollout
