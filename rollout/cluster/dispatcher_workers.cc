@@ -4,6 +4,7 @@
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
+#include <spdlog/spdlog.h>
 
 #include "kernels/base/error.h"
 #include "rollout/cluster/dispatcher.h"
@@ -32,6 +33,7 @@ void Dispatcher::lose_worker(int32_t worker, ErrorInfo error) {
     const std::lock_guard lock(mutex_);
     if (workers_[worker].is_stopped) return;
     workers_[worker].is_stopped = true;
+    spdlog::error("{}", format_error(error));  // at once: mpirun may end this process any moment
     end_with(std::move(error), effects);
   }
   changed_.notify_all();

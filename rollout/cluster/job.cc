@@ -22,8 +22,8 @@ using namespace std::chrono_literals;
 
 // Loading a large model from a cold disk takes minutes; longer than this, a rank is stuck.
 constexpr auto kStartTimeout = 30min;
-// mpirun follows SIGTERM with SIGKILL after 1 s: what is not handed back by then is lost.
-constexpr auto kStopTimeout = 800ms;
+// mpirun follows SIGTERM with SIGKILL after 1 s; the rest is for writing what was handed back.
+constexpr auto kStopTimeout = 600ms;
 
 int threads_per_rank(const EngineSection& engine, int num_ranks) {
   if (engine.num_threads > 0) return engine.num_threads;

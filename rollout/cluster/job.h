@@ -35,7 +35,7 @@ class Job {
 
  private:
   const Config config_;
-  Launch& launch_;
+  const Placement placement_;
   const int num_threads_;
   std::string folder_;  // private to this run; holds the rank socket while ranks connect
   std::unique_ptr<RankHub> hub_;
