@@ -5,10 +5,9 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <chrono>
+#include <ctime>
 #include <numeric>
 #include <random>
-#include <tuple>
 #include <utility>
 
 #include "tests/rollout/error_text.h"
@@ -142,12 +141,12 @@ TEST(BinPacking, PacksAHundredThousandItemsInWellUnderASecond) {
   // One length for all, so that every bin is a candidate of every item, and lengths of all sizes.
   for (const Lengths& lengths :
        {Lengths(100'000, 3), random_lengths(random, 100'000, 16384), Lengths(100'000, 9000)}) {
-    const auto start = std::chrono::steady_clock::now();
+    const std::clock_t start = std::clock();  // of this process: machines are shared
     const Bins bins = pack_best_fit_decreasing(lengths, 16384);
-    const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+    const double taken_s = static_cast<double>(std::clock() - start) / CLOCKS_PER_SEC;
     const int64_t total = std::reduce(lengths.begin(), lengths.end());
     EXPECT_GE(static_cast<int64_t>(bins.size()), (total + 16383) / 16384);
-    EXPECT_LT(taken.count(), 1.0);
+    EXPECT_LT(taken_s, 1.0);
   }
 }
 
