@@ -68,11 +68,12 @@ void print_error(const Error& error) {
              error.what());
 }
 
-int run_rank(const Parsed& parsed, const Config& config, Launch& launch) {
-  if (launch.placement().rank > 0) return rollpack::rollout::run_worker_rank(config, launch);
+[[noreturn]] void run_rank(const Parsed& parsed, const Config& config, Launch& launch) {
+  if (launch.placement().rank > 0) rollpack::rollout::run_worker_rank(config, launch);
   fmt::print(stderr, "{}", rollpack::rollout::config_yaml(config));
   Job job(config, launch);
-  return parsed.run(job, parsed.line);
+  // Left without destructors: a step under way may take seconds, and nobody waits for its result.
+  launch.exit(parsed.run(job, parsed.line));
 }
 
 int run(int argc, char** argv) {
@@ -97,7 +98,7 @@ int run(int argc, char** argv) {
     const Config config = rollpack::rollout::load_config(parsed.line.config_path,
                                                          parsed.line.overrides);
     status = 1;
-    status = run_rank(parsed, config, launch);
+    run_rank(parsed, config, launch);
   } catch (const Error& error) {
     // Every rank reads the same files: one of them says what is wrong.
     if (launch.placement().rank == 0) print_error(error);

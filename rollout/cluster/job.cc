@@ -105,12 +105,19 @@ void Job::start() {
 
 void Job::stop(bool hand_back) { dispatcher_->stop(hand_back, Clock::now() + kStopTimeout); }
 
-int run_worker_rank(const Config& config, Launch& launch) {
+void run_worker_rank(const Config& config, Launch& launch) {
   const int rank = launch.placement().rank;
   const std::string line = launch.meet("");
   const size_t colon = line.find(':');
   const bool is_shared = line.substr(0, colon) == "shared";
   RankClient client(line.substr(colon + 1), rank, Clock::now() + 1min);
+  const auto tell_rank_0 = [&client](const Event& event) {
+    try {
+      client.send(event);
+    } catch (const Error&) {
+      // Rank 0 is gone: receive() below is told so too, and ends this rank.
+    }
+  };
   try {
     Replica replica(config, read_model_config(config.model.path),
                     {.num_threads = threads_per_rank(config.engine, launch.placement().num_ranks),
@@ -119,26 +126,24 @@ int run_worker_rank(const Config& config, Launch& launch) {
       replica.load_checkpoint();
       replica.backend().commit_weights();
     }
-    Worker worker(replica, [&](Event event) {
-      try {
-        client.send(event);
-      } catch (const Error&) {
-        // Rank 0 is gone: receive() below is told so too, and ends this rank.
-      }
-    });
+    Worker worker(replica, tell_rank_0);
     worker.start();
     while (std::optional<Command> command = client.receive()) {
       const bool stops = std::holds_alternative<Stop>(*command);
       worker.send(std::move(*command));
       if (!stops) continue;
       worker.join();
-      return 0;
+      // Rank 0 leaves first: where mpirun ends a job it sends SIGKILL to all ranks as soon as one has
+      // gone, and rank 0 may still be writing what was handed back.
+      client.receive();
+      launch.exit(0);
     }
     spdlog::error("rank {}: rank 0 is gone", rank);
     launch.exit(1);  // a step under way may take seconds; nobody waits for its result
   } catch (const Error& error) {
-    client.send(WorkerFailed{error.info});
-    return 1;
+    spdlog::error("rank {}: {}", rank, error.what());
+    tell_rank_0(WorkerFailed{error.info});
+    launch.exit(1);
   }
 }
 

@@ -46,7 +46,7 @@ class Job {
   bridge::OwnedFd first_weights_;  // the packed set of a shared start
 };
 
-// Any other rank: returns its exit status when rank 0 says stop, or when it is gone.
-int run_worker_rank(const Config& config, Launch& launch);
+// Any other rank: works until rank 0 says stop, or is gone, then leaves the process.
+[[noreturn]] void run_worker_rank(const Config& config, Launch& launch);
 
 }  // namespace rollpack::rollout

@@ -77,13 +77,23 @@ void Worker::work() {
     finish_switch();
     tell_capacity();
     tell_stats(/*now=*/false);
-    const bool stepped = !is_paused_ && engine_.has_work() && engine_.step(kStepTimeout);
-    if (stepped) continue;
+    if (!is_paused_ && engine_.has_work()) {
+      const auto outcome = engine_.step(kStepTimeout, [this] { return must_stop(); });
+      if (outcome != Engine::StepOutcome::kNothingToDo) continue;
+    }
     finish_switch();
     tell_stats(/*now=*/true);  // idle: the numbers stand
     std::unique_lock lock(mutex_);
     wake_.wait(lock, [&] { return !mailbox_.empty(); });
   }
+}
+
+// A step may take seconds, a stop may not: what was sampled before the step is handed back instead.
+bool Worker::must_stop() {
+  const std::lock_guard lock(mutex_);
+  return std::ranges::any_of(mailbox_, [](const Command& command) {
+    return std::holds_alternative<Stop>(command);
+  });
 }
 
 bool Worker::take_commands() {

@@ -30,6 +30,7 @@ class Worker : public WorkerLink, private EngineOutput {
  private:
   void run();
   void work();
+  bool must_stop();
   bool take_commands();  // false: stopped
   void tell_capacity();
   void tell_stats(bool now);

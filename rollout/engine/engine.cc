@@ -110,10 +110,11 @@ bool Engine::has_started_work() const {
          std::ranges::any_of(state_.waiting, [](const auto& s) { return s->has_started(); });
 }
 
-bool Engine::step(std::chrono::milliseconds timeout) {
+Engine::StepOutcome Engine::step(std::chrono::milliseconds timeout,
+                                 const std::function<bool()>& is_interrupted) {
   batch_.clear();
   policy_->plan(state_, batch_);
-  if (batch_.empty()) return false;
+  if (batch_.empty()) return StepOutcome::kNothingToDo;
   batch_.plan.wants_entropy = state_.limits.wants_entropy;
   ++state_.counters.num_steps;
   state_.counters.num_rows_computed += batch_.num_rows();
@@ -122,8 +123,25 @@ bool Engine::step(std::chrono::milliseconds timeout) {
   }
   state_.counters.num_pad_rows += batch_.num_rows();
   const kernels::StepHandle handle = backend_.submit(std::move(batch_.plan));
-  apply(backend_.wait(handle, std::chrono::steady_clock::now() + timeout));
-  return true;
+  const std::optional<kernels::StepResult> result = wait(handle, timeout, is_interrupted);
+  if (!result) return StepOutcome::kInterrupted;
+  apply(*result);
+  return StepOutcome::kDone;
+}
+
+std::optional<kernels::StepResult> Engine::wait(kernels::StepHandle handle,
+                                                std::chrono::milliseconds timeout,
+                                                const std::function<bool()>& is_interrupted) {
+  const auto deadline = std::chrono::steady_clock::now() + timeout;
+  for (;;) {
+    const auto now = std::chrono::steady_clock::now();
+    try {
+      return backend_.wait(handle, std::min(deadline, now + std::chrono::milliseconds(100)));
+    } catch (const Error& error) {
+      if (error.info.code != ErrorCode::kDeadlineExceeded || now >= deadline) throw;
+    }
+    if (is_interrupted()) return std::nullopt;
+  }
 }
 
 void Engine::apply(const kernels::StepResult& result) {

@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -44,9 +45,13 @@ class Engine {
   int64_t num_open() const;  // samples and sequences waiting or running
   // Whether some sample has tokens and is not finished, running or preempted.
   bool has_started_work() const;
-  // One step; returns when its results are applied, false if there was nothing to compute. Errors: deadline_exceeded when the backend does
-  // not finish in time, or whatever the backend reports: the engine is then unusable.
-  bool step(std::chrono::milliseconds timeout);
+  enum class StepOutcome : uint8_t { kDone, kNothingToDo, kInterrupted };
+  // One step; returns when its results are applied. `is_interrupted` is asked every 100 ms while the
+  // backend computes: once true the step's results are given up, and only abort() may follow.
+  // Errors: deadline_exceeded when the backend does not finish within `timeout`, or whatever the
+  // backend reports: the engine is then unusable.
+  StepOutcome step(std::chrono::milliseconds timeout,
+                   const std::function<bool()>& is_interrupted = [] { return false; });
 
   // false: nothing new starts, what runs goes on.
   void set_admits(bool admits) { state_.admits = admits; }
@@ -57,6 +62,9 @@ class Engine {
   int64_t weight_version() const { return weight_version_; }
 
  private:
+  std::optional<kernels::StepResult> wait(kernels::StepHandle handle,
+                                          std::chrono::milliseconds timeout,
+                                          const std::function<bool()>& is_interrupted);
   void apply(const kernels::StepResult& result);
   void append_token(Sequence& sequence, const kernels::HeadResult& result);
   void append_scores(const StepBatch::Entry& entry, const kernels::StepResult& result);

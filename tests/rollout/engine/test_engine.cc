@@ -62,7 +62,7 @@ struct Rig {
   void run_to_end() {
     for (int steps = 0; engine.has_work(); ++steps) {
       ASSERT_LT(steps, 100000) << "the engine does not come to an end";
-      ASSERT_TRUE(engine.step(1s)) << "work is left but no step is planned";
+      ASSERT_EQ(engine.step(1s), Engine::StepOutcome::kDone) << "work is left but no step is planned";
     }
     expect_nothing_held();
   }
@@ -340,7 +340,7 @@ TEST(Engine, StopsAdmittingButFinishesWhatHasStarted) {
     rig.engine.step(1s);
   }
   EXPECT_TRUE(rig.engine.has_work());
-  EXPECT_FALSE(rig.engine.step(1s));
+  EXPECT_EQ(rig.engine.step(1s), Engine::StepOutcome::kNothingToDo);
   rig.engine.set_admits(true);
   ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
 }
