@@ -168,7 +168,7 @@ void Worker::acknowledge(uint64_t ticket, const std::function<void()>& action) {
 
 void Worker::handle(AddGroups& command) {
   for (GroupRequest& group : command.groups) {
-    num_pulled_ = std::max(0, num_pulled_ - group.key.group_size);
+    num_pulled_ -= group.key.group_size;  // below 0 where the group is larger than what was asked
     engine_.add(std::move(group));
   }
 }
