@@ -45,9 +45,9 @@ std::vector<int64_t> read_shape(Fields& fields) {
   }
   std::vector<int64_t> shape;
   for (const Json& dim : dims) {
-    const bool positive = dim.is_number_unsigned() && dim.get<uint64_t>() > 0 &&
-                          dim.get<uint64_t>() <= static_cast<uint64_t>(kMaxBytes);
-    if (!positive) fields.refuse("shape", dim, "dimensions that are positive integers");
+    if (!is_integer_in(dim, 1, kMaxBytes)) {
+      fields.refuse("shape", dim, "dimensions that are positive integers");
+    }
     shape.push_back(dim.get<int64_t>());
   }
   return shape;

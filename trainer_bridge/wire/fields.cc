@@ -28,8 +28,9 @@ size_t edit_distance(std::string_view a, std::string_view b) {
   return row.back();
 }
 
-// Whether an integer's value is in range; nlohmann converts silently, so the kind is asked first.
-bool in_range(const Json& value, int64_t low, int64_t high) {
+}  // namespace
+
+bool is_integer_in(const Json& value, int64_t low, int64_t high) {
   if (value.is_number_unsigned()) {
     const auto number = value.get<uint64_t>();
     return number <= static_cast<uint64_t>(std::numeric_limits<int64_t>::max()) &&
@@ -38,8 +39,6 @@ bool in_range(const Json& value, int64_t low, int64_t high) {
   if (!value.is_number_integer()) return false;
   return value.get<int64_t>() >= low && value.get<int64_t>() <= high;
 }
-
-}  // namespace
 
 std::string quoted(const Json& value) {
   if (value.is_string())
@@ -92,7 +91,7 @@ const Json& Fields::any(std::string_view key) {
 std::optional<int64_t> Fields::optional_integer(std::string_view key, int64_t low, int64_t high) {
   const Json* value = optional_any(key);
   if (value == nullptr) return std::nullopt;
-  if (!in_range(*value, low, high)) {
+  if (!is_integer_in(*value, low, high)) {
     refuse(key, *value,
            high == std::numeric_limits<int64_t>::max()
                ? fmt::format("an integer of at least {}", low)

@@ -60,6 +60,9 @@ class Fields {
   std::vector<std::string> known_;
 };
 
+// Whether `value` is an integer of the range; nlohmann would convert silently.
+bool is_integer_in(const Json& value, int64_t low, int64_t high);
+
 // A value as an error quotes it: numbers and text as they are, larger things by kind and size.
 std::string quoted(const Json& value);
 
