@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <random>
 #include <string>
 
@@ -18,8 +19,9 @@ using Bytes = std::vector<uint8_t>;
 
 // A map of one key "k" and the value's bytes.
 Bytes map_of(const Bytes& value) {
-  Bytes bytes = {0x81, 0xa1, 'k'};
-  bytes.insert(bytes.end(), value.begin(), value.end());
+  Bytes bytes(3 + value.size());
+  const uint8_t head[] = {0x81, 0xa1, 'k'};
+  std::copy(value.begin(), value.end(), std::copy(head, head + 3, bytes.begin()));
   return bytes;
 }
 
