@@ -8,7 +8,7 @@
 
 #include "kernels/base/error.h"
 #include "tests/rollout/cluster/thread_ranks.h"
-#include "tests/rollout/error_text.h"
+#include "tests/error_text.h"
 #include "trainer_bridge/shared_memory/segment.h"
 
 namespace rollpack::rollout {

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "tests/rollout/error_text.h"
+#include "tests/error_text.h"
 #include "tests/rollout/temporary_folder.h"
 
 namespace rollpack::rollout {

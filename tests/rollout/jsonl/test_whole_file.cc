@@ -9,7 +9,7 @@
 #include <string>
 #include <thread>
 
-#include "tests/rollout/error_text.h"
+#include "tests/error_text.h"
 #include "tests/rollout/temporary_folder.h"
 
 namespace rollpack::rollout {

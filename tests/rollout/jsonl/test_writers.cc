@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "rollout/jsonl/strict_json.h"
-#include "tests/rollout/error_text.h"
+#include "tests/error_text.h"
 
 namespace rollpack::rollout {
 namespace {

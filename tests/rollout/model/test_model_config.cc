@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "rollout/jsonl/strict_json.h"
-#include "tests/rollout/error_text.h"
+#include "tests/error_text.h"
 #include "tests/rollout/temporary_folder.h"
 
 namespace rollpack::rollout {

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "tests/rollout/error_text.h"
+#include "tests/error_text.h"
 #include "tests/rollout/model/safetensors_bytes.h"
 #include "tests/rollout/temporary_folder.h"
 

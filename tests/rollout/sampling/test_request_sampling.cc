@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "tests/rollout/error_text.h"
+#include "tests/error_text.h"
 
 namespace rollpack::rollout {
 namespace {

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <limits>
 
-#include "tests/rollout/error_text.h"
+#include "tests/error_text.h"
 #include "tests/trainer_bridge/layout/example_samples.h"
 #include "tests/trainer_bridge/layout/written_batch.h"
 

@@ -5,7 +5,7 @@
 #include <map>
 #include <tuple>
 
-#include "tests/rollout/error_text.h"
+#include "tests/error_text.h"
 #include "tests/trainer_bridge/layout/example_samples.h"
 #include "tests/trainer_bridge/layout/rebuilt_samples.h"
 #include "tests/trainer_bridge/layout/written_batch.h"

@@ -10,7 +10,7 @@
 #include <random>
 #include <utility>
 
-#include "tests/rollout/error_text.h"
+#include "tests/error_text.h"
 
 namespace rollpack::bridge {
 namespace {

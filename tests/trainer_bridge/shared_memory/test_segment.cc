@@ -19,7 +19,7 @@
 #include <string>
 #include <utility>
 
-#include "tests/rollout/error_text.h"
+#include "tests/error_text.h"
 #include "tests/trainer_bridge/shared_memory/peer_file.h"
 
 namespace rollpack::bridge {

@@ -9,7 +9,7 @@
 #include <set>
 #include <string>
 
-#include "tests/rollout/error_text.h"
+#include "tests/error_text.h"
 #include "tests/trainer_bridge/shared_memory/peer_file.h"
 
 namespace rollpack::bridge {
