@@ -79,10 +79,11 @@ void print_error(const Error& error) {
 int run(int argc, char** argv) {
   Parsed parsed;
   CLI::App app("rollpack: a rollout engine for RL on language models", "rollpack");
-  app.require_subcommand(1);
+  app.require_subcommand(0, 1);  // checked below: CLI11 would not name an unknown command
   add_commands(app, parsed);
   try {
     app.parse(argc, argv);
+    if (app.get_subcommands().empty()) throw CLI::RequiredError::Subcommand(1);
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? 0 : kUsageStatus;
   }
