@@ -22,12 +22,17 @@ Config = Mapping[str, Mapping[str, Any]]
 
 
 def write_config(path: pathlib.Path, *layers: Config) -> pathlib.Path:
-    """Writes a configuration; of two layers that set a key the later wins. JSON is YAML."""
+    """Writes a configuration; of two layers that set a key the later wins."""
     merged: dict[str, dict[str, Any]] = {}
     for layer in layers:
         for section, fields in layer.items():
             merged.setdefault(section, {}).update(fields)
-    path.write_text(json.dumps(merged, default=str, indent=1))
+    # Strings unquoted, as people write them: 64MiB, not "64MiB".
+    path.write_text("".join(
+        f"{section}:\n" + "".join(
+            f"  {key}: {value if isinstance(value, (str, pathlib.Path)) else json.dumps(value)}\n"
+            for key, value in fields.items())
+        for section, fields in merged.items()))
     return path
 
 

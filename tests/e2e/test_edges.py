@@ -155,33 +155,38 @@ def test_a_request_beyond_the_kv_cache_names_the_bytes(base: Config,
             tmp_path / "out.jsonl").exists() else job.stderr
 
 
+# Of use and configuration: exit status 2. Of files that are read later: 1.
 BAD_COMMANDS = {
-    "no-command": ([], ["subcommand"]),
-    "unknown-command": (["train"], ["train"]),
-    "no-prompts": (["generate", "--config", "CONFIG"], ["--prompts"]),
-    "unknown-option": (["config", "--config", "CONFIG", "--fast"], ["--fast"]),
-    "no-such-config": (["config", "--config", "none.yaml"], ["none.yaml"]),
-    "unknown-key": (["config", "--config", "CONFIG", "--set", "engine.max_num_seq=3"],
-                    ["engine.max_num_seq", "engine.max_num_seqs", "--set"]),
-    "bad-value": (["config", "--config", "CONFIG", "--set", "rollout.top_p=1.5"],
+    "no-command": (2, [], ["subcommand"]),
+    "unknown-command": (2, ["train"], ["train"]),
+    "no-prompts": (2, ["generate", "--config", "CONFIG"], ["--prompts"]),
+    "unknown-option": (2, ["config", "--config", "CONFIG", "--fast"], ["--fast"]),
+    "no-such-config": (2, ["config", "--config", "none.yaml"], ["none.yaml"]),
+    "unknown-key": (2, ["config", "--config", "CONFIG", "--set", "engine.max_num_seq=3"],
+                    ["engine.max_num_seq", "did you mean max_num_seqs", "--set"]),
+    "bad-value": (2, ["config", "--config", "CONFIG", "--set", "rollout.top_p=1.5"],
                   ["rollout.top_p", "1.5", "--set"]),
-    "bad-pair": (["config", "--config", "CONFIG", "--set", "rollout.top_p"], ["rollout.top_p"]),
-    "no-such-model": (["generate", "--config", "CONFIG", "--set", "model.path=none", "--prompts",
-                       "IN", "--output", "OUT"], ["none"]),
-    "no-such-prompts": (["generate", "--config", "CONFIG", "--prompts", "none.jsonl", "--output",
-                         "OUT"], ["none.jsonl"]),
+    "bad-pair": (2, ["config", "--config", "CONFIG", "--set", "rollout.top_p"],
+                 ["rollout.top_p"]),
+    "no-such-model": (1, ["generate", "--config", "CONFIG", "--set", "model.path=none",
+                          "--prompts", "IN", "--output", "OUT"], ["none/config.json"]),
+    "no-such-prompts": (1, ["generate", "--config", "CONFIG", "--prompts", "none.jsonl",
+                            "--output", "OUT"], ["--prompts", "none.jsonl"]),
+    "no-such-folder": (1, ["generate", "--config", "CONFIG", "--prompts", "IN", "--output",
+                           "none/out.jsonl"], ["--output", "none/out.jsonl"]),
 }
 
 
-@pytest.mark.parametrize(("arguments", "parts"), BAD_COMMANDS.values(), ids=BAD_COMMANDS)
-def test_bad_commands_say_what_is_wrong(arguments: list[str], parts: list[str], base: Config,
-                                        tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(("status", "arguments", "parts"), BAD_COMMANDS.values(),
+                         ids=BAD_COMMANDS)
+def test_bad_commands_say_what_is_wrong(status: int, arguments: list[str], parts: list[str],
+                                        base: Config, tmp_path: pathlib.Path) -> None:
     config = write_config(tmp_path / "config.yaml", base)
     prompts = write_jsonl(tmp_path / "in.jsonl", [{"input_ids": [5]}])
     output = tmp_path / "out.jsonl"
     names = {"CONFIG": config, "IN": prompts, "OUT": output}
     job = run(*[names.get(argument, argument) for argument in arguments])
-    assert job.status == 2, job.stderr
+    assert job.status == status, job.stderr
     for part in parts:
         assert part in job.stderr, job.stderr
     assert not output.exists()

@@ -14,18 +14,30 @@ import torch
 from engine_process import Config, write_config
 from rollpack.weights import Chunk, write_chunks
 from safetensors.torch import load_file
-from tiny_models import MODELS
+from tiny_models import MODELS, TinyModel
 
 Tensors = dict[str, torch.Tensor]
+# Steps of milliseconds, so that client and server get their turns beside two busy ranks, and seconds
+# of work in all: the counters that say that it is under way are up to a second old.
+MODEL = TinyModel("llama", {"hidden_size": 330, "intermediate_size": 800, "num_hidden_layers": 6,
+                            "head_dim": 32}, seed=12)
 PROMPTS = [{"prompt_id": f"p{index}", "input_ids": [7 + index, 50, 3 * index]}
-           for index in range(16)]
+           for index in range(24)]
+NUM_SAMPLES, RESPONSE_LENGTH = 8, 250
 NORM = "model.layers.1.post_attention_layernorm.weight"
+UP = "model.layers.0.mlp.up_proj.weight"
 
 
 @pytest.fixture(scope="module")
-def old(tiny_model: pathlib.Path) -> Tensors:
-    """The tensors of the file that every server here starts from."""
-    return load_file(tiny_model / "model.safetensors")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The model that every server here starts from."""
+    return MODEL.write(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture(scope="module")
+def old(folder: pathlib.Path) -> Tensors:
+    """The tensors of its file."""
+    return load_file(folder / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +49,11 @@ def new(old: Tensors) -> Tensors:
 
 
 @pytest.fixture
-def config(tiny_model: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+def config(folder: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     """Two slots, all logprob columns, responses long enough to be caught half-way."""
     layers: Config = {
-        "model": {"path": tiny_model},
-        "rollout": {"n": 8, "response_length": 500, "ignore_eos": True},
+        "model": {"path": folder},
+        "rollout": {"n": NUM_SAMPLES, "response_length": RESPONSE_LENGTH, "ignore_eos": True},
         "engine": {"kv_cache_memory": "64MiB", "num_threads": 1, "max_num_seqs": 16},
         "bridge": {"slots": 2, "slot_bytes": "16MiB", "columns": ["logprobs"]}}
     return write_config(tmp_path / "config.yaml", layers)
@@ -67,12 +79,13 @@ def _submit_load(client: rollpack.Client) -> None:
     while client.stats().get("num_tokens_generated", 0) < 200:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    assert client.stats()["num_open_samples"] > 32, "too little work for this machine"
 
 
 def _collect(client: rollpack.Client) -> list[rollpack.Sample]:
     """Takes every sample of the load."""
     samples: list[rollpack.Sample] = []
-    while len(samples) < 8 * len(PROMPTS):
+    while len(samples) < NUM_SAMPLES * len(PROMPTS):
         with client.next_batch(timeout_s=60) as batch:
             assert not batch.failed
             samples += batch.samples(copy=True)
@@ -132,7 +145,7 @@ def test_abort_hands_live_samples_back(client: rollpack.Client, new: Tensors) ->
     assert client.update_weights(new, version=1, mode="abort") == 1
     samples = _collect(client)
     aborted = [sample for sample in samples if sample.finish_reason == "abort"]
-    assert any(0 < len(sample.response_ids) < 500 for sample in aborted)
+    assert any(0 < len(sample.response_ids) < RESPONSE_LENGTH for sample in aborted)
     assert all((sample.weight_versions == 0).all() for sample in aborted)
     _assert_scored(client, samples, version=1)
 
@@ -143,14 +156,13 @@ def _refused(name: str, tensors: dict[str, Any], *parts: str) -> Any:
 
 @pytest.mark.parametrize(("changes", "parts"), [
     _refused("missing", {NORM: None}, NORM),
-    _refused("extra", {"model.layers.9.mlp.up_proj.weight": torch.zeros(70, 90)},
+    _refused("extra", {"model.layers.9.mlp.up_proj.weight": torch.zeros(800, 330)},
              "model.layers.9.mlp.up_proj.weight"),
-    _refused("misshapen", {NORM: torch.ones(91)}, NORM, "91", "90"),
-    _refused("transposed", {"model.layers.0.mlp.up_proj.weight": torch.zeros(90, 70)},
-             "model.layers.0.mlp.up_proj.weight", "[70, 90]"),
-    _refused("dtype", {NORM: torch.ones(90, dtype=torch.int32)}, NORM, "int32"),
-    _refused("adapter", {"model.layers.0.mlp.up_proj.lora_A.weight": torch.zeros(4, 90)}, "lora_A",
-             "merge")])
+    _refused("misshapen", {NORM: torch.ones(331)}, NORM, "331", "330"),
+    _refused("transposed", {UP: torch.zeros(330, 800)}, UP, "[800, 330]"),
+    _refused("dtype", {NORM: torch.ones(330, dtype=torch.int32)}, NORM, "int32"),
+    _refused("adapter", {"model.layers.0.mlp.up_proj.lora_A.weight": torch.zeros(4, 330)},
+             "lora_A", "merge")])
 def test_a_wrong_tensor_is_named_and_the_old_weights_stay(
         changes: dict[str, torch.Tensor | None], parts: tuple[str, ...], client: rollpack.Client,
         new: Tensors) -> None:
