@@ -6,6 +6,7 @@ import itertools
 import json
 import pathlib
 import random
+import time
 from typing import Any
 
 import numpy as np
@@ -133,7 +134,11 @@ def test_preempted_samples_are_the_same(expected: pathlib.Path, tmp_path: pathli
         "engine": {"kv_cache_memory": "10MiB"}, "bridge": {"columns": columns}})
     with rollpack.launch(config) as client:
         samples = client.generate(_prompts())
-        assert client.stats()["num_preemptions"] > 0
+        deadline = time.monotonic() + 10
+        while (stats := client.stats())["num_samples"] < len(samples):  # a second old at times
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert stats["num_preemptions"] > 0
     lines = [json.loads(line) for line in expected.read_text().splitlines()]
     for sample, line in zip(samples, lines, strict=True):
         name = f"{sample.prompt_id}/{sample.sample_index}"
