@@ -54,7 +54,7 @@ Chunk make_chunk(const std::vector<std::string>& names, int seals = kPeerSeals) 
 const std::vector<std::string> kAllNames = {"lm_head.weight", "model.embed_tokens.weight",
                                             "model.norm.weight"};
 
-class WeightInboxTest : public testing::Test {
+class WeightInboxTest : public ::testing::Test {
  protected:
   WeightInboxTest()
       : inbox(

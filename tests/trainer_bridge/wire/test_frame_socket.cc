@@ -12,7 +12,7 @@
 namespace rollpack::bridge {
 namespace {
 
-class FrameSocketTest : public testing::Test {
+class FrameSocketTest : public ::testing::Test {
  protected:
   // Starts on one end of a pair; the other is `peer`.
   void start(FrameSocketOptions options = {}) {
