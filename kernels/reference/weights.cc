@@ -47,6 +47,12 @@ double source_number(const ConstTensor& source, int64_t i) {
   }
 }
 
+// A source number is an f32 number at most, so the cast is exact.
+double rounded(double number, DType compute_dtype) {
+  if (compute_dtype != DType::kBF16) return number;
+  return bf16_to_f32(f32_to_bf16(static_cast<float>(number)));
+}
+
 void check_source(const WeightSpec& spec, int32_t part, const ConstTensor& source,
                   ShardRange shard) {
   const int64_t rows = spec.part_rows[static_cast<size_t>(part)];
@@ -153,7 +159,9 @@ void WeightStore::load(WeightId id, int32_t part, const ConstTensor& source, Sha
   void* data = target.numbers.data();
   visit_numbers(weight.dtype, data, [&](auto* numbers) {
     const int64_t first = shard.begin * weight.spec.cols;
-    for (int64_t i = 0; i < count; ++i) write_number(numbers[i], source_number(source, first + i));
+    for (int64_t i = 0; i < count; ++i) {
+      write_number(numbers[i], rounded(source_number(source, first + i), compute_dtype_));
+    }
   });
   target.is_loaded = true;
 }
