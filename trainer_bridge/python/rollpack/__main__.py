@@ -21,8 +21,8 @@ def main() -> int:
             state = {
                 "status": client.health(),
                 "weight_version": client.get_weight_version(),
-                "fingerprint": client.fingerprint,
-                "num_slots": client.num_slots,
+                "fingerprint": client.info.fingerprint,
+                "num_slots": client.info.num_slots,
                 "stats": client.stats(),
             }
     except RollpackError as error:

@@ -5,6 +5,7 @@ The columns of both layouts are listed in trainer_bridge/README.md.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
@@ -85,6 +86,8 @@ class Batch:
         num_bytes: size in the slot.
     """
 
+    _lease: Lease | None = None
+
     def __init__(self, reply: dict[str, Any], lease: Lease | None, *, verify: bool) -> None:
         """Check and open a delivered batch.
 
@@ -103,10 +106,10 @@ class Batch:
         self.failed: Sequence[FailedSample] = tuple(map(_failed_sample, reply.get("failed") or ()))
         self.num_bytes = int(reply.get("bytes") or 0) if lease else 0
         self._name = f"batch {self.batch_seq}"
-        self._lease = lease
         self._columns: dict[str, Column] | None = {}
         if lease is not None:
             self._columns = _open(lease.memory(), reply, self._name, verify)
+        self._lease = lease
 
     @property
     def columns(self) -> Columns:
@@ -247,6 +250,16 @@ class Batch:
     def __exit__(self, *error: object) -> None:
         """Release, also after an exception."""
         self.release()
+
+    def __del__(self) -> None:
+        """Warn of a batch that was forgotten: nothing acknowledges it but `release()`."""
+        if self._lease is not None and not self._lease.ended:
+            warnings.warn(
+                f"{self._name} was dropped without release(): its slot stays taken, and the batch "
+                "will be delivered again once this client is gone",
+                ResourceWarning,
+                stacklevel=2,
+            )
 
     def _opened(self) -> dict[str, Column]:
         if self._columns is None:

@@ -476,7 +476,7 @@ def _release_message(connection: Connection, handed_over: dict[str, int]) -> Cal
 def _end_connection(connection: Connection, leases: weakref.WeakSet[Lease]) -> None:
     if connection.is_open:
         for lease in list(leases):
-            lease.freeze()
+            lease.end()
     connection.close()
 
 

@@ -118,7 +118,7 @@ def read_columns(memory: npt.NDArray[np.uint8], num_columns: int, where: str) ->
         )
     columns: dict[str, Column] = {}
     for entry in _ENTRY.iter_unpack(memory[_HEADER.size : table_end].tobytes()):
-        name = entry[0].rstrip(b"\0").decode("utf-8", "replace")
+        name = _text(entry[0])
         if not name or name in columns:
             raise DataLoss("it is empty or repeated", field=f"{where}: column name", value=name)
         columns[name] = _read_column(memory, table_end, entry, f"{where}: column {name}")
@@ -129,7 +129,7 @@ def _read_column(
     memory: npt.NDArray[np.uint8], table_end: int, entry: tuple[Any, ...], where: str
 ) -> Column:
     _, dtype_bytes, ndim, alignment, *shape, offset, num_bytes = entry
-    code = dtype_bytes.rstrip(b"\0").decode("ascii", "replace")
+    code = _text(dtype_bytes)
     if code not in _DTYPES:
         raise DataLoss(field=f"{where}: dtype", value=code, allowed=" or ".join(_DTYPES))
     if alignment >= len(_ALIGNMENTS):
@@ -154,3 +154,7 @@ def _read_column(
         )
     array = memory[offset:end].view(dtype).reshape(shape[:ndim])
     return Column(array, _ALIGNMENTS[alignment])
+
+
+def _text(padded: bytes) -> str:
+    return padded.partition(b"\0")[0].decode("utf-8", "replace")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-import warnings
 import weakref
 from collections.abc import Callable
 
@@ -68,6 +67,7 @@ class Lease:
 
     Attributes:
         released: the trainer has said that it is done with the batch.
+        ended: the client has closed, so that the slot is the server's whatever the trainer does.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class Lease:
     ) -> None:
         """Hold the first `num_bytes` bytes of `slot`; `give_back` sends the release message."""
         self.released = False
+        self.ended = False
         self.name = name
         self._slot = slot
         self._num_bytes = num_bytes
@@ -89,8 +90,9 @@ class Lease:
         weakref.finalize(memory, self._last_view_died).atexit = False
         return memory
 
-    def freeze(self) -> None:
-        """Give live views pages of their own, before the server may fill the slot again."""
+    def end(self) -> None:
+        """Give live views pages of their own, because the server may now fill the slot again."""
+        self.ended = True
         memory = self._memory() if self._memory else None
         if memory is not None:
             memory[:: mmap.PAGESIZE] |= 0  # a write, though of the same bytes, copies the page
@@ -99,10 +101,3 @@ class Lease:
         if self.released:
             self._slot.drop_private_pages(self._num_bytes)
             self._give_back()
-        else:
-            warnings.warn(
-                f"{self.name} was dropped without release(): its slot stays taken, and the batch "
-                "will be delivered again once this client is gone",
-                ResourceWarning,
-                stacklevel=2,
-            )

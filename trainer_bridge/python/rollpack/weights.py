@@ -139,8 +139,8 @@ def _write(fd: int, data: memoryview, offset: int, name: str) -> None:
 
 
 def _seal(chunk: Chunk) -> Chunk:
-    if chunk.num_bytes == 0:  # tensors without elements only: the server maps at least a byte
-        os.ftruncate(chunk.fd, 1)
-        chunk.num_bytes = 1
+    # Tensors without elements write nothing, and the server maps at least a byte.
+    chunk.num_bytes = max(1, chunk.num_bytes)
+    os.ftruncate(chunk.fd, chunk.num_bytes)
     fcntl.fcntl(chunk.fd, fcntl.F_ADD_SEALS, _SEALS)
     return chunk
