@@ -1,0 +1,191 @@
+"""Weight updates: the manifest, the bytes, the seals and what happens when one is refused."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import resource
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import rollpack
+import torch
+from rollpack.weights import write_chunks
+
+from fake_server import FakeServer, Message, refusal
+
+Sent = tuple[Message, bytes]
+
+
+@pytest.fixture
+def received(server: FakeServer) -> Iterator[list[Sent]]:
+    """Every update_weights request and the bytes of its chunk."""
+    requests: list[Sent] = []
+
+    def take(request: Message, fds: list[int]) -> Message:
+        data = b""
+        if fds:
+            data = os.pread(fds[0], request["bytes"], 0)
+            seals = fcntl.fcntl(fds[0], fcntl.F_GET_SEALS)
+            for name in ("SHRINK", "GROW", "WRITE", "SEAL"):
+                assert seals & getattr(fcntl, f"F_SEAL_{name}"), name
+            assert os.fstat(fds[0]).st_size == request["bytes"]
+        requests.append((request, data))
+        return {"weight_version": request["version"]} if request["phase"] == "commit" else {}
+
+    server.handlers["update_weights"] = take
+    yield requests
+
+
+def tensors(received: list[Sent]) -> dict[str, tuple[str, list[int], bytes]]:
+    """name -> (dtype, shape, bytes) of all chunks, checksums compared."""
+    found = {}
+    for request, data in received:
+        for entry in request.get("tensors", ()):
+            piece = data[entry["offset"] : entry["offset"] + entry["bytes"]]
+            assert len(piece) == entry["bytes"]
+            assert zlib.crc32(piece) == entry["crc32"]
+            assert entry["name"] not in found
+            found[entry["name"]] = (entry["dtype"], entry["shape"], piece)
+    return found
+
+
+def test_torch_tensors_arrive_bit_for_bit(client: rollpack.Client, received: list[Sent]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randn(5, 6, generator=generator)
+    state = {
+        "f32": values,
+        "f16": values.half(),
+        "bf16": values.bfloat16(),
+        "transposed": values.bfloat16().t(),
+        "parameter": torch.nn.Parameter(values[0]),
+        "scalar": torch.tensor(1.5),
+        "empty": torch.zeros(0, 4),
+    }
+    assert client.update_weights(state, version=3) == 3
+    assert [request["phase"] for request, _ in received] == ["begin", "chunk", "commit"]
+    assert received[-1][0]["mode"] == "keep"
+    found = tensors(received)
+    assert list(found) == list(state)
+    for name, (dtype, shape, data) in found.items():
+        tensor = state[name].detach()
+        assert f"torch.{dtype}" == str(tensor.dtype)
+        assert shape == list(tensor.shape)
+        bits = tensor.contiguous().reshape(-1).view(torch.uint8)
+        assert data == bytes(bits.tolist())
+
+
+def test_numpy_arrays_and_pairs_are_taken_too(
+    client: rollpack.Client, received: list[Sent]
+) -> None:
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    client.update_weights(((name, array.T) for name in ("a", "b")), 1, mode="wait")
+    assert tensors(received)["b"] == ("float32", [3, 2], np.ascontiguousarray(array.T).tobytes())
+    assert received[-1][0]["mode"] == "wait"
+
+
+def test_chunks_stay_within_their_bound_and_keep_tensors_whole(
+    client: rollpack.Client, received: list[Sent]
+) -> None:
+    state = {
+        f"t{index}": np.full(size, index, np.float32) for index, size in enumerate([9, 9, 60, 1])
+    }
+    client.update_weights(state, 1, chunk_bytes=128)
+    chunks = [request for request, _ in received if request["phase"] == "chunk"]
+    assert [[entry["name"] for entry in chunk["tensors"]] for chunk in chunks] == [
+        ["t0", "t1"],
+        ["t2"],
+        ["t3"],
+    ]
+    assert [chunk["bytes"] for chunk in chunks] == [100, 240, 4]
+    assert all(entry["offset"] % 64 == 0 for chunk in chunks for entry in chunk["tensors"])
+
+
+def test_tensors_without_elements_alone_make_a_chunk(
+    client: rollpack.Client, received: list[Sent]
+) -> None:
+    client.update_weights({"empty": np.zeros((0, 4), np.float32)}, 1)
+    assert tensors(received) == {"empty": ("float32", [0, 4], b"")}
+
+
+def test_a_sealed_chunk_can_be_neither_written_nor_resized() -> None:
+    (chunk,) = write_chunks({"a": np.ones(3, np.float32)})
+    for change in (
+        lambda: os.pwrite(chunk.fd, b"x", 0),
+        lambda: os.truncate(chunk.fd, 4),
+        lambda: os.truncate(chunk.fd, 400),
+        lambda: mmap.mmap(chunk.fd, 12, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE),
+        lambda: fcntl.fcntl(chunk.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE),
+    ):
+        with pytest.raises(OSError) as error:
+            change()
+        assert error.value.errno in (errno.EPERM, errno.EACCES)
+    os.close(chunk.fd)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float64, np.int8])
+def test_a_tensor_of_another_dtype_is_refused_by_name_and_the_update_is_taken_back(
+    client: rollpack.Client, received: list[Sent], dtype: type
+) -> None:
+    with pytest.raises(rollpack.InvalidArgument) as error:
+        client.update_weights({"model.norm.weight": np.ones(3, dtype)}, 2)
+    assert (
+        f"weights['model.norm.weight'].dtype = {np.dtype(dtype)}: expected float32 or float16 or "
+        "bfloat16" in str(error.value)
+    )
+    assert [request["phase"] for request, _ in received] == ["begin", "cancel"]
+
+
+def test_an_error_of_the_iterable_takes_the_update_back(
+    client: rollpack.Client, received: list[Sent]
+) -> None:
+    def broken() -> Iterator[tuple[str, np.ndarray]]:
+        yield "a", np.ones(64, np.float32)
+        raise OSError("the checkpoint is gone")
+
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="the checkpoint is gone"):
+        client.update_weights(broken(), 2)
+    assert received[-1][0]["phase"] == "cancel"
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_refused_chunk_raises_the_servers_words_and_sends_nothing_after(
+    server: FakeServer, client: rollpack.Client
+) -> None:
+    phases = []
+
+    def refuse(request: Message, fds: list[int]) -> Message:
+        phases.append(request["phase"])
+        if request["phase"] == "chunk":
+            return refusal("invalid_argument", field="weights['x']", message="not in the model")
+        return {} if request["phase"] == "begin" else refusal("failed_precondition")
+
+    server.handlers["update_weights"] = refuse
+    with pytest.raises(rollpack.InvalidArgument, match=r"weights\['x'\]: not in the model"):
+        client.update_weights({"x": np.ones(3, np.float32)}, 2)
+    assert phases == ["begin", "chunk", "cancel"]
+
+
+def test_a_wrong_mode_is_refused_before_a_byte_is_sent(
+    client: rollpack.Client, received: list[Sent]
+) -> None:
+    with pytest.raises(rollpack.InvalidArgument, match="mode = 'now': expected keep or wait or ab"):
+        client.update_weights({}, 2, mode="now")
+    assert received == []
+
+
+def test_a_file_size_limit_is_named() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        with pytest.raises(rollpack.ResourceExhausted) as error:
+            list(write_chunks({"big": np.ones(1024, np.float32)}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "weights['big'] = 4096 bytes at offset 0 of a chunk" in str(error.value)
+    assert "raise `ulimit -f`" in str(error.value)
