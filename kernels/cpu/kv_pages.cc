@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 
 #include "kernels/base/error.h"
@@ -11,8 +12,8 @@
 namespace rollpack::kernels::cpu {
 
 KvPages::KvPages(const ModelShape& shape, int64_t kv_cache_bytes) : G_(shape.G), K_(shape.K) {
-  const bool is_bf16 = shape.dtype == DType::kBF16;
-  score_steps_ = is_bf16 ? K_ / 2 : K_;
+  is_bf16_ = shape.dtype == DType::kBF16;
+  score_steps_ = is_bf16_ ? K_ / 2 : K_;
   value_columns_ = (K_ + 15) / 16 * 16;
   key_bytes_ = score_steps_ * kPageTokens * 4;
   block_bytes_ = key_bytes_ + kPageTokens * value_columns_ * dtype_bytes(shape.dtype);
@@ -47,6 +48,29 @@ void KvPages::write(int32_t page, int64_t layer, int64_t head, int32_t slot, con
   for (int64_t i = 0; i < K_; ++i) key[i * kPageTokens] = k[i];
   float* value = values<float>(page, layer, head) + slot * value_columns_;
   for (int64_t i = 0; i < K_; ++i) value[i] = v[i];
+}
+
+void KvPages::copy_block(int64_t block, const PageCopy& copy) const {
+  const std::byte* source = page(copy.source) + block * block_bytes_;
+  std::byte* target = page(copy.target) + block * block_bytes_;
+  if (copy.num_tokens == kPageTokens) {
+    std::memcpy(target, source, static_cast<size_t>(block_bytes_));
+    return;
+  }
+  // A step of keys holds 4 bytes of each of the 16 tokens, whatever the dtype.
+  const auto key_bytes = static_cast<size_t>(copy.num_tokens) * 4;
+  for (int64_t step = 0; step < score_steps_; ++step) {
+    const int64_t at = step * kPageTokens * 4;
+    std::memcpy(target + at, source + at, key_bytes);
+  }
+  const int32_t tokens_per_row = is_bf16_ ? 2 : 1;
+  const int64_t row_bytes = value_columns_ * 4;
+  const int64_t whole = copy.num_tokens / tokens_per_row;  // rows of tokens copied entirely
+  std::memcpy(target + key_bytes_, source + key_bytes_, static_cast<size_t>(whole * row_bytes));
+  if (copy.num_tokens % tokens_per_row == 0) return;
+  const std::byte* in = source + key_bytes_ + whole * row_bytes;
+  std::byte* out = target + key_bytes_ + whole * row_bytes;
+  for (int64_t c = 0; c < value_columns_; ++c) std::memcpy(out + c * 4, in + c * 4, 2);
 }
 
 }  // namespace rollpack::kernels::cpu

@@ -36,7 +36,6 @@ class KvPages {
   Element* values(int32_t page, int64_t layer, int64_t head) const {
     return reinterpret_cast<Element*>(block(page, layer, head) + key_bytes_);
   }
-  // Slice [begin, end) of a page's bytes, for copies.
   std::byte* page(int32_t page) const { return arena_.data() + page * page_bytes_; }
 
   // Writes K values of one token: k and v already rounded to Element.
@@ -44,12 +43,18 @@ class KvPages {
   void write(int32_t page, int64_t layer, int64_t head, int32_t slot, const Element* k,
              const Element* v) const;
 
+  // Blocks of a page, one a layer and KV head.
+  int64_t num_blocks() const { return page_bytes_ / block_bytes_; }
+  // Copies the first copy.num_tokens tokens of one block; the target's others keep their values.
+  void copy_block(int64_t block, const PageCopy& copy) const;
+
  private:
   std::byte* block(int32_t page, int64_t layer, int64_t head) const {
     return arena_.data() + page * page_bytes_ + (layer * G_ + head) * block_bytes_;
   }
 
   int64_t G_ = 0, K_ = 0;
+  bool is_bf16_ = false;
   int64_t score_steps_ = 0;
   int64_t value_columns_ = 0;
   int64_t key_bytes_ = 0;

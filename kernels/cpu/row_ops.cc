@@ -138,16 +138,10 @@ void rope_append_rows(const KernelTable& kernels, ThreadPool& pool, StepContext&
 
 void copy_pages(ThreadPool& pool, const StepPlan& plan, const KvPages& pages) {
   if (plan.page_copies.empty()) return;
-  // Threads take slices of all pages, not pages: a copy may read what the one before it wrote.
-  constexpr int64_t kSliceBytes = 64 << 10;
-  const int64_t num_slices = (pages.page_bytes() + kSliceBytes - 1) / kSliceBytes;
-  pool.parallel_for(num_slices, [&](int64_t slice, int) {
-    const int64_t begin = slice * kSliceBytes;
-    const int64_t end = std::min(begin + kSliceBytes, pages.page_bytes());
+  // Threads take blocks of all pages, not pages: a copy may read what the one before it wrote.
+  pool.parallel_for(pages.num_blocks(), [&](int64_t block, int) {
     for (const PageCopy& copy : plan.page_copies) {
-      if (copy.source == copy.target) continue;
-      std::memcpy(pages.page(copy.target) + begin, pages.page(copy.source) + begin,
-                  static_cast<size_t>(end - begin));
+      if (copy.source != copy.target) pages.copy_block(block, copy);
     }
   });
 }

@@ -35,7 +35,7 @@ void rope_append_rows(const KernelTable& kernels, ThreadPool& pool, StepContext&
                       const ModelShape& shape, const KvPages& pages, const RopeAppendArgs& args,
                       const RopeAppendInputs& inputs);
 
-// The plan's page copies, in order, whole pages.
+// The plan's page copies, in order.
 void copy_pages(ThreadPool& pool, const StepPlan& plan, const KvPages& pages);
 
 }  // namespace rollpack::kernels::cpu
