@@ -183,7 +183,7 @@ class CpuBackend final : public Backend {
   }
 
   void embed(const EmbedArgs& args) override {
-    const PackedMatrix matrix = weights_.matrix(args.weight, "embed");
+    const PackedMatrix matrix = vocabulary(args.weight, "embed");
     expect_shape(args.out, step_.plan().num_rows(), matrix.K_in, "embed out");
     embed_rows(pool_, step_, matrix, args.out);
   }
@@ -208,6 +208,18 @@ class CpuBackend final : public Backend {
   StepResult run(const StepPlan& plan, StepProgram& program);
   const float* optional_vector(WeightId id, int64_t size, const char* op) const {
     return id == kNoWeight ? nullptr : weights_.vector(id, size, op);
+  }
+
+  // A matrix with a row for every token: ids of a step are checked against V, not against it.
+  PackedMatrix vocabulary(WeightId id, const char* op) const {
+    const PackedMatrix matrix = weights_.matrix(id, op);
+    if (matrix.is_gated || matrix.columns != shape_.V) {
+      throw Error({.code = ErrorCode::kInvalidArgument,
+                   .field = fmt::format("{} weight", op),
+                   .value = fmt::format("{} rows", matrix.columns),
+                   .allowed = fmt::format("a plain matrix of {} rows", shape_.V)});
+    }
+    return matrix;
   }
 
   // Calls work with the pool if no step runs, else with null: work on weights must neither wait for
@@ -331,7 +343,7 @@ void CpuBackend<Element>::gather_head_rows(const GatherHeadRowsArgs& args) {
 
 template <class Element>
 void CpuBackend<Element>::lm_head(const LmHeadArgs& args) {
-  const PackedMatrix matrix = weights_.matrix(args.weight, "lm_head");
+  const PackedMatrix matrix = vocabulary(args.weight, "lm_head");
   step_.plan();  // an op outside of a step is an error
   expect_shape(args.in, static_cast<int64_t>(step_.head_rows.size()), matrix.K_in, "lm_head in");
   head_.run(pool_, step_, matrix, whole_steps<Element>(args.in, padded_rows_));
