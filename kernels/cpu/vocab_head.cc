@@ -275,15 +275,17 @@ void VocabHead<Element>::finish_query(const StepContext& step, const Query& quer
                                       const float* logits, Workspace& work) const {
   HeadResult& result = *query.result;
   result.entropy = std::numeric_limits<float>::quiet_NaN();
-  if (row_not_finite_[static_cast<size_t>(query.head_row)] != 0) {
-    result.is_finite = false;
-    result.token = std::max(query.token, 0);
-    return;
-  }
   const int32_t unit = first_distribution_[static_cast<size_t>(query.head_row)];
   const RowStats unit_row = merge_blocks(blocks_of(unit));
   const RowStats scaled_row =
       query.scaled == unit ? unit_row : merge_blocks(blocks_of(query.scaled));
+  // A low temperature may take finite logits past the largest float.
+  if (row_not_finite_[static_cast<size_t>(query.head_row)] != 0 ||
+      !std::isfinite(scaled_row.max)) {
+    result.is_finite = false;
+    result.token = std::max(query.token, 0);
+    return;
+  }
   result.token = query.slot < 0 ? query.token : sample(step, query, scaled_row, logits, work);
 
   alignas(64) float panel[kPanelColumns];
