@@ -1,6 +1,7 @@
 // Everything a plan can get wrong, found before the step changes anything.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "kernels/base/error.h"
@@ -70,6 +71,8 @@ void StepContext::check_slot_init(const SlotInit& init, size_t i) const {
   for (const int32_t id : init.stop_token_ids) {
     require_below(id, shape_.V, "slot_inits", i, "stop_token_ids");
   }
+  require(std::ranges::is_sorted(init.stop_token_ids), "slot_inits", i, "stop_token_ids",
+          init.stop_token_ids.size(), "ascending ids");
 }
 
 void StepContext::check_sequences(const StepPlan& plan) const {
