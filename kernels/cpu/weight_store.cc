@@ -106,8 +106,6 @@ void WeightStore::begin_staging() {
   Set set = make_set(false);
   set.arena = is_shared_ ? Arena::make_shareable(next_offset_, "weights")
                          : Arena::make_private(next_offset_, "weights");
-  const ArenaHeader header{.layout_hash = layout_hash(), .bytes = next_offset_};
-  std::memcpy(set.arena.data(), &header, sizeof header);
   staged_ = std::move(set);
 }
 
@@ -261,13 +259,20 @@ uint64_t WeightStore::layout_hash() const {
   for (const Declared& weight : weights_) {
     text += fmt::format("|{} {} {}", weight.spec.name, static_cast<int>(weight.spec.kind),
                         weight.spec.cols);
-    for (const int64_t rows : weight.spec.part_rows) text += fmt::format(" {}", rows);
+    for (size_t part = 0; part < weight.spec.part_rows.size(); ++part) {
+      // Rows held, not rows of the whole part: shards lie elsewhere than whole parts.
+      text += fmt::format(" {}", weight.local_rows[part].value_or(weight.spec.part_rows[part]));
+    }
   }
   return fnv1a64(text);
 }
 
 int WeightStore::export_staged() {
   require_complete();
+  if (!staged_->arena.is_read_only()) {
+    const ArenaHeader header{.layout_hash = layout_hash(), .bytes = next_offset_};
+    std::memcpy(staged_->arena.data(), &header, sizeof header);
+  }
   staged_->arena.seal();
   return staged_->arena.fd();
 }
