@@ -69,14 +69,14 @@ struct Buffer {
   int64_t bytes = 0;
 };
 
-// ---- weights -------------------------------------------------------------------------------------
+// ---- weights ------------------------------------------------------------------------------------
 
 enum class WeightKind : uint8_t {
   kLinear,     // [N, K_in] used by linear(); parts are stacked along N (Q, K, V)
-  kGated,      // two parts of equal N: gate and up; linear() with Epilogue::kGated gives N / 2 columns
+  kGated,      // gate and up, of equal N; linear() with Epilogue::kGated gives N / 2 columns
   kEmbedding,  // [V, D] used by embed(), and by lm_head() when the head is tied
   kLmHead,     // [V, D] used by lm_head() only
-  kVector,     // [1, N] rounded to the compute dtype, held as f32 (norms, biases); parts are stacked
+  kVector,     // [1, N] rounded to the compute dtype, held as f32 (norms, biases), stacked
 };
 
 struct WeightSpec {
@@ -94,7 +94,7 @@ struct ShardRange {
   int64_t begin = 0, end = 0;
 };
 
-// ---- ops -----------------------------------------------------------------------------------------
+// ---- ops ----------------------------------------------------------------------------------------
 
 // out[t] = row input_ids[t] of the embedding (the slot's token where it is pending).
 struct EmbedArgs {
@@ -165,7 +165,7 @@ struct LmHeadArgs {
   Tensor in;                    // [num_head_rows, D] compute dtype, after the final norm
 };
 
-// ---- steps ---------------------------------------------------------------------------------------
+// ---- steps --------------------------------------------------------------------------------------
 
 // Number of the step in submission order, from 1. Later handles complete later.
 using StepHandle = uint64_t;
@@ -199,8 +199,8 @@ class Backend {
   // which takes effect between two steps. Ids stay valid for ever.
   virtual WeightId declare_weight(const WeightSpec& spec) = 0;
   virtual void begin_staging() = 0;
-  // Packs `source` ([part_rows, cols], any float dtype, the full part) into the staged set, rounding
-  // to the compute dtype; only rows `shard` of it are kept.
+  // Packs `source` ([part_rows, cols], any float dtype, the full part) into the staged set,
+  // rounding to the compute dtype; only rows `shard` of it are kept.
   virtual void load_weight(WeightId id, int32_t part, const ConstTensor& source,
                            ShardRange shard) = 0;
   // Starts the staged set as a copy of the committed one, for updates of some tensors only.

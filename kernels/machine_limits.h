@@ -13,8 +13,8 @@ struct MachineLimits {
 };
 
 // Peak: best of five 200 ms bursts of 24 register chains a thread, of the widest multiply-add this
-// CPU has for `dtype` (bf16: VDPBF16PS, else two FMAs a pair). Bandwidth: best of five reads of 1 GiB.
-// Takes about 2 s and, meanwhile, 1 GiB.
+// CPU has for `dtype` (bf16: VDPBF16PS, else two FMAs a pair). Bandwidth: best of five reads of 1
+// GiB. Takes about 2 s and, meanwhile, 1 GiB.
 MachineLimits measure_machine_limits(DType dtype, int32_t num_threads);
 
 }  // namespace rollpack::kernels

@@ -45,7 +45,7 @@ struct PageCopy {
 // Consecutive rows of one sequence. Row i of it (0-based) stands at positions[row_begin + i], which
 // ascend by 1 over rows that are not pads; it sees keys [0, position] of the same page table.
 struct StepSequence {
-  int32_t slot = -1;            // slot that pending tokens come from; -1: none of its rows is pending
+  int32_t slot = -1;            // slot that pending tokens come from; -1: no row is pending
   int32_t row_begin = 0;
   int32_t num_rows = 0;
   int32_t page_table_begin = 0; // into StepPlan::page_tables; entry j holds positions

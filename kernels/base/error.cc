@@ -25,7 +25,7 @@ ErrorCode error_code_from_name(std::string_view name) {
 std::string format_error(const ErrorInfo& info) {
   std::string text = info.field;
   if (!info.value.empty()) text += (text.empty() ? "" : " = ") + info.value;
-  if (!info.origin.empty()) text += (text.empty() ? "" : " (") + info.origin + (text.empty() ? "" : ")");
+  if (!info.origin.empty()) text += text.empty() ? info.origin : " (" + info.origin + ")";
   if (!info.allowed.empty()) text += (text.empty() ? "expected " : ": expected ") + info.allowed;
   if (!info.message.empty()) {
     text += (text.empty() ? "" : info.allowed.empty() ? ": " : "; ") + info.message;

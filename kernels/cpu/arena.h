@@ -1,6 +1,6 @@
-// Large memory of the CPU backend: zero-filled, in 2 MiB pages where the system grants them (weights
-// stream 1.6 times faster from those than from 4 KiB pages), private to the process or shareable
-// through a sealed descriptor.
+// Large memory of the CPU backend: zero-filled, in 2 MiB pages where the system grants them
+// (weights stream 1.6 times faster from those than from 4 KiB pages), private to the process or
+// shareable through a sealed descriptor.
 #pragma once
 
 #include <cstddef>

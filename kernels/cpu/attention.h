@@ -1,6 +1,6 @@
 // Causal attention over paged keys and values, one code path for prefill and decode. Threads claim
-// (tile of query rows, KV head) pairs; the tile's rows are its query rows times the H / G heads that
-// share the KV head. Numerics: kernels/cpu/README.md.
+// (tile of query rows, KV head) pairs; the tile's rows are its query rows times the H / G heads
+// that share the KV head. Numerics: kernels/cpu/README.md.
 #pragma once
 
 #include <algorithm>

@@ -2,7 +2,7 @@
 // instruction set's namespace, after its lanes header; every instruction set compiles its own copy.
 // The order of operations here IS the numerics contract of kernels/cpu/README.md.
 
-// ---- steps of a product: a pair of bf16 or one f32 ------------------------------------------------
+// ---- steps of a product: a pair of bf16 or one f32 ----------------------------------------------
 
 struct PairStep {
   using Element = uint16_t;
@@ -87,7 +87,7 @@ inline __attribute__((always_inline)) void for_row_passes(int rows, Body body) {
   }
 }
 
-// ---- linear layers -------------------------------------------------------------------------------
+// ---- linear layers ------------------------------------------------------------------------------
 
 template <class Step>
 void panel_product(const typename Step::Element* a, int64_t a_stride, int rows,
@@ -174,7 +174,7 @@ void store_gated(const float* tile, int rows, const TileOutput& output) {
   }
 }
 
-// ---- rows ----------------------------------------------------------------------------------------
+// ---- rows ---------------------------------------------------------------------------------------
 
 template <class Step>
 void rms_norm(const float* in, const float* weight, int64_t n, float epsilon,
@@ -210,7 +210,7 @@ bool all_finite(const float* x, int64_t n) {
   return sum == sum;
 }
 
-// ---- vocabulary ----------------------------------------------------------------------------------
+// ---- vocabulary ---------------------------------------------------------------------------------
 
 void panel_stats(const float* logits, int columns, float scale, PanelStats* stats) {
   constexpr int kVectors = kPanelColumns / 16;

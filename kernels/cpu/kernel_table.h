@@ -24,7 +24,8 @@ struct PanelStats {
   float weighted = 0;  // sum of (x - m) exp(x - m), for the entropy
 };
 
-// What a finished tile becomes; see Epilogue in backend.h. `out` points at the tile's first element.
+// What a finished tile becomes; see Epilogue in backend.h. `out` points at the tile's first
+// element.
 struct TileOutput {
   const float* bias = nullptr;  // of the tile's columns (gated: of its gate columns), or none
   int64_t up_bias = 0;          // gated: where the bias of the up columns starts, from bias

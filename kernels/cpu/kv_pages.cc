@@ -37,7 +37,8 @@ void KvPages::write(int32_t page, int64_t layer, int64_t head, int32_t slot, con
                     const uint16_t* v) const {
   uint16_t* key = keys<uint16_t>(page, layer, head) + slot * 2;
   for (int64_t i = 0; i < K_; ++i) key[(i / 2) * kPageTokens * 2 + i % 2] = k[i];
-  uint16_t* value = values<uint16_t>(page, layer, head) + (slot / 2) * value_columns_ * 2 + slot % 2;
+  uint16_t* value =
+      values<uint16_t>(page, layer, head) + (slot / 2) * value_columns_ * 2 + slot % 2;
   for (int64_t i = 0; i < K_; ++i) value[i * 2] = v[i];
 }
 

@@ -22,7 +22,7 @@ inline constexpr float kExpQ2 = 0x1.5558f2p-5f;
 inline constexpr float kExpQ3 = 0x1.1239e2p-7f;
 inline constexpr float kExpQ4 = 0x1.6a2432p-10f;
 inline constexpr float kExpCutoff = -87.0f;     // below: 0. exp(-87) = 1.6e-38 is still normal
-inline constexpr float kExpOverflow = 88.722f;  // above: infinity. The largest float is exp(88.7228)
+inline constexpr float kExpOverflow = 88.722f;  // above: infinity; the largest is exp(88.7228)
 
 // exp(x), within 1 unit in the last place. exp(0) is 1, exp(-infinity) is 0, NaN stays NaN.
 inline float exp_f32(float x) {

@@ -13,7 +13,8 @@
 namespace rollpack::kernels::cpu {
 namespace {
 
-// Rows of one task: 16 tiles of 6. More rows share a panel while it is in L2; fewer leave more tasks.
+// Rows of one task: 16 tiles of 6. More rows share a panel while it is in L2; fewer leave more
+// tasks.
 constexpr int64_t kChunkRows = 96;
 // Logits kept at a time for truncated rows: 170 rows of a vocabulary of 49,152.
 constexpr int64_t kMaxLogitsBytes = int64_t{32} << 20;

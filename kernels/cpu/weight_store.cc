@@ -49,7 +49,8 @@ int64_t total_rows(const WeightSpec& spec) {
 }
 
 // Four independent multiply-xor lanes over 32-byte groups, so that the multiplications overlap.
-// `bytes` is a multiple of 32. The mixing constants are the 64-bit primes of xxHash (public domain).
+// `bytes` is a multiple of 32. The mixing constants are the 64-bit primes of xxHash (public
+// domain).
 uint64_t hash_block(const std::byte* data, int64_t bytes, uint64_t seed) {
   constexpr uint64_t kPrime1 = 0x9E3779B185EBCA87ull;
   constexpr uint64_t kPrime2 = 0xC2B2AE3D27D4EB4Full;
@@ -150,7 +151,8 @@ void WeightStore::fix_local_rows(Declared& weight, int32_t part, ShardRange shar
     fail_argument(fmt::format("{} part {} shard", weight.spec.name, part),
                   fmt::format("{} rows", rows), fmt::format("{} rows, as loaded before", *local));
   }
-  // Parts lie one after the other, so a shard moves what follows it: parts after it must come later.
+  // Parts lie one after the other, so a shard moves what follows it: parts after it must come
+  // later.
   const bool moves_others = !local && rows != weight.spec.part_rows[index];
   for (size_t later = index + 1; moves_others && later < weight.local_rows.size(); ++later) {
     if (weight.local_rows[later] && weight.spec.kind != WeightKind::kGated) {

@@ -62,7 +62,8 @@ void check_sequence(const StepPlan& plan, size_t s, int32_t row_begin, const Pla
     if (position == kPadPosition) continue;
     const auto row = static_cast<size_t>(t);
     require(is_in(position, int64_t{sequence.num_pages} * limits.page_tokens), "rows", row,
-            "position", position, fmt::format("a position within its {} pages", sequence.num_pages));
+            "position", position,
+            fmt::format("a position within its {} pages", sequence.num_pages));
     require(last == kPadPosition || position == last + 1, "rows", row, "position", position,
             fmt::format("{}, one more than the row before", last + 1));
     last = position;

@@ -84,7 +84,9 @@ std::vector<double> attention_bound(const Given& given, const std::vector<float>
   const auto [H, G, K] = given.heads;
   const double scale = 1 / std::sqrt(static_cast<double>(K));
   std::vector<double> bound;
-  const auto head = [&](int64_t t, int64_t h) { return qkv.data() + t * given.heads.cols() + h * K; };
+  const auto head = [&](int64_t t, int64_t h) {
+    return qkv.data() + t * given.heads.cols() + h * K;
+  };
   for (int64_t t = 0; t < rows; ++t) {
     const int64_t begin = given.window > 0 ? std::max<int64_t>(0, t + 1 - given.window) : 0;
     for (int64_t h = 0; h < H; ++h) {

@@ -119,7 +119,8 @@ TEST_P(LmHead, ScoresOfRandomRowsConformToTheReference) {
           }
           const float inverse = 1.0f / plan.scores[i].temperature;
           for (double& logit : x) logit *= inverse;
-          const double x_error = inverse * (gamma_of(static_cast<double>(D)) + kUnitF32) * magnitude;
+          const double x_error =
+              inverse * (gamma_of(static_cast<double>(D)) + kUnitF32) * magnitude;
           const Exact bounds = exact_of(x, plan.scores[i].token, x_error);
           const std::string what = "V " + std::to_string(V) + " D " + std::to_string(D);
           expect_near(got.scores[i].scaled_logprob, want.scores[i].scaled_logprob, bounds.bound,

@@ -239,7 +239,8 @@ TEST_P(RowOps, RmsNormRowsDoNotInfluenceEachOther) {
     Norm alone = batch;
     alone.rows = 1;
     alone.in.assign(batch.in.begin() + row * 257, batch.in.begin() + (row + 1) * 257);
-    expect_same_bits(alone.run(GetParam()), {want.begin() + row * 257, want.begin() + (row + 1) * 257},
+    expect_same_bits(alone.run(GetParam()),
+                     {want.begin() + row * 257, want.begin() + (row + 1) * 257},
                      "row " + std::to_string(row));
   }
 }

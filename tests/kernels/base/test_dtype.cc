@@ -67,7 +67,8 @@ TEST(DType, EveryNormalBf16SurvivesTheRoundTrip) {
 
 TEST(DType, F16GivesTheValueOfEveryHalf) {
   for (uint32_t bits = 0; bits < 0x10000; ++bits) {
-    const int exponent = static_cast<int>(bits >> 10 & 31), mantissa = static_cast<int>(bits & 1023);
+    const int exponent = static_cast<int>(bits >> 10 & 31);
+    const int mantissa = static_cast<int>(bits & 1023);
     const float got = f16_to_f32(static_cast<uint16_t>(bits));
     if (exponent == 31 && mantissa != 0) {
       ASSERT_TRUE(std::isnan(got)) << bits;
