@@ -64,6 +64,7 @@ fi
 stage model 300 "$python" examples/export_smollm2.py --output "$ROLLPACK_MODEL"
 stage pytest $((ROLLPACK_FULL ? 5400 : 900)) "$python" -m pytest tests -q \
   --junit-xml "$results/pytest.xml"
+stage quickstart 600 examples/quickstart.sh --steps 2 --out "$results"
 
 # The thread sanitizer needs address-space randomization off where the kernel uses many bits of it.
 run_fixed=()
