@@ -14,6 +14,7 @@ sys.path[:0] = [str(_ROOT / "trainer_bridge" / "python"), str(Path(__file__).par
 import rollpack  # noqa: E402
 
 from fake_server import FakeServer  # noqa: E402
+from real_server import RealServer, Start  # noqa: E402
 
 
 @pytest.fixture
@@ -29,3 +30,19 @@ def client(server: FakeServer) -> Iterator[rollpack.Client]:
     """A client of the scripted server."""
     with rollpack.connect(server.path) as connected:
         yield connected
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts servers, each on a socket of its own, and checks that they end cleanly."""
+    servers: list[RealServer] = []
+
+    def begin(*arguments: str) -> RealServer:
+        directory = tmp_path / str(len(servers))
+        servers.append(RealServer(str(directory / "s"), *arguments))
+        return servers[-1]
+
+    yield begin
+    for server in servers:
+        if server.process.poll() is None:
+            assert server.close() == 0
