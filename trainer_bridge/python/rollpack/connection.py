@@ -238,6 +238,8 @@ class Connection:
                 self._receive()
         except RollpackError as error:
             end = error
+        except (ConnectionResetError, BrokenPipeError):
+            end = Unavailable("it went away", field="server", value=self.peer)
         except OSError as error:
             end = Unavailable(f"the connection broke: {error}", field="server", value=self.peer)
         finally:
