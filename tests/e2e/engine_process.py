@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -120,10 +121,8 @@ class Job:
     def kill(self) -> None:
         """Ends whatever of it still lives; for clean-up."""
         for pid in self.living_pids():
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
     def __enter__(self) -> Job:
         return self

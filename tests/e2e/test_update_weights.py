@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from tiny_models import MODELS, TinyModel
 
 Tensors = dict[str, torch.Tensor]
-# Steps of milliseconds, so that client and server get their turns beside two busy ranks, and seconds
-# of work in all: the counters that say that it is under way are up to a second old.
+# Steps of milliseconds, so that client and server get their turns beside two busy ranks, and
+# seconds of work in all: the counters that say that it is under way are up to a second old.
 MODEL = TinyModel("llama", {"hidden_size": 330, "intermediate_size": 800, "num_hidden_layers": 6,
                             "head_dim": 32}, seed=12)
 PROMPTS = [{"prompt_id": f"p{index}", "input_ids": [7 + index, 50, 3 * index]}
