@@ -50,20 +50,20 @@ TEST(CpuBackend, WhatItCannotRunIsAnErrorAtConstruction) {
 TEST(CpuBackend, SleepIsRefusedWithTheReason) {
   const auto backend = make_cpu_backend(kShape, kOptions);
   EXPECT_EQ(error_text([&] { backend->sleep({"weights"}); }),
-            "sleep; the cpu backend keeps its memory; restart the process to give it back");
+            "sleep: the cpu backend keeps its memory; restart the process to give it back");
 }
 
 TEST(CpuBackend, StepsNeedAProgramAndWeights) {
   const auto backend = make_cpu_backend(kShape, kOptions);
   EXPECT_EQ(error_text([&] { backend->submit({}); }),
-            "submit; no program is set; call set_program first");
+            "submit: no program is set; call set_program first");
   class Nothing final : public StepProgram {
     void run(Backend&, int64_t, int64_t) override {}
   };
   backend->set_program(std::make_shared<Nothing>());
   const StepHandle handle = backend->submit({});
   EXPECT_EQ(error_text([&] { backend->wait(handle, soon()); }),
-            "step; no weights are committed yet");
+            "step: no weights are committed yet");
 }
 
 TEST(CpuBackend, APlansMistakeIsTheStepsErrorAndTheNextStepRuns) {
@@ -80,7 +80,9 @@ TEST(CpuBackend, APlansMistakeIsTheStepsErrorAndTheNextStepRuns) {
             "has sampled a token");
   EXPECT_EQ(text([](StepPlan& p) { p.positions[2] = 5; }),
             "step.rows[2].position = 5: expected 2, one more than the row before");
-  EXPECT_EQ(text([](StepPlan& p) { p.positions = {15, 16, 17}; }),
+  EXPECT_EQ(text([](StepPlan& p) {
+              p.positions = {15, 16, 17};
+            }),
             "step.rows[1].position = 16: expected a position within its 1 pages");
   EXPECT_EQ(text([](StepPlan& p) { p.page_tables[0] = 256; }),
             "step.page_tables[0].page = 256: expected a number from 0 to 255");
@@ -137,7 +139,9 @@ TEST(CpuBackend, WeightsSwitchBetweenStepsAndStagingDisturbsNone) {
     }
     EXPECT_EQ(bits_of(model.backend().wait(first, soon()).scores), before);
     EXPECT_EQ(bits_of(model.backend().wait(second, soon()).scores), before);
-    if (is_committed) EXPECT_NE(bits_of(model.run(plan).scores), before);
+    if (is_committed) {
+      EXPECT_NE(bits_of(model.run(plan).scores), before);
+    }
   }
 }
 

@@ -1,197 +1,269 @@
-// Whole steps of a toy model: what a row gives depends on that row and its sequence alone.
+// Whole steps: neither the rows beside a row, nor where a prompt is cut, nor pages, threads or
+// instruction sets change a bit of what is said of it.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <bit>
 #include <string>
+#include <tuple>
 #include <vector>
 
+#include "kernels/cpu/isa.h"
 #include "toy_model.h"
 
 namespace rollpack::kernels::testing {
 namespace {
 
-// Prefills `ids` with the given cuts and scores every token but the first; logprobs by position.
-std::vector<uint32_t> score_in_pieces(ToyModel& model, const std::vector<int32_t>& ids,
-                                      const std::vector<int32_t>& cuts,
-                                      const std::vector<int32_t>& pages) {
-  std::vector<uint32_t> bits;
-  int32_t begin = 0;
-  for (size_t i = 0; i <= cuts.size(); ++i) {
-    const auto end = i < cuts.size() ? cuts[i] : static_cast<int32_t>(ids.size());
-    StepPlan plan;
-    add_rows(plan, {ids.begin() + begin, ids.begin() + end}, begin, pages);
-    for (int32_t row = begin; row < end && row + 1 < static_cast<int32_t>(ids.size()); ++row) {
-      plan.scores.push_back({.row = row - begin, .token = ids[static_cast<size_t>(row + 1)],
-                             .temperature = 0.8f});
+constexpr int32_t kPageTokens = 16;
+
+using Bits = std::vector<uint32_t>;
+
+// Many rows on three instruction sets: widths that are no multiple of anything, but few.
+ToyOptions small_options(DType dtype) {
+  return {.shape = {.D = 18, .H = 3, .G = 1, .K = 6, .F = 35, .V = 130, .L = 1, .dtype = dtype},
+          .num_pages = 80};
+}
+
+struct Sequence {
+  std::vector<int32_t> ids;
+  int32_t slot = 0;
+};
+
+// 70 rows in sequences of 1, 2, 3, 5, 1, 2, ... rows.
+std::vector<Sequence> sequences_of_70_rows(int64_t V) {
+  const int32_t lengths[] = {1, 2, 3, 5};
+  std::vector<Sequence> sequences;
+  for (int32_t rows = 0; rows < 70;) {
+    const auto index = static_cast<int32_t>(sequences.size());
+    const int32_t length = std::min(lengths[index % 4], 70 - rows);
+    sequences.push_back({random_ids(100 + static_cast<uint64_t>(index), length, V), index});
+    rows += length;
+  }
+  return sequences;
+}
+
+// Scores every row (as the successor: the row's own token) and samples behind the last.
+void add_sequence(StepPlan& plan, const Sequence& sequence) {
+  const auto row = static_cast<int32_t>(plan.input_ids.size());
+  const auto num_rows = static_cast<int32_t>(sequence.ids.size());
+  plan.slot_inits.push_back({.slot = sequence.slot,
+                             .sampling = {.temperature = 0.7f},
+                             .seed = 3,
+                             .prompt_hash = static_cast<uint64_t>(sequence.slot),
+                             .next_position = num_rows,
+                             .end_position = 1000});
+  add_rows(plan, sequence.ids, 0, {sequence.slot}, sequence.slot);
+  for (int32_t i = 0; i < num_rows; ++i) {
+    plan.scores.push_back({.row = row + i,
+                           .token = sequence.ids[static_cast<size_t>(i)],
+                           .temperature = 1.5f});
+  }
+  plan.samples.push_back({.row = row + num_rows - 1, .slot = sequence.slot});
+}
+
+// The bits of each sequence of a step, scores first.
+std::vector<Bits> run_sequences(ToyModel& model, const std::vector<Sequence>& sequences) {
+  StepPlan plan;
+  plan.wants_entropy = true;
+  for (const Sequence& sequence : sequences) add_sequence(plan, sequence);
+  const StepResult result = model.run(plan);
+  std::vector<Bits> bits;
+  size_t score = 0;
+  for (size_t s = 0; s < sequences.size(); ++s) {
+    Bits all;
+    for (size_t i = 0; i < sequences[s].ids.size(); ++i) {
+      for (const uint32_t word : bits_of(result.scores[score++])) all.push_back(word);
     }
-    for (const uint32_t word : bits_of(model.run(std::move(plan)).scores)) bits.push_back(word);
-    begin = end;
+    for (const uint32_t word : bits_of(result.samples[s])) all.push_back(word);
+    bits.push_back(all);
   }
   return bits;
 }
 
-class DTypes : public ::testing::TestWithParam<DType> {
+class EveryNumberOfRows : public ::testing::TestWithParam<std::tuple<cpu::Isa, int32_t, DType>> {};
+
+TEST_P(EveryNumberOfRows, LeavesEveryRowsBits) {
+  const auto [isa, num_threads, dtype] = GetParam();
+  ToyOptions options = small_options(dtype);
+  options.num_threads = 1;
+  const std::vector<Sequence> sequences = sequences_of_70_rows(options.shape.V);
+  std::vector<Bits> alone;
+  ToyModel reference(options);
+  for (const Sequence& s : sequences) alone.push_back(run_sequences(reference, {s}).front());
+
+  options.num_threads = num_threads;
+  options.cpu.isa = isa;
+  ToyModel model(options);
+  for (int32_t M = 1; M <= 70; ++M) {
+    std::vector<Sequence> taken;
+    int32_t rows = 0;
+    for (const Sequence& sequence : sequences) {
+      if (rows == M) break;
+      taken.push_back(sequence);
+      const auto length = std::min<size_t>(sequence.ids.size(), static_cast<size_t>(M - rows));
+      taken.back().ids.resize(length);
+      rows += static_cast<int32_t>(length);
+    }
+    if (M % 2 == 1) std::reverse(taken.begin(), taken.end());
+    const std::vector<Bits> bits = run_sequences(model, taken);
+    for (size_t i = 0; i < taken.size(); ++i) {
+      const auto slot = static_cast<size_t>(taken[i].slot);
+      const bool is_whole = taken[i].ids.size() == sequences[slot].ids.size();
+      const Bits expected =
+          is_whole ? alone[slot] : run_sequences(reference, {taken[i]}).front();
+      ASSERT_EQ(bits[i], expected) << M << " rows, sequence " << slot;
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Cpu, EveryNumberOfRows,
+    ::testing::Combine(::testing::ValuesIn(cpu::supported_isas()), ::testing::Values(1, 2, 3),
+                       ::testing::Values(DType::kBF16, DType::kF32)),
+    [](const auto& info) {
+      return std::string(cpu::isa_name(std::get<0>(info.param))) + "_" +
+             std::to_string(std::get<1>(info.param)) + "_threads_" +
+             std::string(dtype_name(std::get<2>(info.param)));
+    });
+
+struct Variant {
+  const char* name;
+  DType dtype;
+  int32_t window;
+  bool has_qk_norm;
+};
+
+class Prompt : public ::testing::TestWithParam<Variant> {
  protected:
+  static constexpr int32_t kLength = 300;
+
   static ToyOptions options() {
-    ToyOptions result;
-    result.shape.dtype = GetParam();
-    return result;
+    ToyOptions options;
+    options.shape.dtype = GetParam().dtype;
+    options.window = GetParam().window;
+    options.has_qk_norm = GetParam().has_qk_norm;
+    return options;
+  }
+  // Scores of all tokens but the first, with the prompt cut at `cuts`.
+  static Bits run(ToyModel& model, const std::vector<int32_t>& pages, std::vector<int32_t> cuts) {
+    const std::vector<int32_t> ids = random_ids(5, kLength, model.shape().V);
+    cuts.push_back(kLength);
+    Bits bits;
+    int32_t begin = 0;
+    for (const int32_t end : cuts) {
+      StepPlan plan;
+      add_rows(plan, {ids.begin() + begin, ids.begin() + end}, begin, pages);
+      const std::vector<int32_t> from_begin(ids.begin() + begin, ids.end());
+      add_scores(plan, 0, from_begin, std::min(end, kLength - 1) - begin);
+      for (const uint32_t word : bits_of(model.run(plan).scores)) bits.push_back(word);
+      begin = end;
+    }
+    return bits;
+  }
+  static std::vector<int32_t> pages_from(int32_t first) {
+    return page_range(first, (kLength + kPageTokens - 1) / kPageTokens);
   }
 };
 
-INSTANTIATE_TEST_SUITE_P(Invariance, DTypes, ::testing::Values(DType::kBF16, DType::kF32),
-                         [](const auto& info) { return std::string(dtype_name(info.param)); });
-
-TEST_P(DTypes, ARowsBitsDoNotDependOnTheOtherRows) {
+TEST_P(Prompt, EveryCutGivesTheBitsOfOnePass) {
   ToyModel model(options());
-  const auto ids = random_ids(1, 71, model.shape().V);
-  // 70 sequences of one row, each token alone first.
-  std::vector<std::vector<uint32_t>> alone;
-  for (int32_t i = 0; i < 70; ++i) {
+  const Bits whole = run(model, pages_from(0), {});
+  for (const int32_t cut : {1, 2, 15, 16, 17, 31, 48, 100, 239, 255, 256, 257, 272, 298, 299}) {
+    ASSERT_EQ(run(model, pages_from(40), {cut}), whole) << "cut at " << cut;
+  }
+  ASSERT_EQ(run(model, pages_from(80), {7, 8, 9, 60, 61, 200, 256, 290}), whole);
+}
+
+TEST_P(Prompt, PlacesOfPagesAndWhatLayInThemChangeNoBit) {
+  ToyModel model(options());
+  const Bits whole = run(model, pages_from(0), {});
+  std::vector<int32_t> pages = page_range(0, 256);
+  Numbers order(9);
+  for (size_t i = pages.size(); i > 1; --i) {
+    std::swap(pages[i - 1], pages[static_cast<size_t>(order.below(static_cast<int32_t>(i)))]);
+  }
+  for (int32_t first = 0; first + 19 <= 256; first += 60) {  // the first pages hold the run before
+    const std::vector<int32_t> some(pages.begin() + first, pages.begin() + first + 19);
+    ASSERT_EQ(run(model, some, {130}), whole);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Cpu, Prompt,
+                         ::testing::Values(Variant{"bf16", DType::kBF16, 0, false},
+                                           Variant{"bf16_window_qk_norm", DType::kBF16, 50, true},
+                                           Variant{"f32", DType::kF32, 0, true}),
+                         [](const auto& info) { return std::string(info.param.name); });
+
+// Two continuations of one prompt of 40 tokens, two whole pages and half a third.
+TEST(SharedPages, GiveTheBitsOfPrivateOnes) {
+  ToyModel model({});
+  const std::vector<int32_t> prompt = random_ids(1, 40, model.shape().V);
+  std::vector<Bits> privately;
+  for (const uint64_t seed : {2, 3}) {
+    std::vector<int32_t> ids = prompt;
+    for (const int32_t id : random_ids(seed, 20, model.shape().V)) ids.push_back(id);
     StepPlan plan;
-    add_rows(plan, {ids[static_cast<size_t>(i)]}, 0, {i});
-    plan.scores.push_back({.row = 0, .token = ids[static_cast<size_t>(i + 1)]});
-    alone.push_back(bits_of(model.run(std::move(plan)).scores));
+    add_rows(plan, ids, 0, page_range(static_cast<int32_t>(seed) * 10, 4));
+    add_scores(plan, 40, {ids.begin() + 40, ids.end()}, 19);
+    privately.push_back(bits_of(model.run(plan).scores));
   }
-  for (int32_t M = 1; M <= 70; ++M) {
-    StepPlan plan;
-    for (int32_t i = 0; i < M; ++i) {  // from the last to the first, so that tiles differ too
-      const auto id = static_cast<size_t>(M - 1 - i);
-      add_rows(plan, {ids[id]}, 0, {100 + i});
-      plan.scores.push_back({.row = i, .token = ids[id + 1]});
-    }
-    const auto result = model.run(std::move(plan));
-    for (int32_t i = 0; i < M; ++i) {
-      ASSERT_EQ(bits_of(std::vector{result.scores[static_cast<size_t>(i)]}),
-                alone[static_cast<size_t>(M - 1 - i)])
-          << "row " << i << " of " << M;
-    }
-  }
-}
-
-TEST_P(DTypes, EveryCutOfAPromptGivesTheBitsOfOnePass) {
-  ToyModel model(options());
-  const auto ids = random_ids(2, 300, model.shape().V);
-  const auto pages = page_range(0, 19);
-  const auto whole = score_in_pieces(model, ids, {}, pages);
-  for (const int32_t cut : {1, 2, 3, 15, 16, 17, 31, 100, 128, 200, 255, 256, 257, 299}) {
-    EXPECT_EQ(score_in_pieces(model, ids, {cut}, pages), whole) << "cut at " << cut;
-  }
-  std::vector<int32_t> every;
-  for (int32_t i = 1; i < 300; ++i) every.push_back(i);
-  EXPECT_EQ(score_in_pieces(model, ids, every, pages), whole) << "token by token";
-}
-
-TEST_P(DTypes, ThreadsInstructionSetsAndPagesChangeNoBit) {
-  ToyModel model(options());
-  const auto ids = random_ids(3, 60, model.shape().V);
-  const auto whole = score_in_pieces(model, ids, {}, page_range(0, 4));
-  EXPECT_EQ(score_in_pieces(model, ids, {21}, {200, 3, 77, 12}), whole);
-  for (const int32_t num_threads : {1, 2, 3, 7}) {
-    ToyOptions other = options();
-    other.num_threads = num_threads;
-    ToyModel threaded(other);
-    EXPECT_EQ(score_in_pieces(threaded, ids, {}, page_range(0, 4)), whole) << num_threads;
-    EXPECT_EQ(threaded.backend().weights_hash(), model.backend().weights_hash());
-    EXPECT_EQ(threaded.backend().info().fingerprint, model.backend().info().fingerprint);
-  }
-  for (const cpu::Isa isa : cpu::supported_isas()) {
-    ToyOptions other = options();
-    other.cpu.isa = isa;
-    ToyModel portable(other);
-    EXPECT_EQ(score_in_pieces(portable, ids, {}, page_range(0, 4)), whole) << cpu::isa_name(isa);
-  }
-}
-
-TEST_P(DTypes, HeadLayoutsOfAllKindsAreCutInvariant) {
-  for (const auto& [H, G, K] : {std::array<int64_t, 3>{4, 4, 16}, {7, 1, 2}, {2, 1, 80}}) {
-    ToyOptions other = options();
-    other.shape.H = H;
-    other.shape.G = G;
-    other.shape.K = K;
-    other.has_qk_norm = true;
-    other.window = 21;
-    ToyModel model(other);
-    const auto ids = random_ids(4, 50, model.shape().V);
-    const auto whole = score_in_pieces(model, ids, {}, page_range(0, 4));
-    EXPECT_EQ(score_in_pieces(model, ids, {1, 19, 40}, page_range(9, 4)), whole)
-        << "H " << H << " G " << G << " K " << K;
-  }
-}
-
-TEST_P(DTypes, SharedAndCopiedPagesGiveTheBitsOfPrivateOnes) {
-  ToyModel model(options());
-  const auto ids = random_ids(5, 60, model.shape().V);
-  const auto whole = score_in_pieces(model, ids, {}, page_range(0, 4));
-  // Another sequence shares pages 0 and 1 (32 tokens), takes a copy of page 2 and computes on from
-  // token 40 in the copy.
+  StepPlan prefill;
+  add_rows(prefill, prompt, 0, {0, 1, 2});
+  model.run(prefill);
+  // The first continuation takes the prompt's own page, the second a copy that is made of it in
+  // the step that writes on in it.
   StepPlan plan;
-  plan.page_copies.push_back({.source = 2, .target = 90, .num_tokens = 8});
-  add_rows(plan, {ids.begin() + 40, ids.end()}, 40, {0, 1, 90, 91});
-  add_scores(plan, 0, {ids.begin() + 40, ids.end()}, 19, 0.8f);
-  const auto rest = bits_of(model.run(std::move(plan)).scores);
-  EXPECT_TRUE(std::equal(rest.begin(), rest.end(), whole.end() - static_cast<int64_t>(rest.size())));
-  // What the copy's owner wrote did not reach the source.
-  EXPECT_EQ(score_in_pieces(model, ids, {40}, page_range(0, 4)), whole);
+  plan.page_copies = {{.source = 2, .target = 5, .num_tokens = 8}};
+  const std::vector<int32_t> first = random_ids(2, 20, model.shape().V);
+  const std::vector<int32_t> second = random_ids(3, 20, model.shape().V);
+  add_rows(plan, first, 40, {0, 1, 2, 3});
+  add_rows(plan, second, 40, {0, 1, 5, 6});
+  add_scores(plan, 0, first, 19);
+  add_scores(plan, 20, second, 19);
+  const StepResult result = model.run(plan);
+  const auto middle = result.scores.begin() + 19;
+  EXPECT_EQ(bits_of({result.scores.begin(), middle}), privately[0]);
+  EXPECT_EQ(bits_of({middle, result.scores.end()}), privately[1]);
 }
 
-TEST_P(DTypes, PadRowsChangeNoBitAndCostNoPage) {
-  ToyModel model(options());
-  const auto ids = random_ids(6, 20, model.shape().V);
-  const auto whole = score_in_pieces(model, ids, {}, page_range(0, 2));
+TEST(PendingTokens, GiveTheBitsOfTokensThatAreNamed) {
+  ToyModel model({});
+  const std::vector<int32_t> prompt = random_ids(1, 10, model.shape().V);
   StepPlan plan;
-  auto padded = std::vector<int32_t>(13, 5);  // 13 pads on the left
-  padded.insert(padded.end(), ids.begin(), ids.end());
-  add_rows(plan, padded, -13, page_range(40, 2));
-  for (size_t row = 0; row < 13; ++row) plan.positions[row] = kPadPosition;
-  add_scores(plan, 13, ids, 19, 0.8f);
-  EXPECT_EQ(bits_of(model.run(std::move(plan)).scores), whole);
+  plan.slot_inits = {{.slot = 4, .seed = 8, .next_position = 10, .end_position = 40}};
+  add_rows(plan, prompt, 0, page_range(0, 3), 4);
+  plan.samples = {{.row = 9, .slot = 4}};
+  std::vector<HeadResult> sampled = model.run(plan).samples;
+  for (int32_t position = 10; position < 39; ++position) {
+    StepPlan step;
+    add_rows(step, {kPendingToken}, position, page_range(0, 3), 4);
+    step.samples = {{.row = 0, .slot = 4}};
+    sampled.push_back(model.run(step).samples.front());
+  }
+  EXPECT_EQ(sampled.back().finish, SlotFinish::kLength);
+
+  std::vector<int32_t> ids = prompt;
+  for (const HeadResult& result : sampled) ids.push_back(result.token);
+  StepPlan whole;
+  add_rows(whole, {ids.begin(), ids.end() - 1}, 0, page_range(10, 3));
+  add_scores(whole, 0, ids, 39);
+  const std::vector<HeadResult> scored = model.run(whole).scores;
+  for (size_t i = 0; i < sampled.size(); ++i) {
+    EXPECT_EQ(std::bit_cast<uint32_t>(sampled[i].logprob),
+              std::bit_cast<uint32_t>(scored[i + 9].logprob));
+    EXPECT_EQ(sampled[i].position, scored[i + 9].position);
+  }
 }
 
-// Group members draw from one prompt row, then each goes on alone, in one batch or on its own.
-TEST_P(DTypes, SampledTokensAreScoredToTheirOwnBits) {
-  ToyModel model(options());
-  const auto prompt = random_ids(7, 37, model.shape().V);
-  constexpr int32_t kSiblings = 5, kSteps = 12;
-  std::vector<std::vector<int32_t>> sequences(kSiblings, prompt);
-  std::vector<std::vector<HeadResult>> sampled(kSiblings);
-  for (int32_t step = 0; step < kSteps; ++step) {
-    StepPlan plan;
-    for (int32_t s = 0; s < kSiblings; ++s) {
-      // The first step prefills once; siblings then copy the half-filled page.
-      if (step == 0) {
-        plan.slot_inits.push_back({.slot = s, .sampling = {.temperature = 0.8f}, .seed = 3,
-                                   .prompt_hash = 99, .sample_index = static_cast<uint32_t>(s),
-                                   .next_position = 37, .end_position = 37 + kSteps});
-        if (s == 0) add_rows(plan, prompt, 0, {0, 1, 2, 3});
-        plan.samples.push_back({.row = 36, .slot = s});
-        continue;
-      }
-      const std::vector<int32_t> pages = {0, 1, s == 0 ? 2 : 10 + s, s == 0 ? 3 : 20 + s};
-      if (step == 1 && s > 0) {
-        plan.page_copies.push_back({.source = 2, .target = 10 + s, .num_tokens = 5});
-      }
-      add_rows(plan, {kPendingToken}, 36 + step, pages, s);
-      plan.samples.push_back({.row = s, .slot = s});
-    }
-    plan.wants_entropy = true;
-    const auto results = model.run(std::move(plan)).samples;
-    for (size_t s = 0; s < kSiblings; ++s) {
-      EXPECT_EQ(results[s].position, 37 + step);
-      EXPECT_EQ(results[s].finish,
-                step + 1 == kSteps ? SlotFinish::kLength : SlotFinish::kRunning);
-      sequences[s].push_back(results[s].token);
-      sampled[s].push_back(results[s]);
-    }
-  }
-  EXPECT_NE(sequences[0], sequences[1]);  // siblings have their own random streams
-  for (size_t s = 0; s < kSiblings; ++s) {
-    StepPlan plan;
-    add_rows(plan, sequences[s], 0, page_range(50, 4));
-    add_scores(plan, 36, {sequences[s].begin() + 36, sequences[s].end()}, kSteps, 0.8f);
-    auto scored = model.run(std::move(plan)).scores;
-    for (HeadResult& result : sampled[s]) result.finish = SlotFinish::kRunning;
-    EXPECT_EQ(bits_of(scored), bits_of(sampled[s])) << "sibling " << s;
-  }
+TEST(OversubscribedPool, GivesTheBitsOfOneThread) {
+  ToyOptions options = small_options(DType::kBF16);
+  const std::vector<Sequence> sequences = sequences_of_70_rows(options.shape.V);
+  options.num_threads = 1;
+  ToyModel one(options);
+  options.num_threads = 24;
+  ToyModel many(options);
+  const std::vector<Bits> expected = run_sequences(one, sequences);
+  for (int round = 0; round < 5; ++round) EXPECT_EQ(run_sequences(many, sequences), expected);
 }
 
 }  // namespace

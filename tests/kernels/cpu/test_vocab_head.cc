@@ -23,8 +23,10 @@ class Head {
       : rows_(std::move(rows)), V_(static_cast<int64_t>(rows_[0].size())) {
     const auto D = static_cast<int64_t>(rows_.size());
     shape_ = {.D = D, .H = 1, .G = 1, .K = 2, .F = 1, .V = V_, .L = 1, .dtype = DType::kF32};
-    backend_ = make_cpu_backend(shape_, {.num_threads = num_threads, .kv_cache_bytes = 1 << 20,
-                                         .max_num_seqs = 64, .max_num_batched_tokens = 256});
+    backend_ = make_cpu_backend(shape_, {.num_threads = num_threads,
+                                         .kv_cache_bytes = 1 << 20,
+                                         .max_num_seqs = 64,
+                                         .max_num_batched_tokens = 256});
     const WeightId weight = backend_->declare_weight({"head", WeightKind::kLmHead, {V_}, D});
     std::vector<float> matrix(static_cast<size_t>(V_ * D));
     for (size_t r = 0; r < rows_.size(); ++r) {
@@ -75,8 +77,13 @@ class Head {
 };
 
 SlotInit slot_of(int32_t slot, SamplingParams sampling, uint32_t sample_index = 0) {
-  return {.slot = slot, .sampling = sampling, .seed = 5, .prompt_hash = 77,
-          .sample_index = sample_index, .next_position = 9, .end_position = 1000};
+  return {.slot = slot,
+          .sampling = sampling,
+          .seed = 5,
+          .prompt_hash = 77,
+          .sample_index = sample_index,
+          .next_position = 9,
+          .end_position = 1000};
 }
 
 HeadResult sample_one(const std::vector<float>& logits, const SlotInit& init) {
@@ -106,7 +113,8 @@ TEST(VocabHead, LogprobsAndEntropyMatchF64ForEveryVocabularySize) {
     const auto logits = Numbers(static_cast<uint64_t>(V)).vector(V, 6.0f);
     Head head({logits});
     StepPlan plan;
-    for (int32_t token = 0; token < V; token += std::max<int32_t>(1, static_cast<int32_t>(V) / 50)) {
+    for (int32_t token = 0; token < V;
+         token += std::max<int32_t>(1, static_cast<int32_t>(V) / 50)) {
       plan.scores.push_back({.row = 0, .token = token, .temperature = 0.7f});
     }
     const auto scores = head.run(plan).scores;
@@ -200,7 +208,9 @@ Support support_of(const std::vector<float>& logits, SamplingParams sampling,
     plan.samples = {{.row = 0, .slot = 0}};
     const HeadResult result = head.run(std::move(plan)).samples[0];
     support.tokens.insert(result.token);
-    if (index > 0) EXPECT_EQ(result.support_logmass, support.logmass);
+    if (index > 0) {
+      EXPECT_EQ(result.support_logmass, support.logmass);
+    }
     support.logmass = result.support_logmass;
   }
   return support;
@@ -221,15 +231,15 @@ TEST(VocabHead, TruncationIsExactOnFiveTokens) {
   };
   const std::vector<Case> cases = {
       {{.top_k = 1}, {1}, 0.4},
-      {{.top_k = 2}, {1, 2}, 0.6},          // of the tied 2 and 3 the lower id
-      {{.top_k = 4}, {0, 1, 2, 3}, 0.9},    // of the tied 0 and 4 the lower id
+      {{.top_k = 2}, {1, 2}, 0.6},        // of the tied 2 and 3 the lower id
+      {{.top_k = 4}, {0, 1, 2, 3}, 0.9},  // of the tied 0 and 4 the lower id
       {{.top_k = 5}, {0, 1, 2, 3, 4}, 1.0},
       {{.top_p = 0.3f}, {1}, 0.4},
-      {{.top_p = 0.45f}, {1, 2}, 0.6},      // the crossing token is kept
+      {{.top_p = 0.45f}, {1, 2}, 0.6},  // the crossing token is kept
       {{.top_p = 0.85f}, {0, 1, 2, 3}, 0.9},
-      {{.top_k = 2, .top_p = 0.6f}, {1}, 0.4},   // 0.4 / 0.6 reaches 0.6 after top-k
+      {{.top_k = 2, .top_p = 0.6f}, {1}, 0.4},     // 0.4 / 0.6 reaches 0.6 after top-k
       {{.top_k = 3, .top_p = 0.6f}, {1, 2}, 0.6},  // 0.4 / 0.8 does not
-      {{.min_p = 0.4f}, {1, 2, 3}, 0.8},    // at least 0.16
+      {{.min_p = 0.4f}, {1, 2, 3}, 0.8},           // at least 0.16
       {{.min_p = 0.6f}, {1}, 0.4},
       {{.top_p = 0.85f, .min_p = 0.4f}, {1, 2, 3}, 0.8},
       {{.min_p = 1.0f}, {1}, 0.4},
@@ -282,8 +292,11 @@ TEST(VocabHead, TopPOnALongTailKeepsTheSmallestSufficientSet) {
 TEST(VocabHead, TruncatedAndPlainSiblingsOfOneRowKeepTheirBits) {
   const auto logits = Numbers(10).vector(1300, 4.0f);
   const auto other = Numbers(11).vector(1300, 4.0f);
-  const std::vector<SamplingParams> kinds = {
-      {}, {.temperature = 0.5f}, {.temperature = 0}, {.top_k = 3}, {.temperature = 0.5f, .top_p = 0.9f}};
+  const std::vector<SamplingParams> kinds = {{},
+                                             {.temperature = 0.5f},
+                                             {.temperature = 0},
+                                             {.top_k = 3},
+                                             {.temperature = 0.5f, .top_p = 0.9f}};
   std::vector<std::vector<uint32_t>> alone;
   for (int32_t i = 0; i < 5; ++i) {
     const auto slot = slot_of(i, kinds[static_cast<size_t>(i)], static_cast<uint32_t>(i));
@@ -292,8 +305,7 @@ TEST(VocabHead, TruncatedAndPlainSiblingsOfOneRowKeepTheirBits) {
   Head head({other, logits, other}, 3);
   StepPlan plan;
   for (int32_t i = 0; i < 5; ++i) {
-    plan.slot_inits.push_back(
-        slot_of(i, kinds[static_cast<size_t>(i)], static_cast<uint32_t>(i)));
+    plan.slot_inits.push_back(slot_of(i, kinds[static_cast<size_t>(i)], static_cast<uint32_t>(i)));
     plan.samples.push_back({.row = 1, .slot = i});
   }
   plan.slot_inits.push_back(slot_of(9, {.min_p = 0.1f}));
@@ -304,9 +316,9 @@ TEST(VocabHead, TruncatedAndPlainSiblingsOfOneRowKeepTheirBits) {
 }
 
 TEST(VocabHead, ANonFiniteLogitVoidsItsRowOnly) {
-  for (const float bad : {std::numeric_limits<float>::quiet_NaN(),
-                          std::numeric_limits<float>::infinity(),
-                          -std::numeric_limits<float>::infinity()}) {
+  for (const float bad :
+       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
+        -std::numeric_limits<float>::infinity()}) {
     // 0 x infinity is NaN, so a bad weight reaches every row; a lone row suffices here.
     auto logits = Numbers(12).vector(1100, 4.0f);
     logits[1099] = bad;

@@ -62,22 +62,24 @@ class ToyModel::Program final : public StepProgram {
       const Layer& layer = layers_[static_cast<size_t>(l)];
       backend.rms_norm({.weight = layer.norm1, .in = x, .out = h});
       backend.linear({.weight = layer.qkv, .bias = layer.bias, .in = h, .out = first(qkv_, rows)});
-      backend.rope_append({.layer = l, .qkv = first(qkv_, rows), .rope_table = rope_,
-                           .q_norm = layer.q_norm, .k_norm = layer.k_norm, .q = first(q_, rows)});
-      backend.attention(
-          {.layer = l, .window = options_.window, .q = first(q_, rows), .out = a});
-      backend.linear(
-          {.weight = layer.o, .epilogue = Epilogue::kResidual, .in = a, .out = x});
+      backend.rope_append({.layer = l,
+                           .qkv = first(qkv_, rows),
+                           .rope_table = rope_,
+                           .q_norm = layer.q_norm,
+                           .k_norm = layer.k_norm,
+                           .q = first(q_, rows)});
+      backend.attention({.layer = l, .window = options_.window, .q = first(q_, rows), .out = a});
+      backend.linear({.weight = layer.o, .epilogue = Epilogue::kResidual, .in = a, .out = x});
       backend.rms_norm({.weight = layer.norm2, .in = x, .out = h});
-      backend.linear({.weight = layer.gate_up, .epilogue = Epilogue::kGated, .in = h,
-                      .out = first(f_, rows)});
-      backend.linear({.weight = layer.down, .epilogue = Epilogue::kResidual,
-                      .in = first(f_, rows), .out = x});
+      backend.linear(
+          {.weight = layer.gate_up, .epilogue = Epilogue::kGated, .in = h, .out = first(f_, rows)});
+      backend.linear(
+          {.weight = layer.down, .epilogue = Epilogue::kResidual, .in = first(f_, rows), .out = x});
     }
     if (head_rows == 0) return;
     backend.gather_head_rows({.in = x, .out = first(head_, head_rows)});
-    backend.rms_norm({.weight = norm_, .in = first(head_, head_rows),
-                      .out = first(head_normed_, head_rows)});
+    backend.rms_norm(
+        {.weight = norm_, .in = first(head_, head_rows), .out = first(head_normed_, head_rows)});
     backend.lm_head({.weight = embedding_, .in = first(head_normed_, head_rows)});
   }
 
@@ -87,8 +89,10 @@ class ToyModel::Program final : public StepProgram {
   };
 
   WeightId declare(WeightKind kind, std::vector<int64_t> rows, int64_t cols) {
-    specs_.push_back({.name = "weight " + std::to_string(specs_.size()), .kind = kind,
-                      .part_rows = std::move(rows), .cols = cols});
+    specs_.push_back({.name = "weight " + std::to_string(specs_.size()),
+                      .kind = kind,
+                      .part_rows = std::move(rows),
+                      .cols = cols});
     return backend_.declare_weight(specs_.back());
   }
 
@@ -134,9 +138,9 @@ class ToyModel::Program final : public StepProgram {
     std::vector<float> table(static_cast<size_t>(kMaxPositions * K));
     for (int64_t p = 0; p < kMaxPositions; ++p) {
       for (int64_t i = 0; i < K / 2; ++i) {
-        const double angle = static_cast<double>(p) *
-                             std::pow(10000.0, -2.0 * static_cast<double>(i) /
-                                                   static_cast<double>(K));
+        const double angle =
+            static_cast<double>(p) *
+            std::pow(10000.0, -2.0 * static_cast<double>(i) / static_cast<double>(K));
         table[static_cast<size_t>(p * K + i)] = static_cast<float>(std::cos(angle));
         table[static_cast<size_t>(p * K + K / 2 + i)] = static_cast<float>(std::sin(angle));
       }
@@ -216,10 +220,13 @@ std::vector<int32_t> random_ids(uint64_t seed, int32_t count, int64_t V) {
 }
 
 std::vector<uint32_t> bits_of(const HeadResult& result) {
-  return {static_cast<uint32_t>(result.token), static_cast<uint32_t>(result.position),
-          std::bit_cast<uint32_t>(result.logprob), std::bit_cast<uint32_t>(result.scaled_logprob),
+  return {static_cast<uint32_t>(result.token),
+          static_cast<uint32_t>(result.position),
+          std::bit_cast<uint32_t>(result.logprob),
+          std::bit_cast<uint32_t>(result.scaled_logprob),
           std::bit_cast<uint32_t>(result.support_logmass),
-          std::bit_cast<uint32_t>(result.entropy), static_cast<uint32_t>(result.finish),
+          std::bit_cast<uint32_t>(result.entropy),
+          static_cast<uint32_t>(result.finish),
           static_cast<uint32_t>(result.is_finite)};
 }
 
@@ -231,7 +238,9 @@ std::vector<uint32_t> bits_of(const std::vector<HeadResult>& results) {
   return bits;
 }
 
-Deadline soon() { return std::chrono::steady_clock::now() + std::chrono::minutes(1); }
+Deadline soon() {
+  return std::chrono::steady_clock::now() + std::chrono::minutes(1);
+}
 
 std::string error_text(const std::function<void()>& call) {
   try {

@@ -29,8 +29,8 @@ class Numbers {
 };
 
 struct ToyOptions {
-  ModelShape shape = {.D = 50, .H = 6, .G = 2, .K = 20, .F = 72, .V = 1100, .L = 2,
-                      .dtype = DType::kBF16};
+  ModelShape shape = {
+      .D = 50, .H = 6, .G = 2, .K = 20, .F = 72, .V = 1100, .L = 2, .dtype = DType::kBF16};
   CpuOptions cpu;
   int32_t num_threads = 2;
   int32_t num_pages = 256;
