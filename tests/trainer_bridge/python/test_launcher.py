@@ -123,7 +123,11 @@ def test_several_ranks_run_under_mpirun(
     mpirun = tmp_path / "mpirun"
     environment = tmp_path / "environment"
     mpirun.write_text(
-        f'#!/bin/sh\necho "$@" >{environment}\nenv | grep OMPI >>{environment}\nshift 5\nexec "$@"\n'
+        f"""#!/bin/sh
+{{ echo "$@"; env | grep OMPI; }} >{environment}
+shift 5
+exec "$@"
+"""
     )
     mpirun.chmod(0o700)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
