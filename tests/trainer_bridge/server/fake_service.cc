@@ -141,6 +141,7 @@ void FakeService::run() {
     const Work work = std::move(queue_.front());
     queue_.pop_front();
     is_working_ = true;
+    ++num_samples_;  // counted before anyone can have it
     const int64_t version = version_;
     if (options_.sample_time.count() > 0) {
       changed_.wait_for(lock, options_.sample_time, [this] { return is_stopping_; });
@@ -149,7 +150,6 @@ void FakeService::run() {
     finish(work, /*is_aborted=*/false, version);
     lock.lock();
     is_working_ = false;
-    ++num_samples_;
   }
 }
 
