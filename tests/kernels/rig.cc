@@ -93,6 +93,18 @@ void Rig::set_weight(WeightId id, std::vector<std::vector<float>> parts) {
   values_[static_cast<size_t>(id)] = std::move(parts);
 }
 
+void Rig::perturb_weights(double relative, uint64_t signs) {
+  Numbers coin(signs);
+  for (auto& parts : values_) {
+    for (std::vector<float>& part : parts) {
+      part = rounded(std::move(part), shape_.dtype);
+      for (float& value : part) {
+        value = static_cast<float>(value * (1 + (coin.below(2) == 0 ? relative : -relative)));
+      }
+    }
+  }
+}
+
 void Rig::stage() {
   backend_->begin_staging();
   for (size_t w = 0; w < specs_.size(); ++w) {

@@ -71,6 +71,9 @@ class Rig {
   // Declares a weight and keeps its values ([part_rows, cols] a part) for commit().
   WeightId weight(WeightKind kind, std::vector<std::vector<float>> parts, int64_t cols);
   void set_weight(WeightId id, std::vector<std::vector<float>> parts);
+  // Moves every weight, as the compute dtype holds it, up or down by `relative` of itself; `signs`
+  // draws which way.
+  void perturb_weights(double relative, uint64_t signs);
   void stage();   // begin_staging and load all weights as they were set last
   void commit();  // stage and commit
 
