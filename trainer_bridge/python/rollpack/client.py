@@ -7,10 +7,10 @@ loop that takes batches; after a fork only the parent's works.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any, Literal
@@ -18,8 +18,6 @@ from typing import Any, Literal
 from rollpack.batch import Batch
 from rollpack.connection import Connection, Reply, open_socket
 from rollpack.errors import (
-    DataLoss,
-    DeadlineExceeded,
     FailedPrecondition,
     InvalidArgument,
     RollpackError,
@@ -27,6 +25,7 @@ from rollpack.errors import (
 )
 from rollpack.generation import RequestSamples
 from rollpack.hello import PROTOCOL_VERSION, ServerInfo, read_hello
+from rollpack.inbox import REPLY_GRACE_S, Inbox, end_connection
 from rollpack.prompts import (
     Prompt,
     Sampling,
@@ -45,7 +44,6 @@ DEFAULT_SOCKET = "run/rollpack.sock"
 
 Mode = Literal["keep", "wait", "abort"]
 _MODES = ("keep", "wait", "abort")
-_REPLY_GRACE_S = 5.0  # beyond a wait that the server itself limits
 
 
 def connect(socket: str | os.PathLike[str] | None = None, *, timeout_s: float = 10.0) -> Client:
@@ -91,14 +89,17 @@ class Client:
         """
         self.socket_path = socket_path
         self.verify = verify
-        self._describe_server = describe_server
+        # Not a bound method: a cycle would keep a dropped client until the next collection.
+        self._explain = functools.partial(_with_servers_end, describe_server)
         self._connection = Connection(open_socket(socket_path, timeout_s), socket_path)
-        self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
-        self._undelivered: deque[Reply | Batch] = deque()
         self._abandoned: set[int] = set()
-        self._finalizer = weakref.finalize(self, _end_connection, self._connection, self._leases)
+        leases: weakref.WeakSet[Lease] = weakref.WeakSet()
+        self._finalizer = weakref.finalize(self, end_connection, self._connection, leases)
         try:
-            self.info, self._slots = self._say_hello(timeout_s)
+            self.info, slots = self._say_hello(timeout_s)
+            self._inbox = Inbox(
+                self._connection, slots, self.info.slot_bytes, leases, self._explain
+            )
         except BaseException:
             self.close()
             raise
@@ -154,57 +155,7 @@ class Client:
             InvalidArgument: num_groups is not positive, or that many do not fit a slot.
             DataLoss: the batch's bytes are not those that were written.
         """
-        try:
-            reply = self._undelivered.popleft()
-        except IndexError:
-            reply = self._wait_for_batch(num_groups, timeout_s)
-        try:
-            return reply if isinstance(reply, Batch) else self._open_batch(reply)
-        except KeyboardInterrupt:
-            self._undelivered.append(reply)
-            raise
-
-    def _wait_for_batch(self, num_groups: int | None, timeout_s: float) -> Reply:
-        fields = {"num_groups": num_groups, "timeout_ms": max(0, round(timeout_s * 1000))}
-        future = self._post("next_batch", fields)
-        try:
-            return self._wait(future, "next_batch", timeout_s + _REPLY_GRACE_S)
-        except BaseException as error:
-            future.add_done_callback(self._keep_undelivered)
-            if isinstance(error, DeadlineExceeded):
-                held = sorted(lease.name for lease in self._leases)
-                if len(held) == self.info.num_slots:
-                    error.message += (
-                        f"; this client holds all {self.info.num_slots} slots ({', '.join(held)}): "
-                        "call release() and drop the arrays on them"
-                    )
-            raise
-
-    def _keep_undelivered(self, future: Future[Reply]) -> None:
-        if future.exception() is None:
-            self._undelivered.append(future.result())
-
-    def _open_batch(self, reply: Reply) -> Batch:
-        fields = reply.fields
-        if fields.get("slot") is None:
-            return Batch(fields, None, verify=self.verify)
-        index = fields["slot"]
-        if not 0 <= index < self.info.num_slots or not 0 < fields["bytes"] <= self.info.slot_bytes:
-            raise DataLoss(
-                field="next_batch",
-                value=f"slot {index}, {fields['bytes']} bytes",
-                allowed=f"a slot below {self.info.num_slots}, at most {self.info.slot_bytes} bytes",
-            )
-        handed_over = {name: fields[name] for name in ("slot", "generation", "batch_seq")}
-        name = f"batch {fields['batch_seq']}"
-        lease = Lease(
-            self._slots[index],
-            fields["bytes"],
-            name,
-            _release_message(self._connection, handed_over),
-        )
-        self._leases.add(lease)
-        return Batch(fields, lease, verify=self.verify)
+        return self._inbox.take(num_groups, timeout_s, verify=self.verify)
 
     def batches(self, num_groups: int | None = None, *, timeout_s: float = 60.0) -> Iterator[Batch]:
         """Yield batches without end; asking for the next one releases the one before.
@@ -277,7 +228,7 @@ class Client:
     def _keep_if_foreign(self, batch: Batch, other_requests: set[int]) -> None:
         foreign = sorted(other_requests - self._abandoned)
         if foreign:
-            self._undelivered.append(batch)
+            self._inbox.put_back(batch)
             raise FailedPrecondition(
                 "take their batches with next_batch() first",
                 field="generate",
@@ -290,7 +241,7 @@ class Client:
         self._abandoned.add(request_id)
         if self._connection.is_open:
             with contextlib.suppress(RollpackError):
-                self._connection.request("abort", {"request_id": request_id}, _REPLY_GRACE_S)
+                self._connection.request("abort", {"request_id": request_id}, REPLY_GRACE_S)
 
     def score(
         self, sequences: Iterable[ScoreSequence | Sample], *, timeout_s: float = 600.0
@@ -400,7 +351,7 @@ class Client:
         if self._connection.is_open:
             with contextlib.suppress(RollpackError):
                 fields = {"phase": "cancel", "version": version}
-                self._connection.request("update_weights", fields, _REPLY_GRACE_S)
+                self._connection.request("update_weights", fields, REPLY_GRACE_S)
 
     def get_weight_version(self, *, timeout_s: float = 60.0) -> int:
         """The version that new tokens are drawn from."""
@@ -445,39 +396,22 @@ class Client:
         try:
             return self._connection.post(verb, fields, fds)
         except Unavailable as error:
-            raise self._with_servers_end(error) from None
+            raise self._explain(error) from None
 
     def _wait(self, future: Future[Reply], verb: str, timeout_s: float) -> Reply:
         try:
             return self._connection.wait(future, verb, timeout_s)
         except Unavailable as error:
-            raise self._with_servers_end(error) from None
+            raise self._explain(error) from None
 
     def _request(self, verb: str, fields: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         return self._wait(self._post(verb, fields), verb, timeout_s).fields
 
-    def _with_servers_end(self, error: Unavailable) -> Unavailable:
-        if self._describe_server and error.field == "server":
-            error.message = f"{error.message}; {self._describe_server()}"
-        return error
 
-
-def _release_message(connection: Connection, handed_over: dict[str, int]) -> Callable[[], None]:
-    """What sends a slot back. It runs wherever the last view dies, and must not raise there."""
-
-    def send() -> None:
-        if connection.is_open:
-            with contextlib.suppress(RollpackError):  # it ended: the server takes the slot itself
-                connection.post("release", handed_over)
-
-    return send
-
-
-def _end_connection(connection: Connection, leases: weakref.WeakSet[Lease]) -> None:
-    if connection.is_open:
-        for lease in list(leases):
-            lease.end()
-    connection.close()
+def _with_servers_end(describe: Callable[[], str] | None, error: Unavailable) -> Unavailable:
+    if describe and error.field == "server":
+        error.message = f"{error.message}; {describe()}"
+    return error
 
 
 def _checked_mode(mode: Mode) -> Mode:
