@@ -93,7 +93,9 @@ def test_score_returns_each_sequence_in_order(start: Start) -> None:
         (named,) = client.score([{"id": "a", "input_ids": [1], "response_ids": [2, 3, 4]}])
         assert (named.id, named.logprobs.tolist()) == ("a", logprobs(3))
         assert named.entropy.tolist() == [1.0] * 3
-        with pytest.raises(rollpack.InvalidArgument, match=r"input_ids = 64 \(score sequences\[1\]\)"):
+        with pytest.raises(
+            rollpack.InvalidArgument, match=r"input_ids = 64 \(score sequences\[1\]\)"
+        ):
             client.score(
                 [
                     {"input_ids": [1], "response_ids": [2]},
@@ -104,7 +106,9 @@ def test_score_returns_each_sequence_in_order(start: Start) -> None:
 
 def test_a_bad_prompt_is_named_and_nothing_is_accepted(start: Start) -> None:
     with rollpack.connect(start().path) as client:
-        with pytest.raises(rollpack.InvalidArgument, match=r"input_ids = 64 \(submit prompts\[1\]\)"):
+        with pytest.raises(
+            rollpack.InvalidArgument, match=r"input_ids = 64 \(submit prompts\[1\]\)"
+        ):
             client.submit([[1], [64]])
         with pytest.raises(rollpack.DeadlineExceeded):
             client.next_batch(timeout_s=0.1)
@@ -179,7 +183,11 @@ def test_a_killed_server_ends_every_call_with_a_clear_error(start: Start) -> Non
     waiting.join(10)
     assert [type(error) for error in errors] == [rollpack.Unavailable]
     assert server.path in str(errors[0])
-    calls = (client.stats, lambda: client.submit([[1]]), lambda: client.update_weights(weights(), 2))
+    calls = (
+        client.stats,
+        lambda: client.submit([[1]]),
+        lambda: client.update_weights(weights(), 2),
+    )
     for call in calls:
         with pytest.raises(rollpack.Unavailable):
             call()

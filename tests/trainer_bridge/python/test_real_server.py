@@ -174,7 +174,8 @@ import rollpack
 client = rollpack.connect(sys.argv[2])
 client.submit([[3, 1, 4], [1, 5]], n=4)
 batch = client.next_batch(2, timeout_s=20)
-print(batch.batch_seq, zlib.crc32(b"".join(c.tobytes() for c in batch.columns.values())), flush=True)
+data = b"".join(column.tobytes() for column in batch.columns.values())
+print(batch.batch_seq, zlib.crc32(data), flush=True)
 batch.torch("input_ids").zero_() if sys.argv[3] == "write" else None
 time.sleep(60)
 """
