@@ -104,15 +104,13 @@ double measure_peak(DType dtype, int32_t num_threads) {
 }
 
 double measure_read_bandwidth(int32_t num_threads) {
-  void* memory = ::mmap(nullptr, kReadBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
-                        -1, 0);
+  void* memory =
+      ::mmap(nullptr, kReadBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) return 0;
   ::madvise(memory, kReadBytes, MADV_HUGEPAGE);
   auto* const words = static_cast<uint64_t*>(memory);
   const int64_t share = kReadBytes / 8 / num_threads;
-  on_threads(num_threads, [&](int32_t thread) {
-    std::fill_n(words + thread * share, share, 1);
-  });
+  on_threads(num_threads, [&](int32_t thread) { std::fill_n(words + thread * share, share, 1); });
   double best = 0;
   for (int attempt = 0; attempt < kNumBursts; ++attempt) {
     const auto start = Clock::now();

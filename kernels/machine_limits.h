@@ -8,8 +8,8 @@
 namespace rollpack::kernels {
 
 struct MachineLimits {
-  double peak_flops = 0;                     // FLOP/s of multiply-adds in registers, all threads
-  double read_bandwidth_bytes_per_s = 0;     // plain reads of memory in 2 MiB pages, all threads
+  double peak_flops = 0;                  // FLOP/s of multiply-adds in registers, all threads
+  double read_bandwidth_bytes_per_s = 0;  // plain reads of memory in 2 MiB pages, all threads
 };
 
 // Peak: best of five 200 ms bursts of 24 register chains a thread, of the widest multiply-add this

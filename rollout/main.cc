@@ -88,16 +88,16 @@ int run(int argc, char** argv) {
     return app.exit(error) == 0 ? 0 : kUsageStatus;
   }
   if (!parsed.run) {
-    const Config config = rollpack::rollout::load_config(parsed.line.config_path,
-                                                         parsed.line.overrides);
+    const Config config =
+        rollpack::rollout::load_config(parsed.line.config_path, parsed.line.overrides);
     fmt::print("{}", rollpack::rollout::config_yaml(config));
     return 0;
   }
   Launch launch(&argc, &argv);
   int status = kUsageStatus;
   try {
-    const Config config = rollpack::rollout::load_config(parsed.line.config_path,
-                                                         parsed.line.overrides);
+    const Config config =
+        rollpack::rollout::load_config(parsed.line.config_path, parsed.line.overrides);
     status = 1;
     run_rank(parsed, config, launch);
   } catch (const Error& error) {

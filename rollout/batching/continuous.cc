@@ -13,14 +13,16 @@ bool is_decoding(const Sequence& sequence) {
   return !sequence.is_finished && !sequence.pages.empty() && sequence.num_remaining() == 1;
 }
 
-bool was_started(const std::unique_ptr<Sequence>& sequence) { return sequence->has_started(); }
+bool was_started(const std::unique_ptr<Sequence>& sequence) {
+  return sequence->has_started();
+}
 
 bool is_prefilling(const Sequence& sequence) {
   return !sequence.is_finished && !sequence.pages.empty() && sequence.num_remaining() > 1;
 }
 
-// Pages `sequence` lacks to write all its uncomputed tokens: missing ones, and a copy of the page it
-// shares with siblings.
+// Pages `sequence` lacks to write all its uncomputed tokens: missing ones, and a copy of the page
+// it shares with siblings.
 int32_t num_pages_lacking(const Sequence& sequence, const EngineState& state) {
   const int32_t page_tokens = state.limits.page_tokens;
   const auto num_held = static_cast<int32_t>(sequence.pages.size());
@@ -60,8 +62,8 @@ size_t cheapest_to_preempt(const EngineState& state) {
   return best;
 }
 
-// Rows for the next `num_tokens` tokens of `sequence`, and the draws that become possible with them:
-// its own at its last token, its followers' first at the prompt's last token.
+// Rows for the next `num_tokens` tokens of `sequence`, and the draws that become possible with
+// them: its own at its last token, its followers' first at the prompt's last token.
 void add_chunk(Sequence& sequence, int32_t num_tokens, StepBatch& batch) {
   const int32_t last_prompt_row =
       batch.num_rows() + sequence.num_prompt - 1 - sequence.num_computed;
@@ -154,8 +156,9 @@ bool ContinuousBatching::try_admit(EngineState& state, Sequence& sequence, StepB
   const int32_t num_covered =
       was_preempted ? sequence.end_position : sequence.num_computed + sequence.num_remaining();
   const int32_t num_own = follows && !was_preempted ? 1
-                          : num_shared == 0         ? pages_for(num_covered, page_tokens)
-                          : pages_for(num_covered, page_tokens) - num_computed / page_tokens;
+                          : num_shared == 0
+                              ? pages_for(num_covered, page_tokens)
+                              : pages_for(num_covered, page_tokens) - num_computed / page_tokens;
   // Every running sequence may soon want one page more.
   const auto num_wanted = [&] {
     return num_own + static_cast<int32_t>(state.running.empty() ? 0 : state.running.size());
@@ -211,8 +214,7 @@ void ContinuousBatching::add_prefill_chunks(EngineState& state, StepBatch& batch
     if (num_tokens == 0) return;
     // Without chunks a prefill waits for a step with room for all of it; a recomputation that is
     // longer than any step has to be cut all the same.
-    if (!state.limits.chunked_prefill && num_tokens < sequence.num_remaining() &&
-        !batch.empty()) {
+    if (!state.limits.chunked_prefill && num_tokens < sequence.num_remaining() && !batch.empty()) {
       continue;
     }
     add_chunk(sequence, num_tokens, batch);

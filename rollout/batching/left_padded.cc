@@ -17,8 +17,8 @@ void LeftPaddedBatching::plan(EngineState& state, StepBatch& batch) {
 
 void LeftPaddedBatching::start_wave(EngineState& state) {
   const int32_t page_tokens = state.limits.page_tokens;
-  const auto max_rows = static_cast<size_t>(
-      std::min(state.limits.max_num_seqs, state.limits.max_num_batched_tokens));
+  const auto max_rows =
+      static_cast<size_t>(std::min(state.limits.max_num_seqs, state.limits.max_num_batched_tokens));
   num_columns_ = 0;
   column_ = 0;
   int32_t num_new_columns = 0;
@@ -45,8 +45,8 @@ void LeftPaddedBatching::start_wave(EngineState& state) {
 
 void LeftPaddedBatching::add_prompt_columns(EngineState& state, StepBatch& batch) {
   const auto num_rows = static_cast<int32_t>(state.running.size());
-  const int32_t end = std::min(
-      num_columns_, column_ + std::max(1, state.limits.max_num_batched_tokens / num_rows));
+  const int32_t end =
+      std::min(num_columns_, column_ + std::max(1, state.limits.max_num_batched_tokens / num_rows));
   for (const auto& sequence : state.running) {
     if (sequence->is_finished) {  // aborted while the wave's prompts were computed
       batch.add_pads(end - column_);

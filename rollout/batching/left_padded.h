@@ -1,7 +1,7 @@
-// The textbook baseline: waves of rows, prompts left-padded to the wave's longest, one column a step,
-// finished rows kept until the wave ends. Pads and finished rows are really computed through every
-// linear layer, and every sample prefills its own copy of the prompt. Masks and positions come from
-// lengths, so a pad changes no bit of a real row.
+// The textbook baseline: waves of rows, prompts left-padded to the wave's longest, one column a
+// step, finished rows kept until the wave ends. Pads and finished rows are really computed through
+// every linear layer, and every sample prefills its own copy of the prompt. Masks and positions
+// come from lengths, so a pad changes no bit of a real row.
 #pragma once
 
 #include "rollout/batching/batching_policy.h"

@@ -12,12 +12,14 @@
 namespace rollpack::rollout {
 namespace {
 
-// Samples accepted and not finished: 64k of 2k tokens each hold about 2 GiB when all are done at once.
+// Samples accepted and not finished: 64k of 2k tokens each hold about 2 GiB when all are done at
+// once.
 constexpr int64_t kMaxOpenSamples = 65536;
 constexpr int32_t kMaxGroupSize = 65536;
 
 bridge::Sample empty_sample(const GroupRequest& request, int32_t sample_index) {
-  bridge::Sample sample{.key = request.key, .prompt_ids = request.prompt_ids,
+  bridge::Sample sample{.key = request.key,
+                        .prompt_ids = request.prompt_ids,
                         .finish_reason = bridge::FinishReason::kAbort,
                         .temperature = request.sampling.params.temperature};
   sample.key.sample_index = sample_index;
@@ -57,7 +59,8 @@ void Dispatcher::run(Effects& effects) {
   for (const auto& effect : effects) effect();
 }
 
-// ---- requests ------------------------------------------------------------------------------------
+// ---- requests
+// ------------------------------------------------------------------------------------
 
 int64_t Dispatcher::submit(std::vector<bridge::PromptRequest> prompts) {
   Effects effects;
@@ -74,8 +77,8 @@ int64_t Dispatcher::submit(std::vector<bridge::PromptRequest> prompts) {
     int64_t num_samples = 0;
     for (size_t i = 0; i < prompts.size(); ++i) {
       origins.push_back(prompts[i].prompt_id ? origin_of(prompts[i], i) : "");
-      groups.push_back(make_group(std::move(prompts[i]), static_cast<int32_t>(i), request_id,
-                                  skipped[i]));
+      groups.push_back(
+          make_group(std::move(prompts[i]), static_cast<int32_t>(i), request_id, skipped[i]));
       num_samples += groups.back().key.group_size;
     }
     check_room(num_samples);
@@ -88,9 +91,8 @@ int64_t Dispatcher::submit(std::vector<bridge::PromptRequest> prompts) {
       for (int32_t sample = 0; sample < groups[i].key.group_size; ++sample) {
         bridge::SampleKey key = groups[i].key;
         key.sample_index = sample;
-        effects.push_back([this, failed = bridge::FailedSample{key, *skipped[i]}] {
-          sink_->fail(failed);
-        });
+        effects.push_back(
+            [this, failed = bridge::FailedSample{key, *skipped[i]}] { sink_->fail(failed); });
       }
     }
     dispatch();
@@ -124,14 +126,14 @@ void Dispatcher::check_health() const {
 
 void Dispatcher::check_room(int64_t num_samples) const {
   if (ledger_.num_open_samples() + num_samples <= kMaxOpenSamples) return;
-  throw Error({.code = num_samples > kMaxOpenSamples ? ErrorCode::kInvalidArgument
-                                                     : ErrorCode::kWouldBlock,
-               .field = "prompts",
-               .value = fmt::format("{} samples beside {} open ones", num_samples,
-                                    ledger_.num_open_samples()),
-               .allowed = fmt::format("{} open samples in all", kMaxOpenSamples),
-               .message = num_samples > kMaxOpenSamples ? "split the submit"
-                                                        : "take batches, then submit again"});
+  throw Error(
+      {.code = num_samples > kMaxOpenSamples ? ErrorCode::kInvalidArgument : ErrorCode::kWouldBlock,
+       .field = "prompts",
+       .value =
+           fmt::format("{} samples beside {} open ones", num_samples, ledger_.num_open_samples()),
+       .allowed = fmt::format("{} open samples in all", kMaxOpenSamples),
+       .message =
+           num_samples > kMaxOpenSamples ? "split the submit" : "take batches, then submit again"});
 }
 
 void Dispatcher::check_new_ids(const std::vector<bridge::PromptRequest>& prompts) const {
@@ -157,13 +159,16 @@ void Dispatcher::check_new_ids(const std::vector<bridge::PromptRequest>& prompts
   }
 }
 
-GroupRequest Dispatcher::make_group(bridge::PromptRequest prompt, int32_t index,
-                                    int64_t request_id, bridge::Outcome& skipped) const {
+GroupRequest Dispatcher::make_group(bridge::PromptRequest prompt, int32_t index, int64_t request_id,
+                                    bridge::Outcome& skipped) const {
   const std::string origin = origin_of(prompt, index);
   const auto invalid = [&](std::string field, std::string value, std::string allowed,
                            std::string message = "") {
-    return ErrorInfo{.code = ErrorCode::kInvalidArgument, .field = std::move(field),
-                     .value = std::move(value), .origin = origin, .allowed = std::move(allowed),
+    return ErrorInfo{.code = ErrorCode::kInvalidArgument,
+                     .field = std::move(field),
+                     .value = std::move(value),
+                     .origin = origin,
+                     .allowed = std::move(allowed),
                      .message = std::move(message)};
   };
   const int32_t n = prompt.n.value_or(config_.rollout.n);
@@ -190,8 +195,10 @@ GroupRequest Dispatcher::make_group(bridge::PromptRequest prompt, int32_t index,
     }
   }
   GroupRequest group;
-  group.key = {.request_id = request_id, .prompt_index = index,
-               .prompt_id = id_of(prompt, index), .group_size = n};
+  group.key = {.request_id = request_id,
+               .prompt_index = index,
+               .prompt_id = id_of(prompt, index),
+               .group_size = n};
   group.sampling = resolve_sampling(config_.rollout, prompt.sampling, model_.eos_token_ids,
                                     model_.vocab_size, origin);
   group.prompt_ids = std::make_shared<const std::vector<int32_t>>(std::move(prompt.input_ids));
@@ -250,7 +257,10 @@ void Dispatcher::score(
 void Dispatcher::pause(bridge::InFlight in_flight, bridge::OutcomeCallback done) {
   const std::lock_guard lock(mutex_);
   broadcast(
-      all_workers(), [&](uint64_t ticket) { return Pause{ticket, in_flight}; },
+      all_workers(),
+      [&](uint64_t ticket) {
+        return Pause{ticket, in_flight};
+      },
       [done = std::move(done)](bridge::Outcome error, int) { done(std::move(error)); });
 }
 
@@ -276,7 +286,8 @@ void Dispatcher::dispatch() {
   }
 }
 
-// ---- state ---------------------------------------------------------------------------------------
+// ---- state
+// ---------------------------------------------------------------------------------------
 
 int64_t Dispatcher::weight_version() const {
   const std::lock_guard lock(mutex_);

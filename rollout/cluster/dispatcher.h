@@ -1,6 +1,6 @@
-// Rank 0's dispatcher: takes requests, hands whole groups to workers that ask for work, commits what
-// comes back, and switches weights on all workers or on none. The RolloutService of the bridge.
-// All methods are thread-safe and none blocks but wait_ready() and stop().
+// Rank 0's dispatcher: takes requests, hands whole groups to workers that ask for work, commits
+// what comes back, and switches weights on all workers or on none. The RolloutService of the
+// bridge. All methods are thread-safe and none blocks but wait_ready() and stop().
 #pragma once
 
 #include <chrono>
@@ -56,9 +56,9 @@ class Dispatcher : public bridge::RolloutService {
   int64_t abort(std::optional<int64_t> request_id) override;
   void pause(bridge::InFlight in_flight, bridge::OutcomeCallback done) override;
   void resume() override;
-  void score(std::vector<bridge::ScoreSequence> sequences,
-             std::function<void(bridge::Outcome, std::vector<bridge::ScoredSequence>)> done)
-      override;
+  void score(
+      std::vector<bridge::ScoreSequence> sequences,
+      std::function<void(bridge::Outcome, std::vector<bridge::ScoredSequence>)> done) override;
   void begin_weights(int64_t version, bridge::OutcomeCallback done) override;
   void stage_weights(bridge::WeightChunk chunk, bridge::OutcomeCallback done) override;
   void commit_weights(bridge::InFlight in_flight, bridge::OutcomeCallback done) override;
@@ -136,7 +136,7 @@ class Dispatcher : public bridge::RolloutService {
   Ledger ledger_;
   int64_t num_requests_ = 0;
   uint64_t num_tickets_ = 0;
-  std::map<uint64_t, std::shared_ptr<Collection>> collections_;           // by ticket
+  std::map<uint64_t, std::shared_ptr<Collection>> collections_;  // by ticket
   std::map<uint64_t, std::pair<std::shared_ptr<ScoreBatch>, size_t>> scores_;
   std::optional<int64_t> update_version_;  // of the weight update under way
   bool is_switching_ = false;              // workers were told to commit

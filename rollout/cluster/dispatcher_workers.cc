@@ -1,4 +1,5 @@
-// The dispatcher's other side: workers, what they report, and commands that all of them must answer.
+// The dispatcher's other side: workers, what they report, and commands that all of them must
+// answer.
 #include <algorithm>
 #include <utility>
 
@@ -104,7 +105,8 @@ void Dispatcher::broadcast(const std::vector<int32_t>& workers, const MakeComman
   }
 }
 
-// ---- events --------------------------------------------------------------------------------------
+// ---- events
+// --------------------------------------------------------------------------------------
 
 void Dispatcher::on_event(int32_t worker, WorkerReady& event, Effects& effects) {
   if (event.fingerprint != fingerprint_) {
@@ -183,8 +185,8 @@ void Dispatcher::on_event(int32_t worker, WorkerStopped&, Effects&) {
 void Dispatcher::on_event(int32_t worker, WorkerFailed& event, Effects& effects) {
   workers_[worker].is_stopped = true;
   ErrorInfo error = event.error;
-  error.message = fmt::format("rank {} failed{}{}", worker, error.message.empty() ? "" : ": ",
-                              error.message);
+  error.message =
+      fmt::format("rank {} failed{}{}", worker, error.message.empty() ? "" : ": ", error.message);
   end_with(std::move(error), effects);
 }
 

@@ -37,7 +37,9 @@ std::string make_private_folder() {
   const char* base = std::getenv("TMPDIR");
   std::string name = std::string(base != nullptr ? base : "/tmp") + "/rollpack-XXXXXX";
   if (::mkdtemp(name.data()) == nullptr) {
-    throw Error({.code = ErrorCode::kUnavailable, .field = "TMPDIR", .value = name,
+    throw Error({.code = ErrorCode::kUnavailable,
+                 .field = "TMPDIR",
+                 .value = name,
                  .allowed = "a folder that can be written"});
   }
   return name;
@@ -54,9 +56,8 @@ Job::Job(const Config& config, Launch& launch)
       placement_(launch.placement()),
       num_threads_(threads_per_rank(config.engine, launch.placement().num_ranks)) {
   const ModelConfig model = read_model_config(config.model.path);
-  const WeightSharing sharing =
-      decide_weight_sharing(config.engine.share_weights, num_ranks(),
-                            weight_bytes(model, compute_dtype(config)));
+  const WeightSharing sharing = decide_weight_sharing(config.engine.share_weights, num_ranks(),
+                                                      weight_bytes(model, compute_dtype(config)));
   shares_weights_ = sharing.is_shared && num_ranks() > 1;
   std::string socket;
   if (num_ranks() > 1) {
@@ -67,7 +68,8 @@ Job::Job(const Config& config, Launch& launch)
   // One line that every rank needs: the socket, and whether its weights come through it.
   launch.meet((shares_weights_ ? "shared:" : "private:") + socket);
   replica_ = std::make_unique<Replica>(
-      config, model, ReplicaOptions{.num_threads = num_threads_, .shared_weights = shares_weights_});
+      config, model,
+      ReplicaOptions{.num_threads = num_threads_, .shared_weights = shares_weights_});
   const kernels::BackendInfo& info = replica_->backend().info();
   spdlog::info("{}; {} ranks, {} threads each; {} KV pages of {} tokens; weights {} ({})",
                info.description, num_ranks(), num_threads_, info.kv.num_pages, info.kv.page_tokens,
@@ -103,7 +105,9 @@ void Job::start() {
   if (!folder_.empty()) std::filesystem::remove_all(folder_);
 }
 
-void Job::stop(bool hand_back) { dispatcher_->stop(hand_back, Clock::now() + kStopTimeout); }
+void Job::stop(bool hand_back) {
+  dispatcher_->stop(hand_back, Clock::now() + kStopTimeout);
+}
 
 void run_worker_rank(const Config& config, Launch& launch) {
   const int rank = launch.placement().rank;
@@ -133,8 +137,8 @@ void run_worker_rank(const Config& config, Launch& launch) {
       worker.send(std::move(*command));
       if (!stops) continue;
       worker.join();
-      // Rank 0 leaves first: where mpirun ends a job it sends SIGKILL to all ranks as soon as one has
-      // gone, and rank 0 may still be writing what was handed back.
+      // Rank 0 leaves first: where mpirun ends a job it sends SIGKILL to all ranks as soon as one
+      // has gone, and rank 0 may still be writing what was handed back.
       client.receive();
       launch.exit(0);
     }

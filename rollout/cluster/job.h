@@ -1,5 +1,5 @@
-// One run of rollpack over its ranks: rank 0's replica, worker and dispatcher with links to all other
-// ranks; or one worker rank that does what rank 0 says.
+// One run of rollpack over its ranks: rank 0's replica, worker and dispatcher with links to all
+// other ranks; or one worker rank that does what rank 0 says.
 #pragma once
 
 #include <memory>

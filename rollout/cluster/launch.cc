@@ -31,8 +31,8 @@ bool is_under_mpirun() {
   return false;
 }
 
-// Open MPI keeps a 4 MiB file a rank in /dev/shm, and leaves it there when it is killed. Ours lie in a
-// folder of the job that goes as soon as the ranks have met.
+// Open MPI keeps a 4 MiB file a rank in /dev/shm, and leaves it there when it is killed. Ours lie
+// in a folder of the job that goes as soon as the ranks have met.
 std::filesystem::path mpi_folder() {
   const char* job = std::getenv("PMIX_NAMESPACE");
   const char* base = std::getenv("TMPDIR");
@@ -46,7 +46,8 @@ Launch::Launch(int* argc, char*** argv) {
   if (!is_under_mpirun()) return;
   die_with_parent();
   mpi_folder_ = mpi_folder();
-  std::error_code ignored;  // another rank may have made it; MPI_Init reports a folder it cannot use
+  std::error_code
+      ignored;  // another rank may have made it; MPI_Init reports a folder it cannot use
   std::filesystem::create_directories(mpi_folder_, ignored);
   ::chmod(mpi_folder_.c_str(), 0700);
   ::setenv("OMPI_MCA_btl_vader_backing_directory", mpi_folder_.c_str(), /*overwrite=*/1);
@@ -63,13 +64,13 @@ Launch::Launch(int* argc, char*** argv) {
   int fewest = 0;
   MPI_Allreduce(&num_on_host, &fewest, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD);
   if (fewest == placement_.num_ranks) return;
-  throw Error({.code = ErrorCode::kUnsupported,
-               .field = "ranks",
-               .value = fmt::format("{} in all, {} on this host", placement_.num_ranks,
-                                    num_on_host),
-               .origin = "mpirun",
-               .allowed = "all ranks on one host",
-               .message = "several hosts are not built yet: start one job a host"});
+  throw Error(
+      {.code = ErrorCode::kUnsupported,
+       .field = "ranks",
+       .value = fmt::format("{} in all, {} on this host", placement_.num_ranks, num_on_host),
+       .origin = "mpirun",
+       .allowed = "all ranks on one host",
+       .message = "several hosts are not built yet: start one job a host"});
 }
 
 std::string Launch::meet(const std::string& text) {

@@ -1,6 +1,6 @@
-// How this process was started: alone, or as one rank of an mpirun. MPI is used here and nowhere else,
-// and only while ranks meet: to learn who they are and where rank 0's socket is. Then it is left, so
-// that no death can block it and no crash leaves its files behind; ranks go on by socket.
+// How this process was started: alone, or as one rank of an mpirun. MPI is used here and nowhere
+// else, and only while ranks meet: to learn who they are and where rank 0's socket is. Then it is
+// left, so that no death can block it and no crash leaves its files behind; ranks go on by socket.
 #pragma once
 
 #include <filesystem>

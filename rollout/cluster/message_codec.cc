@@ -26,7 +26,8 @@ std::vector<T> from_bin(const json& value) {
   return values;
 }
 
-// ---- parts ---------------------------------------------------------------------------------------
+// ---- parts
+// ---------------------------------------------------------------------------------------
 
 json encode_outcome(const bridge::Outcome& outcome) {
   return outcome ? error_to_map(*outcome) : json();
@@ -37,21 +38,27 @@ bridge::Outcome decode_outcome(const json& value) {
   return error_from_map(value);
 }
 
-json encode_id(const bridge::PromptId& id) { return json::array({id.text, id.is_integer}); }
+json encode_id(const bridge::PromptId& id) {
+  return json::array({id.text, id.is_integer});
+}
 
 bridge::PromptId decode_id(const json& value) {
   return {.text = value.at(0), .is_integer = value.at(1)};
 }
 
 json encode_key(const bridge::SampleKey& key) {
-  return {{"request_id", key.request_id}, {"prompt_index", key.prompt_index},
-          {"prompt_id", encode_id(key.prompt_id)}, {"sample_index", key.sample_index},
+  return {{"request_id", key.request_id},
+          {"prompt_index", key.prompt_index},
+          {"prompt_id", encode_id(key.prompt_id)},
+          {"sample_index", key.sample_index},
           {"group_size", key.group_size}};
 }
 
 bridge::SampleKey decode_key(const json& map) {
-  return {.request_id = map.at("request_id"), .prompt_index = map.at("prompt_index"),
-          .prompt_id = decode_id(map.at("prompt_id")), .sample_index = map.at("sample_index"),
+  return {.request_id = map.at("request_id"),
+          .prompt_index = map.at("prompt_index"),
+          .prompt_id = decode_id(map.at("prompt_id")),
+          .sample_index = map.at("sample_index"),
           .group_size = map.at("group_size")};
 }
 
@@ -74,8 +81,10 @@ GroupRequest decode_group(const json& map) {
   GroupRequest group{.key = decode_key(map.at("key"))};
   group.prompt_ids =
       std::make_shared<const std::vector<int32_t>>(from_bin<int32_t>(map.at("prompt_ids")));
-  group.sampling = {.params = {.temperature = map.at("temperature"), .top_k = map.at("top_k"),
-                               .top_p = map.at("top_p"), .min_p = map.at("min_p")},
+  group.sampling = {.params = {.temperature = map.at("temperature"),
+                               .top_k = map.at("top_k"),
+                               .top_p = map.at("top_p"),
+                               .min_p = map.at("min_p")},
                     .seed = map.at("seed"),
                     .response_length = map.at("response_length"),
                     .min_tokens = map.at("min_tokens"),
@@ -159,8 +168,9 @@ struct OwnedChunk {
 };
 
 std::shared_ptr<const bridge::WeightChunk> decode_chunk(const json& map, const OwnedFd& fd) {
-  auto owned = std::make_shared<OwnedChunk>(bridge::MappedSegment::map(
-      fd.get(), map.at("mapping_bytes").get<int64_t>(), bridge::kPeerSeals, "weight chunk of rank 0"));
+  auto owned = std::make_shared<OwnedChunk>(
+      bridge::MappedSegment::map(fd.get(), map.at("mapping_bytes").get<int64_t>(),
+                                 bridge::kPeerSeals, "weight chunk of rank 0"));
   owned->chunk.mapping = owned->segment.bytes();
   for (const json& tensor : map.at("tensors")) {
     owned->chunk.tensors.push_back(
@@ -173,13 +183,16 @@ std::shared_ptr<const bridge::WeightChunk> decode_chunk(const json& map, const O
   return {owned, &owned->chunk};
 }
 
-json in_flight(bridge::InFlight mode) { return static_cast<int>(mode); }
+json in_flight(bridge::InFlight mode) {
+  return static_cast<int>(mode);
+}
 
 bridge::InFlight in_flight(const json& map) {
   return static_cast<bridge::InFlight>(map.at("in_flight").get<int>());
 }
 
-// ---- commands ------------------------------------------------------------------------------------
+// ---- commands
+// ------------------------------------------------------------------------------------
 
 struct CommandEncoder {
   json operator()(const AddGroups& m) const {
@@ -220,12 +233,8 @@ struct CommandEncoder {
             {"version", m.version},
             {"in_flight", in_flight(m.in_flight)}};
   }
-  json operator()(const DiscardWeights&) const {
-    return {{"type", "discard_weights"}};
-  }
-  json operator()(const Stop& m) const {
-    return {{"type", "stop"}, {"hand_back", m.hand_back}};
-  }
+  json operator()(const DiscardWeights&) const { return {{"type", "discard_weights"}}; }
+  json operator()(const Stop& m) const { return {{"type", "stop"}, {"hand_back", m.hand_back}}; }
 };
 
 Command decode_known_command(const json& map, std::vector<OwnedFd>& fds) {
@@ -264,7 +273,8 @@ Command decode_known_command(const json& map, std::vector<OwnedFd>& fds) {
   fail_invariant("unknown command " + type);
 }
 
-// ---- events --------------------------------------------------------------------------------------
+// ---- events
+// --------------------------------------------------------------------------------------
 
 struct EventEncoder {
   json operator()(const WorkerReady& m) const {
@@ -294,9 +304,7 @@ struct EventEncoder {
     if (m.fd >= 0) fail_invariant("only rank 0 exports weights");
     return {{"type", "ack"}, {"ticket", m.ticket}, {"error", encode_outcome(m.error)}};
   }
-  json operator()(const WorkerStats& m) const {
-    return {{"type", "stats"}, {"values", m.values}};
-  }
+  json operator()(const WorkerStats& m) const { return {{"type", "stats"}, {"values", m.values}}; }
   json operator()(const WorkerStopped&) const { return {{"type", "stopped"}}; }
   json operator()(const WorkerFailed& m) const {
     return {{"type", "worker_failed"}, {"error", error_to_map(m.error)}};
@@ -305,7 +313,8 @@ struct EventEncoder {
 
 Event decode_known_event(const json& map) {
   const std::string type = map.at("type");
-  if (type == "ready") return WorkerReady{.pid = map.at("pid"), .fingerprint = map.at("fingerprint")};
+  if (type == "ready")
+    return WorkerReady{.pid = map.at("pid"), .fingerprint = map.at("fingerprint")};
   if (type == "pull") return Pull{map.at("num_samples").get<int32_t>()};
   if (type == "sample") return SampleDone{decode_sample(map.at("sample"))};
   if (type == "failed") {
@@ -319,7 +328,8 @@ Event decode_known_event(const json& map) {
                                .scaled_logprobs = from_bin<float>(map.at("scaled_logprobs")),
                                .entropy = from_bin<float>(map.at("entropy"))}};
   }
-  if (type == "ack") return Ack{.ticket = map.at("ticket"), .error = decode_outcome(map.at("error"))};
+  if (type == "ack")
+    return Ack{.ticket = map.at("ticket"), .error = decode_outcome(map.at("error"))};
   if (type == "stats") return WorkerStats{map.at("values")};
   if (type == "stopped") return WorkerStopped{};
   if (type == "worker_failed") return WorkerFailed{error_from_map(map.at("error"))};

@@ -1,5 +1,5 @@
-// Messages between ranks as MessagePack maps, for the frames of trainer_bridge/wire. Both ends run the
-// same binary (checked by its fingerprint), so the map is a plain picture of the structs.
+// Messages between ranks as MessagePack maps, for the frames of trainer_bridge/wire. Both ends run
+// the same binary (checked by its fingerprint), so the map is a plain picture of the structs.
 #pragma once
 
 #include <vector>

@@ -1,5 +1,5 @@
-// What rank 0 and its workers say to each other. The same structs travel by function call (the worker
-// beside the dispatcher, ranks as threads in tests) and by socket (message_codec).
+// What rank 0 and its workers say to each other. The same structs travel by function call (the
+// worker beside the dispatcher, ranks as threads in tests) and by socket (message_codec).
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,8 @@
 
 namespace rollpack::rollout {
 
-// ---- to a worker; a ticket is answered by one Ack -------------------------------------------------
+// ---- to a worker; a ticket is answered by one Ack
+// -------------------------------------------------
 
 struct AddGroups {
   std::vector<GroupRequest> groups;
@@ -59,11 +60,12 @@ struct Stop {
   bool hand_back = true;  // open samples come back as partial samples first
 };
 
-using Command = std::variant<AddGroups, AddScores, AbortSamples, Pause, Resume, BeginWeights,
-                             StageWeights, FinishWeights, ExportWeights, AdoptWeights,
-                             CommitWeights, DiscardWeights, Stop>;
+using Command =
+    std::variant<AddGroups, AddScores, AbortSamples, Pause, Resume, BeginWeights, StageWeights,
+                 FinishWeights, ExportWeights, AdoptWeights, CommitWeights, DiscardWeights, Stop>;
 
-// ---- from a worker --------------------------------------------------------------------------------
+// ---- from a worker
+// --------------------------------------------------------------------------------
 
 struct WorkerReady {
   int64_t pid = 0;

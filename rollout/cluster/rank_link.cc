@@ -29,9 +29,10 @@ constexpr size_t kMaxQueuedBytes = size_t{256} << 20;
 sockaddr_un address_of(const std::string& path) {
   sockaddr_un address{.sun_family = AF_UNIX};
   if (path.size() >= sizeof(address.sun_path)) {
-    throw Error({.code = ErrorCode::kInvalidArgument, .field = "TMPDIR", .value = path,
-                 .allowed = fmt::format("a path of at most {} bytes",
-                                        sizeof(address.sun_path) - 1),
+    throw Error({.code = ErrorCode::kInvalidArgument,
+                 .field = "TMPDIR",
+                 .value = path,
+                 .allowed = fmt::format("a path of at most {} bytes", sizeof(address.sun_path) - 1),
                  .message = "Unix sockets take no longer one"});
   }
   std::memcpy(address.sun_path, path.data(), path.size());
@@ -39,7 +40,9 @@ sockaddr_un address_of(const std::string& path) {
 }
 
 [[noreturn]] void fail_call(const char* call, const std::string& path) {
-  throw Error({.code = ErrorCode::kUnavailable, .field = "rank socket", .value = path,
+  throw Error({.code = ErrorCode::kUnavailable,
+               .field = "rank socket",
+               .value = path,
                .message = fmt::format("{}: {}", call, std::strerror(errno))});
 }
 
@@ -54,16 +57,16 @@ int milliseconds_until(Clock::time_point deadline) {
 class RankHub::Link : public WorkerLink, public std::enable_shared_from_this<Link> {
  public:
   Link(bridge::asio::io_context& io, OwnedFd fd)
-      : io_(io), socket_(std::make_shared<bridge::FrameSocket>(
-                     io, std::move(fd),
-                     bridge::FrameSocketOptions{.max_queued_bytes = kMaxQueuedBytes})) {}
+      : io_(io),
+        socket_(std::make_shared<bridge::FrameSocket>(
+            io, std::move(fd), bridge::FrameSocketOptions{.max_queued_bytes = kMaxQueuedBytes})) {}
 
   void send(Command command) override {
-    bridge::asio::post(io_, [self = shared_from_this(),
-                             shared = std::make_shared<Command>(std::move(command))] {
-      Frame frame = encode(*shared);
-      self->socket_->send(std::move(frame.body), std::move(frame.fds));
-    });
+    bridge::asio::post(
+        io_, [self = shared_from_this(), shared = std::make_shared<Command>(std::move(command))] {
+          Frame frame = encode(*shared);
+          self->socket_->send(std::move(frame.body), std::move(frame.fds));
+        });
   }
 
   void start(Dispatcher& dispatcher, int32_t worker) {
@@ -115,7 +118,8 @@ void RankHub::connect(Dispatcher& dispatcher, int num_ranks, Clock::time_point d
                    ? ::accept4(listener_, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK)
                    : -1);
     if (!fd) {
-      throw Error({.code = ErrorCode::kDeadlineExceeded, .field = "ranks",
+      throw Error({.code = ErrorCode::kDeadlineExceeded,
+                   .field = "ranks",
                    .value = fmt::format("{} of {} connected", num_connected, num_ranks),
                    .message = "the others did not reach rank 0 in time"});
     }
@@ -146,7 +150,9 @@ RankClient::RankClient(const std::string& path, int rank, Clock::time_point dead
   bridge::send_frame(socket_, bridge::encode_message({{"rank", rank}}), {}, deadline);
 }
 
-RankClient::~RankClient() { ::close(socket_); }
+RankClient::~RankClient() {
+  ::close(socket_);
+}
 
 void RankClient::send(const Event& event) {
   Frame frame = encode(event);

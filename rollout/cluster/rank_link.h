@@ -23,8 +23,9 @@ class RankHub {
   explicit RankHub(const std::string& path);
   ~RankHub();
 
-  // Takes the connections of ranks 1 to num_ranks - 1 and makes each a worker of `dispatcher`, in rank
-  // order, then serves them. The socket file is removed. Errors: deadline_exceeded naming the ranks.
+  // Takes the connections of ranks 1 to num_ranks - 1 and makes each a worker of `dispatcher`, in
+  // rank order, then serves them. The socket file is removed. Errors: deadline_exceeded naming the
+  // ranks.
   void connect(Dispatcher& dispatcher, int num_ranks,
                std::chrono::steady_clock::time_point deadline);
 

@@ -47,8 +47,7 @@ WeightSharing decide_weight_sharing(const std::string& setting, int num_ranks,
 
 int64_t weight_bytes(const ModelConfig& model, DType dtype) {
   const int64_t D = model.hidden_size, F = model.intermediate_size, K = model.head_dim;
-  const int64_t attention =
-      (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * K * D;
+  const int64_t attention = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * K * D;
   const int64_t vocabulary = model.vocab_size * D * (model.tie_word_embeddings ? 1 : 2);
   return (model.num_hidden_layers * (attention + 3 * D * F) + vocabulary) * dtype_bytes(dtype);
 }

@@ -1,5 +1,5 @@
-// Weights in two phases over all workers: every one stages and checks the whole set, then all switch,
-// each between two of its steps. A refusal anywhere discards the set everywhere.
+// Weights in two phases over all workers: every one stages and checks the whole set, then all
+// switch, each between two of its steps. A refusal anywhere discards the set everywhere.
 //
 // Where ranks of a node share memory, worker 0 packs once and the others adopt its packed set;
 // otherwise each packs into memory of its own.
@@ -14,8 +14,10 @@ namespace rollpack::rollout {
 namespace {
 
 ErrorInfo wrong_state(std::string value, std::string allowed) {
-  return {.code = ErrorCode::kFailedPrecondition, .field = "update_weights",
-          .value = std::move(value), .allowed = std::move(allowed)};
+  return {.code = ErrorCode::kFailedPrecondition,
+          .field = "update_weights",
+          .value = std::move(value),
+          .allowed = std::move(allowed)};
 }
 
 }  // namespace
@@ -34,10 +36,11 @@ void Dispatcher::begin_weights(int64_t version, bridge::OutcomeCallback done) {
       error = wrong_state(fmt::format("begin of version {}", version),
                           fmt::format("the end of version {}'s update first", *update_version_));
     } else if (version <= weight_version_) {
-      error = ErrorInfo{.code = ErrorCode::kInvalidArgument, .field = "version",
-                        .value = std::to_string(version),
-                        .allowed = fmt::format("more than the current version {}",
-                                               weight_version_)};
+      error =
+          ErrorInfo{.code = ErrorCode::kInvalidArgument,
+                    .field = "version",
+                    .value = std::to_string(version),
+                    .allowed = fmt::format("more than the current version {}", weight_version_)};
     } else {
       update_version_ = version;
       broadcast(
@@ -57,7 +60,10 @@ void Dispatcher::stage_weights(bridge::WeightChunk chunk, bridge::OutcomeCallbac
     if (update_version_ && !fatal_) {
       const auto shared = std::make_shared<const bridge::WeightChunk>(std::move(chunk));
       broadcast(
-          packing_workers(), [&](uint64_t ticket) { return StageWeights{ticket, shared}; },
+          packing_workers(),
+          [&](uint64_t ticket) {
+            return StageWeights{ticket, shared};
+          },
           [this, done](bridge::Outcome refused, int) {
             refused ? drop_update(done, std::move(refused)) : done(std::nullopt);
           });
@@ -93,10 +99,12 @@ void Dispatcher::share_weights(bridge::InFlight in_flight, bridge::OutcomeCallba
         const std::lock_guard relock(mutex_);
         std::vector<int32_t> others = all_workers();
         others.erase(others.begin());
-        const auto shared =
-            std::make_shared<const bridge::OwnedFd>(bridge::OwnedFd::duplicate(fd));
+        const auto shared = std::make_shared<const bridge::OwnedFd>(bridge::OwnedFd::duplicate(fd));
         broadcast(
-            others, [&](uint64_t ticket) { return AdoptWeights{ticket, shared}; },
+            others,
+            [&](uint64_t ticket) {
+              return AdoptWeights{ticket, shared};
+            },
             [this, in_flight, done](bridge::Outcome not_adopted, int) {
               not_adopted ? drop_update(done, std::move(not_adopted))
                           : switch_weights(in_flight, done);
@@ -119,8 +127,14 @@ void Dispatcher::share_first_weights(bridge::OwnedFd fd) {
   };
   std::vector<int32_t> others = all_workers();
   others.erase(others.begin());
-  broadcast(others, [&](uint64_t ticket) { return AdoptWeights{ticket, shared}; }, fail_start);
-  broadcast(others, [](uint64_t ticket) { return CommitWeights{.ticket = ticket}; }, fail_start);
+  broadcast(
+      others,
+      [&](uint64_t ticket) {
+        return AdoptWeights{ticket, shared};
+      },
+      fail_start);
+  broadcast(
+      others, [](uint64_t ticket) { return CommitWeights{.ticket = ticket}; }, fail_start);
 }
 
 void Dispatcher::switch_weights(bridge::InFlight in_flight, bridge::OutcomeCallback done) {
@@ -134,7 +148,9 @@ void Dispatcher::switch_weights(bridge::InFlight in_flight, bridge::OutcomeCallb
   is_switching_ = true;
   broadcast(
       all_workers(),
-      [&](uint64_t ticket) { return CommitWeights{ticket, version, in_flight}; },
+      [&](uint64_t ticket) {
+        return CommitWeights{ticket, version, in_flight};
+      },
       [this, version, done](bridge::Outcome error, int) {
         Effects effects;
         {

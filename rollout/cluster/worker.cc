@@ -52,7 +52,9 @@ Worker::~Worker() {
   thread_.join();
 }
 
-void Worker::join() { thread_.join(); }
+void Worker::join() {
+  thread_.join();
+}
 
 void Worker::send(Command command) {
   {
@@ -91,9 +93,8 @@ void Worker::work() {
 // A step may take seconds, a stop may not: what was sampled before the step is handed back instead.
 bool Worker::must_stop() {
   const std::lock_guard lock(mutex_);
-  return std::ranges::any_of(mailbox_, [](const Command& command) {
-    return std::holds_alternative<Stop>(command);
-  });
+  return std::ranges::any_of(
+      mailbox_, [](const Command& command) { return std::holds_alternative<Stop>(command); });
 }
 
 bool Worker::take_commands() {
@@ -177,7 +178,9 @@ void Worker::handle(AddScores& command) {
   for (ScoreRequest& request : command.requests) engine_.add_score(std::move(request));
 }
 
-void Worker::handle(AbortSamples& command) { engine_.abort(command.request_id); }
+void Worker::handle(AbortSamples& command) {
+  engine_.abort(command.request_id);
+}
 
 void Worker::handle(Pause& command) {
   if (command.in_flight == bridge::InFlight::kWait) {
@@ -242,16 +245,22 @@ void Worker::handle(CommitWeights& command) {
   });
 }
 
-void Worker::handle(DiscardWeights&) { replica_.backend().discard_weights(); }
+void Worker::handle(DiscardWeights&) {
+  replica_.backend().discard_weights();
+}
 
 void Worker::handle(Stop& command) {
   if (command.hand_back) engine_.abort(std::nullopt);
   is_stopped_ = true;
 }
 
-void Worker::on_sample(bridge::Sample sample) { emit_(SampleDone{std::move(sample)}); }
+void Worker::on_sample(bridge::Sample sample) {
+  emit_(SampleDone{std::move(sample)});
+}
 
-void Worker::on_failed(bridge::FailedSample sample) { emit_(SampleFailed{std::move(sample)}); }
+void Worker::on_failed(bridge::FailedSample sample) {
+  emit_(SampleFailed{std::move(sample)});
+}
 
 void Worker::on_scored(uint64_t ticket, bridge::Outcome error, bridge::ScoredSequence scored) {
   emit_(Scored{.ticket = ticket, .error = std::move(error), .sequence = std::move(scored)});

@@ -1,5 +1,5 @@
-// One rank's engine on its own thread: commands in through a mailbox, events out through a function.
-// The thread owns the replica; weights switch between two steps.
+// One rank's engine on its own thread: commands in through a mailbox, events out through a
+// function. The thread owns the replica; weights switch between two steps.
 #pragma once
 
 #include <atomic>
@@ -53,8 +53,7 @@ class Worker : public WorkerLink, private EngineOutput {
 
   void on_sample(bridge::Sample sample) override;
   void on_failed(bridge::FailedSample sample) override;
-  void on_scored(uint64_t ticket, bridge::Outcome error,
-                 bridge::ScoredSequence scored) override;
+  void on_scored(uint64_t ticket, bridge::Outcome error, bridge::ScoredSequence scored) override;
 
   Replica& replica_;
   const std::function<void(Event)> emit_;
@@ -62,8 +61,8 @@ class Worker : public WorkerLink, private EngineOutput {
   int32_t num_pulled_ = 0;  // samples asked for and not yet given
   bool is_paused_ = false;  // no steps at all
   bool is_stopped_ = false;
-  std::optional<Pause> pending_pause_;            // waits for running samples to finish
-  std::optional<CommitWeights> pending_commit_;   // likewise
+  std::optional<Pause> pending_pause_;           // waits for running samples to finish
+  std::optional<CommitWeights> pending_commit_;  // likewise
   std::chrono::steady_clock::time_point stats_due_;
 
   std::mutex mutex_;

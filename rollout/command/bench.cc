@@ -61,8 +61,7 @@ std::vector<int32_t> prompt_tokens(const WorkloadGroup& group, uint32_t index, i
   return ids;
 }
 
-std::vector<GroupRequest> make_groups(const std::vector<WorkloadGroup>& workload,
-                                      const Job& job) {
+std::vector<GroupRequest> make_groups(const std::vector<WorkloadGroup>& workload, const Job& job) {
   const ModelConfig& model = job.replica().model();
   std::vector<GroupRequest> groups;
   for (size_t i = 0; i < workload.size(); ++i) {
@@ -79,14 +78,16 @@ std::vector<GroupRequest> make_groups(const std::vector<WorkloadGroup>& workload
   return groups;
 }
 
-// Multiply-adds x 2 that the workload needs at least: a prompt once a group, each response token but
-// the last through the layers, each sampled token through the head, each visible (token, key) pair.
+// Multiply-adds x 2 that the workload needs at least: a prompt once a group, each response token
+// but the last through the layers, each sampled token through the head, each visible (token, key)
+// pair.
 double workload_flops(const std::vector<WorkloadGroup>& workload, const ModelConfig& model) {
   const auto D = static_cast<double>(model.hidden_size), K = static_cast<double>(model.head_dim);
   const auto H = static_cast<double>(model.num_attention_heads);
   const auto G = static_cast<double>(model.num_key_value_heads);
   const auto L = static_cast<double>(model.num_hidden_layers);
-  const double layer = (2 * H + 2 * G) * K * D + 3 * D * static_cast<double>(model.intermediate_size);
+  const double layer =
+      (2 * H + 2 * G) * K * D + 3 * D * static_cast<double>(model.intermediate_size);
   double tokens = 0, sampled = 0, pairs = 0;
   for (const WorkloadGroup& group : workload) {
     const double P = group.prompt_tokens;

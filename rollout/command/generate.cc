@@ -82,7 +82,7 @@ class OrderedLines : public bridge::SampleSink {
 
   mutable std::mutex mutex_;
   std::map<int64_t, std::map<int32_t, std::string>> waiting_;  // by prompt, then sample
-  int64_t next_ = 0;  // the prompt whose lines come next
+  int64_t next_ = 0;                                           // the prompt whose lines come next
   int64_t num_done_ = 0;
   int64_t num_failed_ = 0;
 };

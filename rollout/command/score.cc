@@ -14,8 +14,8 @@
 namespace rollpack::rollout {
 namespace {
 
-// Sequences in flight: several times what engines run at once, so that none of them idles at the end
-// of a window while another still works.
+// Sequences in flight: several times what engines run at once, so that none of them idles at the
+// end of a window while another still works.
 constexpr size_t kSequencesPerWindow = 4096;
 
 // Shared with the callback, which may come after this command has given up.

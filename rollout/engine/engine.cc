@@ -208,18 +208,18 @@ void Engine::emit(Sequence& sequence) {
   sequence.is_finished = true;
   ++state_.counters.num_samples;
   const GroupRequest& request = sequence.group->request;
-  output_.on_sample({.key = key_of(sequence),
-                     .prompt_ids = request.prompt_ids,
-                     .response_ids = {sequence.tokens.begin() + sequence.num_prompt,
-                                      sequence.tokens.end()},
-                     .logprobs = std::move(sequence.logprobs),
-                     .scaled_logprobs = std::move(sequence.scaled_logprobs),
-                     .support_logmass = std::move(sequence.support_logmass),
-                     .entropy = std::move(sequence.entropy),
-                     .finish_reason = sequence.finish_reason,
-                     .stop_token_id = sequence.stop_token_id,
-                     .temperature = request.sampling.params.temperature,
-                     .weight_versions = std::move(sequence.weight_versions)});
+  output_.on_sample(
+      {.key = key_of(sequence),
+       .prompt_ids = request.prompt_ids,
+       .response_ids = {sequence.tokens.begin() + sequence.num_prompt, sequence.tokens.end()},
+       .logprobs = std::move(sequence.logprobs),
+       .scaled_logprobs = std::move(sequence.scaled_logprobs),
+       .support_logmass = std::move(sequence.support_logmass),
+       .entropy = std::move(sequence.entropy),
+       .finish_reason = sequence.finish_reason,
+       .stop_token_id = sequence.stop_token_id,
+       .temperature = request.sampling.params.temperature,
+       .weight_versions = std::move(sequence.weight_versions)});
 }
 
 void Engine::emit_scored(Sequence& sequence) {

@@ -24,8 +24,7 @@ class EngineOutput {
   virtual ~EngineOutput() = default;
   virtual void on_sample(bridge::Sample sample) = 0;
   virtual void on_failed(bridge::FailedSample sample) = 0;
-  virtual void on_scored(uint64_t ticket, bridge::Outcome error,
-                         bridge::ScoredSequence scored) = 0;
+  virtual void on_scored(uint64_t ticket, bridge::Outcome error, bridge::ScoredSequence scored) = 0;
 };
 
 class Engine {
@@ -46,12 +45,13 @@ class Engine {
   // Whether some sample has tokens and is not finished, running or preempted.
   bool has_started_work() const;
   enum class StepOutcome : uint8_t { kDone, kNothingToDo, kInterrupted };
-  // One step; returns when its results are applied. `is_interrupted` is asked every 100 ms while the
-  // backend computes: once true the step's results are given up, and only abort() may follow.
+  // One step; returns when its results are applied. `is_interrupted` is asked every 100 ms while
+  // the backend computes: once true the step's results are given up, and only abort() may follow.
   // Errors: deadline_exceeded when the backend does not finish within `timeout`, or whatever the
   // backend reports: the engine is then unusable.
-  StepOutcome step(std::chrono::milliseconds timeout,
-                   const std::function<bool()>& is_interrupted = [] { return false; });
+  StepOutcome step(
+      std::chrono::milliseconds timeout,
+      const std::function<bool()>& is_interrupted = [] { return false; });
 
   // false: nothing new starts, what runs goes on.
   void set_admits(bool admits) { state_.admits = admits; }

@@ -52,7 +52,7 @@ struct EngineState {
   std::deque<std::unique_ptr<Sequence>> waiting;   // by arrival
   std::vector<std::unique_ptr<Sequence>> running;  // by admission
   std::map<uint64_t, Group*> pinned_prompts;       // by the group's arrival
-  bool admits = true;  // false: nothing new starts, what runs goes on
+  bool admits = true;                              // false: nothing new starts, what runs goes on
   EngineCounters counters;
 };
 

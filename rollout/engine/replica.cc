@@ -30,13 +30,15 @@ Replica::Replica(const Config& config, const ModelConfig& model, const ReplicaOp
              .wants_entropy = std::ranges::find(columns, "entropy") != columns.end()};
   weights_ = std::make_unique<ModelWeights>(model_, *backend_);
   // No sequence is longer than the pages there are.
-  const int64_t num_positions = std::min(
-      model.max_position_embeddings, static_cast<int64_t>(kv.num_pages) * kv.page_tokens);
+  const int64_t num_positions =
+      std::min(model.max_position_embeddings, static_cast<int64_t>(kv.num_pages) * kv.page_tokens);
   transformer_ = std::make_shared<Transformer>(model_, *weights_, *backend_, dtype,
                                                engine.max_num_batched_tokens, num_positions);
   backend_->set_program(transformer_);
 }
 
-void Replica::load_checkpoint() { weights_->load(*open_checkpoint(config_.model.path)); }
+void Replica::load_checkpoint() {
+  weights_->load(*open_checkpoint(config_.model.path));
+}
 
 }  // namespace rollpack::rollout

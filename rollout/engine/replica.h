@@ -1,5 +1,6 @@
-// Everything one rank needs to generate: model, backend, weights, forward pass and limits, built from
-// the configuration. Staging of new weights goes through here, so that names and shapes are checked.
+// Everything one rank needs to generate: model, backend, weights, forward pass and limits, built
+// from the configuration. Staging of new weights goes through here, so that names and shapes are
+// checked.
 #pragma once
 
 #include <memory>

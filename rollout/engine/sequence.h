@@ -1,5 +1,5 @@
-// A sequence in the engine: tokens known so far, how many of them have keys and values in pages, and
-// what was said of each sampled token. Everything a policy needs to schedule it.
+// A sequence in the engine: tokens known so far, how many of them have keys and values in pages,
+// and what was said of each sampled token. Everything a policy needs to schedule it.
 #pragma once
 
 #include <cstdint>

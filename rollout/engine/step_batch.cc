@@ -33,12 +33,13 @@ void StepBatch::add_rows(Sequence& sequence, int32_t num_tokens, int32_t num_pad
                                                          : sequence.tokens[position]);
     plan.positions.push_back(position);
   }
-  Entry entry{.sequence = &sequence, .num_tokens = num_tokens,
+  Entry entry{.sequence = &sequence,
+              .num_tokens = num_tokens,
               .first_score = static_cast<int32_t>(plan.scores.size())};
   if (sequence.is_score()) {
     const float temperature = sequence.score->sequence.temperature;
-    for (int32_t position = std::max(first, sequence.num_prompt - 1);
-         position < first + num_tokens; ++position) {
+    for (int32_t position = std::max(first, sequence.num_prompt - 1); position < first + num_tokens;
+         ++position) {
       plan.scores.push_back({.row = row_begin + num_pads + position - first,
                              .token = sequence.tokens[position + 1],
                              .temperature = temperature});
@@ -56,7 +57,8 @@ void StepBatch::add_rows(Sequence& sequence, int32_t num_tokens, int32_t num_pad
 
 void StepBatch::add_pads(int32_t num_pads) {
   if (num_pads == 0) return;
-  plan.sequences.push_back({.row_begin = num_rows(), .num_rows = num_pads,
+  plan.sequences.push_back({.row_begin = num_rows(),
+                            .num_rows = num_pads,
                             .page_table_begin = static_cast<int32_t>(plan.page_tables.size())});
   entries.push_back({});
   plan.input_ids.insert(plan.input_ids.end(), num_pads, 0);  // any id: nothing reads its result
@@ -67,17 +69,17 @@ void StepBatch::add_sample(Sequence& target, int32_t row) {
   if (!target.slot_is_set) {
     const GroupRequest& request = target.group->request;
     const RequestSampling& sampling = request.sampling;
-    plan.slot_inits.push_back(
-        {.slot = target.slot,
-         .sampling = sampling.params,
-         .seed = sampling.seed,
-         .prompt_hash = fnv1a64(request.key.prompt_id.text),
-         .sample_index = static_cast<uint32_t>(target.sample_index),
-         .next_position = target.length(),
-         .min_position = target.num_prompt + sampling.min_tokens,
-         .end_position = target.end_position,
-         .stop_token_ids = request.response_lengths.empty() ? sampling.stop_token_ids
-                                                            : std::vector<int32_t>{}});
+    plan.slot_inits.push_back({.slot = target.slot,
+                               .sampling = sampling.params,
+                               .seed = sampling.seed,
+                               .prompt_hash = fnv1a64(request.key.prompt_id.text),
+                               .sample_index = static_cast<uint32_t>(target.sample_index),
+                               .next_position = target.length(),
+                               .min_position = target.num_prompt + sampling.min_tokens,
+                               .end_position = target.end_position,
+                               .stop_token_ids = request.response_lengths.empty()
+                                                     ? sampling.stop_token_ids
+                                                     : std::vector<int32_t>{}});
     target.slot_is_set = true;
   }
   plan.samples.push_back({.row = row < 0 ? num_rows() - 1 : row, .slot = target.slot});

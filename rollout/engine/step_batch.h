@@ -29,16 +29,17 @@ class StepBatch {
   void add_rows(Sequence& sequence, int32_t num_tokens, int32_t num_pads = 0);
   // Rows that are pads only: a finished sequence of a dense wave.
   void add_pads(int32_t num_pads);
-  // Draws the next token of `target` from row `row` (-1: the last one added), preparing its slot if needed.
+  // Draws the next token of `target` from row `row` (-1: the last one added), preparing its slot if
+  // needed.
   void add_sample(Sequence& target, int32_t row = -1);
 
   kernels::StepPlan plan;
-  std::vector<Entry> entries;       // one a plan.sequences element
-  std::vector<Sequence*> sampled;   // one a plan.samples element
+  std::vector<Entry> entries;      // one a plan.sequences element
+  std::vector<Sequence*> sampled;  // one a plan.samples element
 };
 
-// Makes the page of position `position` of `sequence` writable: allocates it where it is missing, copies
-// it where siblings share it. Changes nothing and returns false when no page is free.
+// Makes the page of position `position` of `sequence` writable: allocates it where it is missing,
+// copies it where siblings share it. Changes nothing and returns false when no page is free.
 bool try_make_writable(Sequence& sequence, int32_t position, int32_t page_tokens, PagePool& pool,
                        std::vector<kernels::PageCopy>& copies);
 

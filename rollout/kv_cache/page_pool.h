@@ -1,5 +1,5 @@
-// Which KV pages are in use, and by how many sequences. Bookkeeping only: page memory belongs to the
-// backend, and because its steps run in order, a page may be reused as soon as it is free here.
+// Which KV pages are in use, and by how many sequences. Bookkeeping only: page memory belongs to
+// the backend, and because its steps run in order, a page may be reused as soon as it is free here.
 #pragma once
 
 #include <cstdint>

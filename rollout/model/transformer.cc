@@ -13,7 +13,10 @@ using kernels::Tensor;
 Transformer::Transformer(const ModelConfig& config, const ModelWeights& weights,
                          kernels::Backend& backend, DType dtype, int64_t max_rows,
                          int64_t num_positions)
-    : config_(config), weights_(weights), backend_(backend), dtype_(dtype),
+    : config_(config),
+      weights_(weights),
+      backend_(backend),
+      dtype_(dtype),
       num_positions_(num_positions) {
   const int64_t D = config.hidden_size, K = config.head_dim;
   const int64_t q_cols = config.num_attention_heads * K;
@@ -32,8 +35,8 @@ Transformer::Transformer(const ModelConfig& config, const ModelWeights& weights,
 }
 
 Transformer::~Transformer() {
-  for (const Buffer& buffer : {residual_, normed_, qkv_, q_, attended_, gated_, head_rows_,
-                               rope_table_}) {
+  for (const Buffer& buffer :
+       {residual_, normed_, qkv_, q_, attended_, gated_, head_rows_, rope_table_}) {
     backend_.free(buffer);
   }
 }
@@ -52,7 +55,8 @@ void Transformer::run(kernels::Backend& backend, int64_t num_rows, int64_t num_h
   const Tensor normed = view(normed_, dtype_, num_head_rows, D);
   backend.gather_head_rows({.in = residual, .out = rows});
   backend.rms_norm({.weight = weights_.final_norm,
-                    .epsilon = static_cast<float>(config_.rms_norm_eps), .in = rows,
+                    .epsilon = static_cast<float>(config_.rms_norm_eps),
+                    .in = rows,
                     .out = normed});
   backend.lm_head({.weight = weights_.lm_head, .in = normed});
 }
@@ -70,8 +74,8 @@ void Transformer::run_layer(int64_t layer, int64_t num_rows) {
   const Tensor attended = view(attended_, dtype_, num_rows, q_cols);
   const Tensor gated = view(gated_, dtype_, num_rows, config_.intermediate_size);
 
-  backend_.rms_norm({.weight = w.attention_norm, .epsilon = epsilon, .in = residual,
-                     .out = normed});
+  backend_.rms_norm(
+      {.weight = w.attention_norm, .epsilon = epsilon, .in = residual, .out = normed});
   backend_.linear({.weight = w.qkv, .bias = w.qkv_bias, .in = normed, .out = qkv});
   backend_.rope_append({.layer = static_cast<int32_t>(layer),
                         .qkv = qkv,
@@ -81,14 +85,25 @@ void Transformer::run_layer(int64_t layer, int64_t num_rows) {
                         .norm_epsilon = epsilon,
                         .q = q});
   backend_.attention({.layer = static_cast<int32_t>(layer),
-                      .window = config_.layer_windows[layer], .q = q, .out = attended});
-  backend_.linear({.weight = w.o, .bias = w.o_bias, .epilogue = Epilogue::kResidual,
-                   .in = attended, .out = residual});
+                      .window = config_.layer_windows[layer],
+                      .q = q,
+                      .out = attended});
+  backend_.linear({.weight = w.o,
+                   .bias = w.o_bias,
+                   .epilogue = Epilogue::kResidual,
+                   .in = attended,
+                   .out = residual});
   backend_.rms_norm({.weight = w.mlp_norm, .epsilon = epsilon, .in = residual, .out = normed});
-  backend_.linear({.weight = w.gate_up, .bias = w.gate_up_bias, .epilogue = Epilogue::kGated,
-                   .in = normed, .out = gated});
-  backend_.linear({.weight = w.down, .bias = w.down_bias, .epilogue = Epilogue::kResidual,
-                   .in = gated, .out = residual});
+  backend_.linear({.weight = w.gate_up,
+                   .bias = w.gate_up_bias,
+                   .epilogue = Epilogue::kGated,
+                   .in = normed,
+                   .out = gated});
+  backend_.linear({.weight = w.down,
+                   .bias = w.down_bias,
+                   .epilogue = Epilogue::kResidual,
+                   .in = gated,
+                   .out = residual});
 }
 
 }  // namespace rollpack::rollout

@@ -36,7 +36,9 @@ uint64_t fingerprint(DType dtype, std::span<const std::byte> bytes) {
 }
 
 // Buffers that old checkpoints carry and that the forward pass derives itself.
-bool is_derived(const std::string& name) { return name.ends_with(".rotary_emb.inv_freq"); }
+bool is_derived(const std::string& name) {
+  return name.ends_with(".rotary_emb.inv_freq");
+}
 
 }  // namespace
 
@@ -81,7 +83,8 @@ ModelWeights::ModelWeights(const ModelConfig& config, kernels::Backend& backend)
     if (config.has_mlp_bias) {
       w.gate_up_bias = declare(label + "gate_up_bias", WeightKind::kVector, 1,
                                {{mlp + "gate_proj.bias", F}, {mlp + "up_proj.bias", F}});
-      w.down_bias = declare(label + "down_bias", WeightKind::kVector, 1, {{mlp + "down_proj.bias", D}});
+      w.down_bias =
+          declare(label + "down_bias", WeightKind::kVector, 1, {{mlp + "down_proj.bias", D}});
     }
   }
 }
@@ -93,7 +96,8 @@ WeightId ModelWeights::declare(const std::string& name, WeightKind kind, int64_t
   const WeightId id = backend_.declare_weight(spec);
   for (int32_t part = 0; part < static_cast<int32_t>(parts.size()); ++part) {
     const auto& [tensor, rows] = parts[part];
-    places_[tensor] = {.weight = id, .part = part,
+    places_[tensor] = {.weight = id,
+                       .part = part,
                        .shape = kind == WeightKind::kVector ? std::vector<int64_t>{rows}
                                                             : std::vector<int64_t>{rows, cols}};
   }
@@ -127,14 +131,17 @@ void ModelWeights::stage(const std::string& name, DType dtype, std::span<const i
                  .message = "the tensor's shape does not fit config.json"});
   }
   if (is_staged_[name]) {
-    throw Error({.code = ErrorCode::kInvalidArgument, .field = name, .value = "given twice",
+    throw Error({.code = ErrorCode::kInvalidArgument,
+                 .field = name,
+                 .value = "given twice",
                  .allowed = "each tensor once"});
   }
   const int64_t rows = place.shape[0];
   const int64_t cols = place.shape.size() == 1 ? 1 : place.shape[1];
   const bool is_vector = place.shape.size() == 1;
   backend_.load_weight(place.weight, place.part,
-                       {.data = bytes.data(), .dtype = dtype,
+                       {.data = bytes.data(),
+                        .dtype = dtype,
                         .shape = {is_vector ? 1 : rows, is_vector ? rows : cols}},
                        {.begin = 0, .end = rows});
   if (is_tied_ && name == kEmbeddingName) embedding_hash_ = fingerprint(dtype, bytes);
@@ -145,8 +152,10 @@ void ModelWeights::stage_tied_head(DType dtype, std::span<const int64_t> shape,
                                    std::span<const std::byte> bytes) {
   const std::vector<int64_t>& expected = places_.at(kEmbeddingName).shape;
   if (!std::ranges::equal(shape, expected)) {
-    throw Error({.code = ErrorCode::kInvalidArgument, .field = kHeadName,
-                 .value = shape_text(shape), .allowed = shape_text(expected)});
+    throw Error({.code = ErrorCode::kInvalidArgument,
+                 .field = kHeadName,
+                 .value = shape_text(shape),
+                 .allowed = shape_text(expected)});
   }
   tied_head_hash_ = fingerprint(dtype, bytes);
 }

@@ -1,6 +1,6 @@
 // Which tensors of a Hugging Face model make up which weight of the backend, and the checks of a
-// whole set of them: names, shapes, nothing missing, nothing extra, tied heads really tied. Files and
-// weight updates go through the same door, so that equal tensors give equal bits.
+// whole set of them: names, shapes, nothing missing, nothing extra, tied heads really tied. Files
+// and weight updates go through the same door, so that equal tensors give equal bits.
 #pragma once
 
 #include <cstddef>

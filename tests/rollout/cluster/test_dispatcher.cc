@@ -7,8 +7,8 @@
 #include <future>
 
 #include "kernels/base/error.h"
-#include "tests/rollout/cluster/thread_ranks.h"
 #include "tests/error_text.h"
+#include "tests/rollout/cluster/thread_ranks.h"
 #include "trainer_bridge/shared_memory/segment.h"
 
 namespace rollpack::rollout {
@@ -49,10 +49,11 @@ struct Chunk {
     segment.emplace(bridge::MappedSegment::map(fd, bytes, bridge::kPeerSeals, "test"));
     chunk = {.fd = fd, .mapping = segment->bytes()};
     for (size_t i = 0; i < tensors.size(); ++i) {
-      chunk.tensors.push_back({.name = tensors[i].name, .dtype = DType::kF32,
-                               .shape = tensors[i].shape,
-                               .bytes = segment->bytes().subspan(offsets[i],
-                                                                 tensors[i].bytes().size())});
+      chunk.tensors.push_back(
+          {.name = tensors[i].name,
+           .dtype = DType::kF32,
+           .shape = tensors[i].shape,
+           .bytes = segment->bytes().subspan(offsets[i], tensors[i].bytes().size())});
     }
   }
   bridge::OwnedFd owner;
@@ -126,7 +127,8 @@ TEST(Dispatcher, AcceptsAllPromptsOfASubmitOrNone) {
   prompts[2].input_ids.assign(33, 1);
   EXPECT_EQ(error_text([&] { ranks.dispatcher().submit(prompts); }),
             "invalid_argument: input_ids = 33 tokens (prompts[2]): expected at most "
-            "rollout.prompt_length = 32 tokens; raise rollout.prompt_length, or set rollout.prompt_overflow to skip or "
+            "rollout.prompt_length = 32 tokens; raise rollout.prompt_length, or set "
+            "rollout.prompt_overflow to skip or "
             "truncate_left");
   prompts[2].input_ids = {};
   EXPECT_EQ(error_text([&] { ranks.dispatcher().submit(prompts); }),
@@ -310,8 +312,8 @@ TEST(Dispatcher, EndsTheJobWhenARankIsLostAndFailsWhatWaits) {
   ThreadRanks ranks(2);
   std::promise<void> ended;
   ranks.dispatcher().set_on_end([&] { ended.set_value(); });
-  ranks.dispatcher().lose_worker(1, {.code = ErrorCode::kUnavailable, .field = "rank 1",
-                                     .value = "gone"});
+  ranks.dispatcher().lose_worker(
+      1, {.code = ErrorCode::kUnavailable, .field = "rank 1", .value = "gone"});
   EXPECT_EQ(ended.get_future().wait_for(10s), std::future_status::ready);
   EXPECT_EQ(format_error(*ranks.dispatcher().health()), "rank 1 = gone");
   EXPECT_EQ(error_text([&] { ranks.dispatcher().submit(numbered_prompts(1)); }),

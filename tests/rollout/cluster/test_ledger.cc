@@ -7,8 +7,10 @@ namespace {
 
 GroupRequest group(int64_t request_id, int32_t prompt_index, int32_t length, int32_t n = 2) {
   GroupRequest request;
-  request.key = {.request_id = request_id, .prompt_index = prompt_index,
-                 .prompt_id = {.text = std::to_string(prompt_index)}, .group_size = n};
+  request.key = {.request_id = request_id,
+                 .prompt_index = prompt_index,
+                 .prompt_id = {.text = std::to_string(prompt_index)},
+                 .group_size = n};
   request.prompt_ids = std::make_shared<const std::vector<int32_t>>(length, 1);
   request.sampling.response_length = 10;
   return request;

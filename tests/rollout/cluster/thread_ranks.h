@@ -1,5 +1,5 @@
-// Ranks as threads: a dispatcher and n workers with replicas of their own in one process. Messages to
-// and from every worker but the first go through the codec, as they would between processes.
+// Ranks as threads: a dispatcher and n workers with replicas of their own in one process. Messages
+// to and from every worker but the first go through the codec, as they would between processes.
 #pragma once
 
 #include <condition_variable>
@@ -60,9 +60,9 @@ class ThreadRanks {
  public:
   explicit ThreadRanks(int num_ranks, const Config& config = tiny_config()) {
     for (int rank = 0; rank < num_ranks; ++rank) replicas_.push_back(tiny_replica(config));
-    dispatcher_ = std::make_unique<Dispatcher>(
-        config, tiny_model_config(), replicas_[0]->limits(),
-        replicas_[0]->backend().info().fingerprint, /*shares_weights=*/false);
+    dispatcher_ = std::make_unique<Dispatcher>(config, tiny_model_config(), replicas_[0]->limits(),
+                                               replicas_[0]->backend().info().fingerprint,
+                                               /*shares_weights=*/false);
     dispatcher_->set_sink(sink);
     for (int rank = 0; rank < num_ranks; ++rank) {
       workers_.push_back(std::make_shared<Worker>(*replicas_[rank], [this, rank](Event event) {

@@ -1,7 +1,8 @@
-// A backend without numbers: a page slot holds a hash of everything its key depends on (weights, all
-// tokens up to its position), a token is drawn from the hash of its row. So a step that reads a
+// A backend without numbers: a page slot holds a hash of everything its key depends on (weights,
+// all tokens up to its position), a token is drawn from the hash of its row. So a step that reads a
 // wrong, stale or foreign key draws a wrong token, and a few microseconds a step allow thousands of
-// random schedules. It also checks each plan: ranges, the token budget, no slot of memory written twice.
+// random schedules. It also checks each plan: ranges, the token budget, no slot of memory written
+// twice.
 #pragma once
 
 #include <algorithm>
@@ -140,7 +141,8 @@ inline kernels::StepHandle SimulatedBackend::submit(kernels::StepPlan plan) {
   }
   for (const kernels::ScoreRow& row : plan.scores) {
     result_.scores.push_back(
-        {.position = plan.positions.at(row.row) + 1, .token = row.token,
+        {.position = plan.positions.at(row.row) + 1,
+         .token = row.token,
          .logprob = -static_cast<float>(mix(hashes.at(row.row), row.token) % 1000)});
   }
   return 1;

@@ -62,7 +62,8 @@ struct Rig {
   void run_to_end() {
     for (int steps = 0; engine.has_work(); ++steps) {
       ASSERT_LT(steps, 100000) << "the engine does not come to an end";
-      ASSERT_EQ(engine.step(1s), Engine::StepOutcome::kDone) << "work is left but no step is planned";
+      ASSERT_EQ(engine.step(1s), Engine::StepOutcome::kDone)
+          << "work is left but no step is planned";
     }
     expect_nothing_held();
   }
@@ -88,7 +89,9 @@ GroupRequest random_group(std::mt19937& random, int64_t request_id, int32_t max_
                .prompt_id = {.text = std::to_string(request_id)},
                .group_size = 1 + below(6)};
   group.prompt_ids = std::make_shared<const std::vector<int32_t>>(prompt);
-  group.sampling = {.seed = 7, .response_length = 1 + below(max_response), .min_tokens = below(3),
+  group.sampling = {.seed = 7,
+                    .response_length = 1 + below(max_response),
+                    .min_tokens = below(3),
                     .stop_token_ids = {3, 50}};
   return group;
 }
@@ -104,9 +107,8 @@ std::vector<int32_t> alone(const GroupRequest& group, int32_t sample_index, uint
     for (const uint64_t key : keys) seen = mix(seen, key);
     keys.push_back(SimulatedBackend::row_hash(version, seen, tokens[position]));
     if (position + 1 < num_prompt) continue;
-    const int32_t token = SimulatedBackend::draw(keys.back(), group.sampling.seed,
-                                                 fnv1a64(group.key.prompt_id.text), sample_index,
-                                                 kVocab);
+    const int32_t token = SimulatedBackend::draw(
+        keys.back(), group.sampling.seed, fnv1a64(group.key.prompt_id.text), sample_index, kVocab);
     response.push_back(token);
     tokens.push_back(token);
     const auto length = static_cast<int32_t>(response.size());
@@ -130,10 +132,10 @@ TEST(Engine, GivesEverySampleAsIfAloneOverRandomSchedules) {
     SCOPED_TRACE(seed);
     std::mt19937 random(seed);
     const RigOptions options{.batching = seed % 3 == 0 ? "left_padded" : "continuous",
-                      .num_pages = static_cast<int32_t>(11 + random() % 40),
-                      .max_num_seqs = static_cast<int32_t>(1 + random() % 9),
-                      .max_num_batched_tokens = static_cast<int32_t>(1 + random() % 40),
-                      .prefix_sharing = random() % 4 != 0};
+                             .num_pages = static_cast<int32_t>(11 + random() % 40),
+                             .max_num_seqs = static_cast<int32_t>(1 + random() % 9),
+                             .max_num_batched_tokens = static_cast<int32_t>(1 + random() % 40),
+                             .prefix_sharing = random() % 4 != 0};
     Rig rig(options);
     std::vector<GroupRequest> groups;
     const int64_t num_groups = 1 + random() % 8;
@@ -186,7 +188,8 @@ TEST(Engine, PreemptsWhenPagesRunOutAndStillGivesTheSameTokens) {
   }
   ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
   EXPECT_GT(rig.engine.state().counters.num_preemptions, 0);
-  for (const auto& [name, sample] : rig.collected.samples) EXPECT_EQ(sample.response_ids.size(), 24u);
+  for (const auto& [name, sample] : rig.collected.samples)
+    EXPECT_EQ(sample.response_ids.size(), 24u);
 }
 
 TEST(Engine, AbortHandsOutPartialSamplesAndHoldsNothing) {
@@ -295,9 +298,9 @@ TEST(Engine, ScoresGivenResponsesWithTheNumbersOfGeneration) {
       ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
       uint64_t ticket = 0;
       for (const auto& [name, sample] : rig.collected.samples) {
-        rig.engine.add_score({.ticket = ticket++,
-                              .sequence = {.input_ids = *sample.prompt_ids,
-                                           .response_ids = sample.response_ids}});
+        rig.engine.add_score(
+            {.ticket = ticket++,
+             .sequence = {.input_ids = *sample.prompt_ids, .response_ids = sample.response_ids}});
       }
       ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
       ticket = 0;
@@ -346,8 +349,8 @@ TEST(Engine, StopsAdmittingButFinishesWhatHasStarted) {
 }
 
 TEST(RequestCheck, NamesTheBytesASequenceNeeds) {
-  const EngineLimits limits{.page_tokens = 4, .num_pages = 5, .page_bytes = 100,
-                            .max_positions = 1000};
+  const EngineLimits limits{
+      .page_tokens = 4, .num_pages = 5, .page_bytes = 100, .max_positions = 1000};
   GroupRequest group;
   group.prompt_ids = std::make_shared<const std::vector<int32_t>>(10, 1);
   group.sampling = {.response_length = 10};
