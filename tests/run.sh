@@ -46,7 +46,7 @@ ctest_stage() {
   local name=$1 build_dir=$2 limit_s=$3
   shift 3
   stage "$name" "$limit_s" ctest --test-dir "$build_dir" -j "$(nproc)" --timeout 120 \
-    --no-tests=error --output-on-failure --progress --output-junit "$results/$name.xml" "$@"
+    --no-tests=error --output-on-failure --output-junit "$results/$name.xml" "$@"
 }
 
 finish() {
@@ -77,6 +77,6 @@ for preset in $sanitizers; do
   build_dir=build-${preset%-ubsan}
   stage "build-$preset" 1800 tests/build.sh "$preset" || continue
   stage "$preset" 900 "${run_fixed[@]}" ctest --test-dir "$build_dir" -j "$(nproc)" --timeout 300 \
-    --no-tests=error --output-on-failure --progress --output-junit "$results/$preset.xml" -L unit
+    --no-tests=error --output-on-failure --output-junit "$results/$preset.xml" -L unit
 done
 finish
