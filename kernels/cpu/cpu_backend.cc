@@ -10,14 +10,15 @@
 
 #include "kernels/base/error.h"
 #include "kernels/cpu/attention.h"
+#include "kernels/cpu/float_mode.h"
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/kv_pages.h"
 #include "kernels/cpu/row_ops.h"
 #include "kernels/cpu/step_context.h"
-#include "kernels/cpu/step_queue.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/cpu/vocab_head.h"
 #include "kernels/cpu/weight_store.h"
+#include "kernels/step/step_queue.h"
 
 namespace rollpack::kernels {
 namespace cpu {
@@ -279,6 +280,7 @@ StepResult CpuBackend<Element>::run(const StepPlan& plan, StepProgram& program) 
                  .field = "step",
                  .message = "no weights are committed yet"});
   }
+  flush_subnormals();  // this is the driver's thread, and it computes too
   const std::lock_guard lock(pool_mutex_);
   step_.begin(plan);
   has_head_results_ = false;

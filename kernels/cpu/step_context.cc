@@ -5,6 +5,7 @@
 
 #include "kernels/base/error.h"
 #include "kernels/cpu/kernel_table.h"
+#include "kernels/step/check_plan.h"
 
 namespace rollpack::kernels::cpu {
 int32_t attention_rows_per_tile(const ModelShape& shape) {
@@ -19,7 +20,16 @@ StepContext::StepContext(const ModelShape& shape, const BackendOptions& options,
       rows_per_tile_(attention_rows_per_tile(shape)) {}
 
 void StepContext::begin(const StepPlan& plan) {
-  check(plan);
+  check_plan(plan,
+             {.V = shape_.V,
+              .max_rows = options_.max_num_batched_tokens,
+              .num_pages = num_pages_,
+              .page_tokens = kPageTokens,
+              .num_slots = options_.max_num_seqs},
+             [this](int32_t index) -> SlotStatus {
+               const Slot& slot = slots[static_cast<size_t>(index)];
+               return {.is_set = slot.is_set, .has_pending = slot.pending_token != kPendingToken};
+             });
   plan_ = &plan;
   for (const SlotInit& init : plan.slot_inits) {
     Slot& slot = slots[static_cast<size_t>(init.slot)];

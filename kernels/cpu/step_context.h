@@ -54,12 +54,6 @@ class StepContext {
   StepResult result;
 
  private:
-  void check(const StepPlan& plan) const;  // step_check.cc
-  void check_slot_init(const SlotInit& init, size_t i) const;
-  void check_sequences(const StepPlan& plan) const;
-  void check_rows(const StepPlan& plan, size_t s) const;
-  void check_heads(const StepPlan& plan) const;
-  bool has_pending(const StepPlan& plan, int32_t slot) const;
   void derive_rows();
   void derive_head_rows();
 

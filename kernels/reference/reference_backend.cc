@@ -9,8 +9,9 @@
 
 #include "kernels/base/error.h"
 #include "kernels/reference/ops.h"
-#include "kernels/reference/step_queue.h"
 #include "kernels/reference/token_sampler.h"
+#include "kernels/step/check_plan.h"
+#include "kernels/step/step_queue.h"
 
 namespace rollpack::kernels {
 namespace reference {
@@ -228,8 +229,12 @@ StepResult ReferenceBackend::run(const StepPlan& plan, StepProgram& program) {
              {.V = shape_.V,
               .max_rows = options_.max_num_batched_tokens,
               .num_pages = num_pages_,
-              .page_tokens = kPageTokens},
-             slots_);
+              .page_tokens = kPageTokens,
+              .num_slots = options_.max_num_seqs},
+             [this](int32_t index) -> SlotStatus {
+               const Slot& slot = slots_[static_cast<size_t>(index)];
+               return {.is_set = slot.is_set, .has_pending = slot.token != kPendingToken};
+             });
   StepState step = begin_step(plan, slots_, pages_);
   step_ = &step;
   try {

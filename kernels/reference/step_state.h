@@ -66,18 +66,6 @@ struct StepState {
   }
 };
 
-// What a plan may name.
-struct PlanLimits {
-  int64_t V = 0;
-  int32_t max_rows = 0;
-  int32_t num_pages = 0;
-  int32_t page_tokens = 0;
-};
-
-// Errors: invalid_argument naming the entry of the plan, its value and what is allowed. Nothing has
-// changed then.
-void check_plan(const StepPlan& plan, const PlanLimits& limits, const std::vector<Slot>& slots);
-
 // Fills slots and copies pages as the plan says, then looks up its rows.
 StepState begin_step(const StepPlan& plan, std::vector<Slot>& slots, KvPages& pages);
 

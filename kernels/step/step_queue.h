@@ -1,5 +1,5 @@
-// The driver: one thread that runs submitted steps in order, and the results that wait for their
-// callers.
+// Steps in flight of a backend that computes on the host: one driver thread runs them in order,
+// results and errors wait on their handles.
 #pragma once
 
 #include <condition_variable>
@@ -13,13 +13,13 @@
 
 #include "kernels/backend.h"
 
-namespace rollpack::kernels::cpu {
+namespace rollpack::kernels {
 
 class StepQueue {
  public:
   using Run = std::function<StepResult(const StepPlan& plan, StepProgram& program)>;
 
-  // `run` is called on the driver thread, one step at a time. The thread flushes subnormals.
+  // `run` is called on the driver thread, one step at a time.
   explicit StepQueue(Run run);
   ~StepQueue() { close(); }
   StepQueue(const StepQueue&) = delete;
@@ -63,4 +63,4 @@ class StepQueue {
   std::thread driver_;
 };
 
-}  // namespace rollpack::kernels::cpu
+}  // namespace rollpack::kernels

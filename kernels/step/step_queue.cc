@@ -1,13 +1,12 @@
-#include "kernels/cpu/step_queue.h"
+#include "kernels/step/step_queue.h"
 
 #include <algorithm>
 #include <string>
 #include <utility>
 
 #include "kernels/base/error.h"
-#include "kernels/cpu/float_mode.h"
 
-namespace rollpack::kernels::cpu {
+namespace rollpack::kernels {
 namespace {
 
 constexpr size_t kMaxStepsInFlight = 2;
@@ -72,7 +71,6 @@ void StepQueue::close() {
 }
 
 void StepQueue::drive() {
-  flush_subnormals();
   std::unique_lock lock(mutex_);
   for (;;) {
     changed_.wait(lock, [this] { return is_closing_ || next_to_run() != nullptr; });
@@ -109,4 +107,4 @@ StepQueue::Steps::iterator StepQueue::find(StepHandle handle) {
   return at;
 }
 
-}  // namespace rollpack::kernels::cpu
+}  // namespace rollpack::kernels

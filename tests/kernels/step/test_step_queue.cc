@@ -1,4 +1,4 @@
-#include "kernels/cpu/step_queue.h"
+#include "kernels/step/step_queue.h"
 
 #include <gtest/gtest.h>
 
@@ -7,9 +7,9 @@
 #include <stdexcept>
 
 #include "kernels/base/error.h"
-#include "toy_model.h"
+#include "tests/kernels/rig.h"
 
-namespace rollpack::kernels::cpu {
+namespace rollpack::kernels {
 namespace {
 
 using testing::error_text;
@@ -96,4 +96,4 @@ TEST(StepQueue, DrainWaitsForAllStepsAndKeepsTheirResults) {
 }
 
 }  // namespace
-}  // namespace rollpack::kernels::cpu
+}  // namespace rollpack::kernels
