@@ -78,15 +78,13 @@ TokenSampler::TokenSampler(int64_t V)
   order_.reserve(static_cast<size_t>(V));
 }
 
-bool TokenSampler::is_finite() const {
-  // As f32: a sum that f32 backends cannot hold is not a logit here either.
-  return std::all_of(logits_.begin(), logits_.end(),
-                     [](double x) { return std::isfinite(static_cast<float>(x)); });
-}
-
-void TokenSampler::scale(float temperature) {
+bool TokenSampler::scale(float temperature) {
+  // As f32: a number that f32 backends cannot hold is no logit here either.
+  const auto is_held = [](double x) { return std::isfinite(static_cast<float>(x)); };
   const double inverse = temperature == 0.0f ? 1.0 : static_cast<double>(1.0f / temperature);
   for (size_t v = 0; v < logits_.size(); ++v) scaled_[v] = logits_[v] * inverse;
+  return std::all_of(logits_.begin(), logits_.end(), is_held) &&
+         std::all_of(scaled_.begin(), scaled_.end(), is_held);
 }
 
 void TokenSampler::fill_support(const SlotInit& init, int32_t position) {
@@ -136,12 +134,10 @@ HeadResult TokenSampler::sample(Slot& slot, bool wants_entropy) {
   result.entropy = std::numeric_limits<float>::quiet_NaN();
   slot.token = 0;  // a legal id for the step that may already stand behind this one
   ++slot.next_position;
-  result.is_finite = is_finite();
-  if (!result.is_finite) return result;
-
   const SlotInit& init = slot.init;
   const bool is_greedy = init.sampling.temperature == 0.0f;
-  scale(init.sampling.temperature);
+  result.is_finite = scale(init.sampling.temperature);
+  if (!result.is_finite) return result;
   fill_support(init, result.position);
   const auto best = std::max_element(support_.begin(), support_.end());  // the first of equals
   result.is_finite = *best != kCut;  // false: min_tokens left nothing to draw
@@ -170,9 +166,8 @@ HeadResult TokenSampler::sample(Slot& slot, bool wants_entropy) {
 HeadResult TokenSampler::score(int32_t token, int32_t position, float temperature) {
   HeadResult result{.position = position, .token = token};
   result.entropy = std::numeric_limits<float>::quiet_NaN();
-  result.is_finite = is_finite();
+  result.is_finite = scale(temperature);
   if (!result.is_finite) return result;
-  scale(temperature);
   fill_logprobs(result);
   result.entropy = static_cast<float>(entropy_of(scaled_));
   return result;

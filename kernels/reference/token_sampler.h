@@ -21,8 +21,8 @@ class TokenSampler {
   HeadResult score(int32_t token, int32_t position, float temperature);
 
  private:
-  bool is_finite() const;
-  void scale(float temperature);
+  // Fills scaled_; false where a number, scaled or not, is not a finite f32.
+  bool scale(float temperature);
   void fill_support(const SlotInit& init, int32_t position);
   void truncate(const SamplingParams& sampling);
   void fill_logprobs(HeadResult& result) const;

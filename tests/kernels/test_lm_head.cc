@@ -241,6 +241,21 @@ TEST_P(LmHead, NonFiniteLogitsAreReportedAndOtherRowsKeepTheirBits) {
   }
 }
 
+TEST_P(LmHead, LogitsThatATemperatureTakesBeyondF32AreReported) {
+  auto logits = Numbers(18).vector(1025, 4.0f);
+  logits[7] = 1e35f;
+  HeadRig rig(GetParam(), {logits});
+  StepPlan plan = rig.plan();
+  plan.slot_inits = {{.slot = 0, .sampling = {.temperature = 1e-4f}, .end_position = 9}};
+  plan.samples = {{0, 0}};
+  plan.scores = {{0, 7, 1e-4f}, {0, 7, 1.0f}};
+  const StepResult got = rig.run(plan);
+  EXPECT_FALSE(got.samples[0].is_finite);
+  EXPECT_FALSE(got.scores[0].is_finite);
+  EXPECT_TRUE(got.scores[1].is_finite);
+  EXPECT_EQ(got.scores[1].logprob, 0.0f);
+}
+
 TEST_P(LmHead, RowsDoNotInfluenceEachOther) {
   constexpr int64_t V = 2500, D = 48, kRows = 23;
   for (const DType dtype : {DType::kBF16, DType::kF32}) {
