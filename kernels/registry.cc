@@ -41,10 +41,10 @@ size_t edit_distance(std::string_view a, std::string_view b) {
 [[noreturn]] void refuse_name(std::string_view name) {
   std::vector<std::string> allowed = backend_names();
   allowed.insert(allowed.begin(), "auto");
-  const auto nearest = std::min_element(
-      allowed.begin(), allowed.end(), [&](const std::string& a, const std::string& b) {
-        return edit_distance(name, a) < edit_distance(name, b);
-      });
+  const auto nearest = std::min_element(allowed.begin(), allowed.end(),
+                                        [&](const std::string& a, const std::string& b) {
+                                          return edit_distance(name, a) < edit_distance(name, b);
+                                        });
   throw Error({.code = ErrorCode::kInvalidArgument,
                .field = "engine.backend",
                .value = std::string(name),

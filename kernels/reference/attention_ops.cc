@@ -55,8 +55,8 @@ void rope_append(StepState& step, const ModelShape& shape, const Weight* q_norm,
       fail_invariant("rope_append: the rope table ends before a row's position");
     }
     const float* table = is_pad ? nullptr : args.rope_table.as<float>() + row.position * K;
-    const int32_t page = is_pad ? pages.scratch_page()
-                                : step.page_of(row, row.position, pages.page_tokens());
+    const int32_t page =
+        is_pad ? pages.scratch_page() : step.page_of(row, row.position, pages.page_tokens());
     const int32_t offset = is_pad ? 0 : row.position % pages.page_tokens();
     const float* in = args.qkv.as<float>() + static_cast<int64_t>(t) * (H + 2 * G) * K;
     for (int64_t h = 0; h < H + 2 * G; ++h) {
@@ -96,8 +96,8 @@ void attention(const StepState& step, const ModelShape& shape, const AttentionAr
     double max = -HUGE_VAL;
     for (int32_t j = begin; j < end; ++j) {
       const int32_t page = step.page_of(row, j, page_tokens);
-      const auto* key = static_cast<const Number*>(
-          pages.keys(args.layer, page, j % page_tokens, kv_head));
+      const auto* key =
+          static_cast<const Number*>(pages.keys(args.layer, page, j % page_tokens, kv_head));
       double score = 0;
       for (int64_t k = 0; k < K; ++k) score += read_number(q[k]) * read_number(key[k]);
       scores[static_cast<size_t>(j)] = score * scale;
@@ -107,8 +107,8 @@ void attention(const StepState& step, const ModelShape& shape, const AttentionAr
     std::fill(sums.begin(), sums.end(), 0.0);
     for (int32_t j = begin; j < end; ++j) {
       const int32_t page = step.page_of(row, j, page_tokens);
-      const auto* value = static_cast<const Number*>(
-          pages.values(args.layer, page, j % page_tokens, kv_head));
+      const auto* value =
+          static_cast<const Number*>(pages.values(args.layer, page, j % page_tokens, kv_head));
       const double p = std::exp(scores[static_cast<size_t>(j)] - max);
       total += p;
       for (int64_t k = 0; k < K; ++k) sums[static_cast<size_t>(k)] += p * read_number(value[k]);

@@ -42,11 +42,11 @@ void check_shape(const ModelShape& shape, const BackendOptions& options) {
                  .allowed = "positive numbers, G dividing H"});
   }
   if (options.max_num_seqs <= 0 || options.max_num_batched_tokens <= 0) {
-    throw Error({.code = ErrorCode::kInvalidArgument,
-                 .field = "engine.max_num_seqs, max_num_batched_tokens",
-                 .value = fmt::format("{}, {}", options.max_num_seqs,
-                                      options.max_num_batched_tokens),
-                 .allowed = "positive numbers"});
+    throw Error(
+        {.code = ErrorCode::kInvalidArgument,
+         .field = "engine.max_num_seqs, max_num_batched_tokens",
+         .value = fmt::format("{}, {}", options.max_num_seqs, options.max_num_batched_tokens),
+         .allowed = "positive numbers"});
   }
 }
 
@@ -64,9 +64,8 @@ int32_t pages_in(const ModelShape& shape, const BackendOptions& options) {
 }
 
 [[noreturn]] void refuse(std::string call, std::string reason) {
-  throw Error({.code = ErrorCode::kUnsupported,
-               .field = std::move(call),
-               .message = std::move(reason)});
+  throw Error(
+      {.code = ErrorCode::kUnsupported, .field = std::move(call), .message = std::move(reason)});
 }
 
 class ReferenceBackend final : public Backend {
@@ -99,8 +98,8 @@ class ReferenceBackend final : public Backend {
   const BackendInfo& info() const override { return info_; }
 
   Buffer alloc(int64_t bytes) override {
-    void* data = bytes >= 0 ? std::calloc(static_cast<size_t>(std::max<int64_t>(bytes, 1)), 1)
-                            : nullptr;
+    void* data =
+        bytes >= 0 ? std::calloc(static_cast<size_t>(std::max<int64_t>(bytes, 1)), 1) : nullptr;
     if (!data) {
       throw Error({.code = ErrorCode::kResourceExhausted,
                    .field = "alloc",
@@ -159,9 +158,7 @@ class ReferenceBackend final : public Backend {
     refuse("wake_up", "the reference backend cannot give its memory back");
   }
 
-  void set_program(std::shared_ptr<StepProgram> program) override {
-    program_ = std::move(program);
-  }
+  void set_program(std::shared_ptr<StepProgram> program) override { program_ = std::move(program); }
   StepHandle submit(StepPlan plan) override {
     if (!program_) {
       throw Error({.code = ErrorCode::kFailedPrecondition,
@@ -201,9 +198,7 @@ class ReferenceBackend final : public Backend {
     if (!step_) fail_invariant("an op of the backend was called outside of a step");
     return *step_;
   }
-  const Weight* find(WeightId id) {
-    return id == kNoWeight ? nullptr : &weights_.committed(id);
-  }
+  const Weight* find(WeightId id) { return id == kNoWeight ? nullptr : &weights_.committed(id); }
 
   ModelShape shape_;
   BackendOptions options_;

@@ -15,7 +15,9 @@ double dot(const A* a, const B* b, int64_t count) {
   return sum;
 }
 
-double silu(double x) { return x / (1.0 + std::exp(-x)); }
+double silu(double x) {
+  return x / (1.0 + std::exp(-x));
+}
 
 // One output row from one input row; `Out` is f32, or the compute dtype for kGated.
 template <class In, class Out>
@@ -47,8 +49,8 @@ void linear_row(const Weight& weight, const Weight* bias, Epilogue epilogue, con
 
 void check_linear(const Weight& weight, const Weight* bias, const LinearArgs& args) {
   const bool is_gated = args.epilogue == Epilogue::kGated;
-  const bool is_kind = is_gated ? weight.spec.kind == WeightKind::kGated
-                                : weight.spec.kind == WeightKind::kLinear;
+  const bool is_kind =
+      is_gated ? weight.spec.kind == WeightKind::kGated : weight.spec.kind == WeightKind::kLinear;
   const int64_t columns = is_gated ? weight.num_rows() / 2 : weight.num_rows();
   if (!is_kind || args.in.cols() != weight.spec.cols || args.in.dtype != weight.dtype ||
       args.out.cols() != columns || args.in.rows() != args.out.rows() ||

@@ -53,16 +53,16 @@ struct StepRow {
 
 struct StepState {
   const StepPlan* plan = nullptr;
-  std::vector<StepRow> rows;            // [T]
-  std::vector<int32_t> head_rows;       // distinct sampled or scored rows, ascending
-  std::vector<uint8_t> is_failed;       // [S] some K or V of the sequence was not finite
+  std::vector<StepRow> rows;       // [T]
+  std::vector<int32_t> head_rows;  // distinct sampled or scored rows, ascending
+  std::vector<uint8_t> is_failed;  // [S] some K or V of the sequence was not finite
   StepResult result;
   bool has_head_results = false;
 
   int32_t page_of(const StepRow& row, int32_t position, int32_t page_tokens) const {
     const StepSequence& sequence = plan->sequences[static_cast<size_t>(row.sequence)];
-    return plan->page_tables[static_cast<size_t>(sequence.page_table_begin +
-                                                 position / page_tokens)];
+    return plan
+        ->page_tables[static_cast<size_t>(sequence.page_table_begin + position / page_tokens)];
   }
 };
 

@@ -12,9 +12,15 @@ struct BF16 {
   uint16_t bits = 0;
 };
 
-inline double read_number(float value) { return value; }
-inline double read_number(BF16 value) { return bf16_to_f32(value.bits); }
-inline void write_number(float& target, double value) { target = static_cast<float>(value); }
+inline double read_number(float value) {
+  return value;
+}
+inline double read_number(BF16 value) {
+  return bf16_to_f32(value.bits);
+}
+inline void write_number(float& target, double value) {
+  target = static_cast<float>(value);
+}
 inline void write_number(BF16& target, double value) {
   target.bits = f32_to_bf16(static_cast<float>(value));
 }

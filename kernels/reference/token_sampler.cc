@@ -13,7 +13,9 @@ constexpr int64_t kBlockColumns = 1024;
 constexpr int64_t kPanelColumns = 64;
 constexpr double kCut = -std::numeric_limits<double>::infinity();
 
-double max_of(const std::vector<double>& x) { return *std::max_element(x.begin(), x.end()); }
+double max_of(const std::vector<double>& x) {
+  return *std::max_element(x.begin(), x.end());
+}
 
 // x[i] - log(sum exp(x)), arranged so that the result is never above 0.
 double log_softmax(const std::vector<double>& x, double x_i) {
@@ -23,7 +25,9 @@ double log_softmax(const std::vector<double>& x, double x_i) {
   return (x_i - max) - std::log(sum);
 }
 
-double log_sum_exp(const std::vector<double>& x) { return -log_softmax(x, 0.0); }
+double log_sum_exp(const std::vector<double>& x) {
+  return -log_softmax(x, 0.0);
+}
 
 double entropy_of(const std::vector<double>& x) {
   const double max = max_of(x);

@@ -29,8 +29,7 @@ void check_spec(const WeightSpec& spec) {
     refuse(spec, "cols", fmt::to_string(spec.cols), "1 for a vector");
   }
   const size_t parts = spec.part_rows.size();
-  if (spec.kind == WeightKind::kGated &&
-      (parts != 2 || spec.part_rows[0] != spec.part_rows[1])) {
+  if (spec.kind == WeightKind::kGated && (parts != 2 || spec.part_rows[0] != spec.part_rows[1])) {
     refuse(spec, "parts", fmt::to_string(parts), "two parts of equal rows, gate and up");
   }
   const bool is_vocabulary =
@@ -40,10 +39,14 @@ void check_spec(const WeightSpec& spec) {
 
 double source_number(const ConstTensor& source, int64_t i) {
   switch (source.dtype) {
-    case DType::kF32: return source.as<float>()[i];
-    case DType::kBF16: return bf16_to_f32(source.as<uint16_t>()[i]);
-    case DType::kF16: return f16_to_f32(source.as<uint16_t>()[i]);
-    default: fail_invariant("a weight source has no float dtype");
+    case DType::kF32:
+      return source.as<float>()[i];
+    case DType::kBF16:
+      return bf16_to_f32(source.as<uint16_t>()[i]);
+    case DType::kF16:
+      return f16_to_f32(source.as<uint16_t>()[i]);
+    default:
+      fail_invariant("a weight source has no float dtype");
   }
 }
 
@@ -56,8 +59,8 @@ double rounded(double number, DType compute_dtype) {
 void check_source(const WeightSpec& spec, int32_t part, const ConstTensor& source,
                   ShardRange shard) {
   const int64_t rows = spec.part_rows[static_cast<size_t>(part)];
-  const bool is_float = source.dtype == DType::kF32 || source.dtype == DType::kBF16 ||
-                        source.dtype == DType::kF16;
+  const bool is_float =
+      source.dtype == DType::kF32 || source.dtype == DType::kBF16 || source.dtype == DType::kF16;
   if (!is_float) {
     refuse(spec, "dtype", std::string(dtype_name(source.dtype)), "float32, bfloat16 or float16");
   }

@@ -43,9 +43,8 @@ class HeadRig {
     }
     const Tensor tensor =
         rig_.tensor(rig_.shape().dtype, static_cast<int64_t>(rows.size()), width_, in);
-    return rig_.run(plan, [&](Backend& backend) {
-      backend.lm_head({.weight = weight_, .in = tensor});
-    });
+    return rig_.run(plan,
+                    [&](Backend& backend) { backend.lm_head({.weight = weight_, .in = tensor}); });
   }
 
   Rig& rig() { return rig_; }

@@ -161,7 +161,9 @@ StepResult Rig::run(StepPlan plan) {
   return backend_->wait(backend_->submit(std::move(plan)), soon());
 }
 
-Deadline soon() { return std::chrono::steady_clock::now() + std::chrono::minutes(1); }
+Deadline soon() {
+  return std::chrono::steady_clock::now() + std::chrono::minutes(1);
+}
 
 std::vector<int32_t> page_range(int32_t first, int32_t count) {
   std::vector<int32_t> pages(static_cast<size_t>(count));

@@ -24,9 +24,13 @@ inline constexpr double kFlush = 0x1p-126;
 // exp within 1 unit in the last place (kernels/cpu/polynomial.h): two unit roundoffs.
 inline constexpr double kExpError = 2 * kUnitF32;
 
-inline double unit_of(DType dtype) { return dtype == DType::kBF16 ? kUnitBF16 : kUnitF32; }
+inline double unit_of(DType dtype) {
+  return dtype == DType::kBF16 ? kUnitBF16 : kUnitF32;
+}
 // gamma_n of Higham: the relative error of n roundings that follow each other.
-inline double gamma_of(double n) { return n * kUnitF32 / (1 - n * kUnitF32); }
+inline double gamma_of(double n) {
+  return n * kUnitF32 / (1 - n * kUnitF32);
+}
 
 // Seeded numbers (splitmix64), the same on every platform.
 class Numbers {
@@ -117,7 +121,9 @@ void expect_same_result(const HeadResult& got, const HeadResult& want, const std
 std::string error_text(const std::function<void()>& call);
 
 // Every backend of this build, for INSTANTIATE_TEST_SUITE_P.
-inline auto all_backends() { return ::testing::ValuesIn(backend_names()); }
+inline auto all_backends() {
+  return ::testing::ValuesIn(backend_names());
+}
 
 class BackendTest : public ::testing::TestWithParam<std::string> {};
 

@@ -74,9 +74,13 @@ class AttentionRig {
   StepResult result_;
 };
 
-int32_t pages_for(int64_t tokens) { return static_cast<int32_t>((tokens + 15) / 16); }
+int32_t pages_for(int64_t tokens) {
+  return static_cast<int32_t>((tokens + 15) / 16);
+}
 
-std::vector<int32_t> zeros(int64_t count) { return std::vector<int32_t>(count, 0); }
+std::vector<int32_t> zeros(int64_t count) {
+  return std::vector<int32_t>(count, 0);
+}
 
 // Bound of |out - exact| of both roundings for one sequence from position 0; `qkv` as stored.
 std::vector<double> attention_bound(const Given& given, const std::vector<float>& qkv,
@@ -139,11 +143,10 @@ void expect_attention_conforms(const std::string& backend, const Given& given, i
   const auto qkv = rounded(numbers.vector(rows * given.heads.cols(), 2.0f), given.dtype);
   const StepPlan plan = plan_of_rows(rows);
   expect_within(AttentionRig(backend, given).step(plan, qkv),
-                AttentionRig("reference", given).step(plan, qkv),
-                attention_bound(given, qkv, rows),
+                AttentionRig("reference", given).step(plan, qkv), attention_bound(given, qkv, rows),
                 std::string(dtype_name(given.dtype)) + " attention rows " + std::to_string(rows) +
-                    " H " + std::to_string(given.heads.H) + " K " +
-                    std::to_string(given.heads.K) + " window " + std::to_string(given.window));
+                    " H " + std::to_string(given.heads.H) + " K " + std::to_string(given.heads.K) +
+                    " window " + std::to_string(given.window));
 }
 
 TEST_P(Attention, StaysWithinTheRoundingOfItsSums) {
@@ -186,9 +189,9 @@ TEST_P(Attention, ScoresFarBelowZeroKeepTheirLargestKey) {
   std::vector<float> qkv(3 * given.heads.cols(), 0.0f);
   for (int64_t t = 0; t < 3; ++t) {
     float* row = qkv.data() + t * given.heads.cols();
-    row[0] = 4.0f;                                       // q
-    row[16] = -1000.0f * static_cast<float>(t + 1);      // k: scores -1000, -2000, -3000
-    row[32] = static_cast<float>(t + 1);                 // v
+    row[0] = 4.0f;                                   // q
+    row[16] = -1000.0f * static_cast<float>(t + 1);  // k: scores -1000, -2000, -3000
+    row[32] = static_cast<float>(t + 1);             // v
   }
   const auto out = AttentionRig(GetParam(), given).step(plan_of_rows(3), qkv);
   EXPECT_EQ(out[2 * 16], 1.0f);
@@ -265,8 +268,8 @@ TEST_P(Attention, ChunksOfRowsGiveTheBitsOfOnePass) {
                                            qkv.begin() + end * given.heads.cols()});
           got.insert(got.end(), out.begin(), out.end());
         }
-        expect_same_bits(got, want, "chunk " + std::to_string(chunk) + " window " +
-                                        std::to_string(window));
+        expect_same_bits(got, want,
+                         "chunk " + std::to_string(chunk) + " window " + std::to_string(window));
       }
     }
   }
@@ -314,8 +317,8 @@ TEST_P(Attention, NonFiniteKeysAndValuesFailTheirSequenceOnly) {
     AttentionRig clean(GetParam(), given);
     const auto want = clean.step(plan, qkv);
     EXPECT_TRUE(clean.result().failed_sequences.empty());
-    for (const float bad : {std::numeric_limits<float>::quiet_NaN(),
-                            std::numeric_limits<float>::infinity()}) {
+    for (const float bad :
+         {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
       for (const int64_t column : {int64_t{2 * 16 + 3}, int64_t{3 * 16 + 5}}) {  // K, then V
         auto broken = qkv;
         broken[(20 + 7) * cols + column] = bad;

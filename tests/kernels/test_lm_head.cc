@@ -33,8 +33,8 @@ Exact exact_of(const std::vector<double>& x, int32_t token, double x_error) {
   const double sum_error = 1.01 * (term_error + gamma_of(terms));
   exact.bound = 2 * x_error + sum_error + 4 * kUnitF32 * std::abs(exact.logprob) + kFlush;
   const double spread = std::abs(weighted) / sum;
-  exact.entropy_bound = sum_error + spread * (2 * sum_error + 4 * kUnitF32) +
-                        2 * x_error + 4 * kUnitF32 * exact.entropy + kFlush;
+  exact.entropy_bound = sum_error + spread * (2 * sum_error + 4 * kUnitF32) + 2 * x_error +
+                        4 * kUnitF32 * exact.entropy + kFlush;
   return exact;
 }
 
@@ -100,9 +100,8 @@ TEST_P(LmHead, ScoresOfRandomRowsConformToTheReference) {
           Rig rig(name, shape);
           const WeightId id = rig.weight(WeightKind::kEmbedding, {weight}, D);
           const Tensor rows = rig.tensor(dtype, 3, D, in);
-          return rig.run(plan, [&](Backend& backend) {
-            backend.lm_head({.weight = id, .in = rows});
-          });
+          return rig.run(plan,
+                         [&](Backend& backend) { backend.lm_head({.weight = id, .in = rows}); });
         };
         const StepResult got = run(GetParam()), want = run("reference");
         for (size_t i = 0; i < 3; ++i) {
@@ -151,8 +150,8 @@ TEST_P(LmHead, GreedyTakesTheLowestIdAmongTheLargest) {
     for (const int32_t id : best) logits[static_cast<size_t>(id)] = 2.0f;
     HeadRig rig(GetParam(), {logits});
     StepPlan plan = rig.plan();
-    plan.slot_inits = {{.slot = 3, .sampling = {.temperature = 0}, .next_position = 1,
-                        .end_position = 9}};
+    plan.slot_inits = {
+        {.slot = 3, .sampling = {.temperature = 0}, .next_position = 1, .end_position = 9}};
     plan.samples = {{0, 3}};
     const HeadResult got = rig.run(plan).samples[0];
     EXPECT_EQ(got.token, best.front());
@@ -226,9 +225,7 @@ TEST_P(LmHead, NonFiniteLogitsAreReportedAndOtherRowsKeepTheirBits) {
     plan.slot_inits = {{.slot = 0, .end_position = 9}, {.slot = 1, .end_position = 9}};
     plan.samples = {{0, 0}, {1, 1}};
     plan.scores = {{0, 3}, {1, 3}};
-    return rig.run(plan, [&](Backend& backend) {
-      backend.lm_head({.weight = id, .in = rows});
-    });
+    return rig.run(plan, [&](Backend& backend) { backend.lm_head({.weight = id, .in = rows}); });
   };
   const StepResult clean = run({0.5f, 0.0f, 1.0f, 0.0f}, 10.0f);
   EXPECT_TRUE(clean.samples[1].is_finite);
@@ -280,9 +277,8 @@ TEST_P(LmHead, RowsDoNotInfluenceEachOther) {
         plan.samples.push_back({slot, slot});
       }
       const Tensor tensor = rig.tensor(dtype, static_cast<int64_t>(rows.size()), D, chosen);
-      return rig.run(plan, [&](Backend& backend) {
-        backend.lm_head({.weight = id, .in = tensor});
-      });
+      return rig.run(plan,
+                     [&](Backend& backend) { backend.lm_head({.weight = id, .in = tensor}); });
     };
     std::vector<HeadResult> alone;
     for (int32_t row = 0; row < kRows; ++row) alone.push_back(run({row}, 2).samples[0]);

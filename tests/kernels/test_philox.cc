@@ -26,8 +26,8 @@ TEST(Philox, UniformTakesTheUpperFiftyThreeBitsOfTheFirstTwoWords) {
 
 TEST(Philox, UniformReadsPositionSampleAndHashAsCounterAndSeedAsKey) {
   // The digits-of-pi vector, spelled as (position, sample_index, hash) and seed.
-  const double u = sampling_uniform(0x299f31d0a4093822ull, 0x0370734413198a2eull, 0x85a308d3,
-                                    0x243f6a88);
+  const double u =
+      sampling_uniform(0x299f31d0a4093822ull, 0x0370734413198a2eull, 0x85a308d3, 0x243f6a88);
   EXPECT_EQ(u, static_cast<double>(0xd16cfe0994fdccebull >> 11) / 9007199254740992.0);
 }
 

@@ -52,8 +52,7 @@ std::vector<float> run_linear(const std::string& backend, const LinearCase& c,
   const bool is_gated = c.epilogue == Epilogue::kGated;
   const WeightId weight =
       rig.weight(is_gated ? WeightKind::kGated : WeightKind::kLinear, data.weight, c.in);
-  const WeightId bias =
-      c.has_bias ? rig.weight(WeightKind::kVector, {data.bias}, 1) : kNoWeight;
+  const WeightId bias = c.has_bias ? rig.weight(WeightKind::kVector, {data.bias}, 1) : kNoWeight;
   const Tensor in = rig.tensor(c.dtype, c.rows, c.in, data.in);
   const Tensor out = is_gated ? rig.tensor(c.dtype, c.rows, c.cols / 2)
                               : rig.tensor(DType::kF32, c.rows, c.cols, data.residual);
@@ -69,8 +68,8 @@ struct Chain {
 
 Chain chain_of(const LinearCase& c, const LinearData& data, int64_t t, int64_t n) {
   const int64_t first = static_cast<int64_t>(data.weight[0].size()) / c.in;
-  const float* row = n < first ? data.weight[0].data() + n * c.in
-                               : data.weight[1].data() + (n - first) * c.in;
+  const float* row =
+      n < first ? data.weight[0].data() + n * c.in : data.weight[1].data() + (n - first) * c.in;
   Chain chain;
   double magnitude = 0;
   for (int64_t k = 0; k < c.in; ++k) {
@@ -79,8 +78,8 @@ Chain chain_of(const LinearCase& c, const LinearData& data, int64_t t, int64_t n
     magnitude += std::abs(product);
   }
   // c.in fused roundings, each of at most the sum of magnitudes; flushed subnormals beside.
-  chain.error = gamma_of(static_cast<double>(c.in)) * magnitude +
-                static_cast<double>(c.in) * kFlush;
+  chain.error =
+      gamma_of(static_cast<double>(c.in)) * magnitude + static_cast<double>(c.in) * kFlush;
   if (c.has_bias) {
     chain.value += data.bias[n];
     chain.error += kUnitF32 * (std::abs(chain.value) + chain.error);
@@ -107,10 +106,9 @@ std::vector<double> linear_bound(const LinearCase& c, const LinearData& data) {
     }
     for (int64_t n = 0; n < c.cols; ++n) {
       const Chain chain = chain_of(c, data, t, n);
-      const double base =
-          c.epilogue == Epilogue::kResidual ? data.residual[t * c.cols + n] : 0.0;
-      bound.push_back(chain.error +
-                      2 * kUnitF32 * (std::abs(base + chain.value) + chain.error) + kFlush);
+      const double base = c.epilogue == Epilogue::kResidual ? data.residual[t * c.cols + n] : 0.0;
+      bound.push_back(chain.error + 2 * kUnitF32 * (std::abs(base + chain.value) + chain.error) +
+                      kFlush);
     }
   }
   return bound;

@@ -64,9 +64,9 @@ TEST_P(Sampling, DrawsFollowTheSoftmaxAndTheCumulativeDistribution) {
     for (int32_t position = 1; position <= kSteps; ++position) {
       const StepResult result = rig.run(draw_plan(rig, {.temperature = temperature}, position));
       for (const HeadResult& got : result.samples) {
-        const double u = sampling_uniform(42, 0x1234567890abcdefull,
-                                          static_cast<uint32_t>(got.slot),
-                                          static_cast<uint32_t>(position));
+        const double u =
+            sampling_uniform(42, 0x1234567890abcdefull, static_cast<uint32_t>(got.slot),
+                             static_cast<uint32_t>(position));
         const auto token = static_cast<size_t>(got.token);
         ASSERT_GE(u, cdf[token] - slack) << "V " << V << ", token " << token;
         ASSERT_LE(u, cdf[token + 1] + slack) << "V " << V << ", token " << token;
@@ -116,7 +116,9 @@ const std::vector<Truncation> kTruncations = {
     {"top_p after top_k is renormalised", {.top_k = 3, .top_p = 0.55f}, {1}, 0.5},
     {"top_k then min_p", {.top_k = 4, .min_p = 0.2f}, {1, 2, 4}, 0.875},
     // Squares: 1/4, 1/16, 1/64, 1/256 twice of 43/128: ratios 1, 1/4, 1/16, 1/64.
-    {"truncation sees the temperature", {.temperature = 0.5f, .min_p = 0.1f}, {1, 4},
+    {"truncation sees the temperature",
+     {.temperature = 0.5f, .min_p = 0.1f},
+     {1, 4},
      (0.25 + 0.0625) / (0.25 + 0.0625 + 0.015625 + 2 * 0.00390625)},
 };
 
@@ -215,14 +217,19 @@ TEST_P(Sampling, MinTokensComesBeforeTopKAndHoldsForGreedy) {
 TEST_P(Sampling, SamplesEndWithStopOrAtTheirLength) {
   HeadRig rig(GetParam(), {kFive});
   StepPlan plan = rig.plan();
-  plan.slot_inits = {{.slot = 0, .sampling = {.temperature = 0}, .next_position = 5,
-                      .end_position = 7},
-                     {.slot = 1, .sampling = {.temperature = 0}, .next_position = 5,
-                      .end_position = 6},
-                     {.slot = 2, .sampling = {.temperature = 0}, .next_position = 5,
-                      .end_position = 9, .stop_token_ids = {0, 1}},
-                     {.slot = 3, .sampling = {.temperature = 0}, .next_position = 5,
-                      .end_position = 6, .stop_token_ids = {1}}};
+  plan.slot_inits = {
+      {.slot = 0, .sampling = {.temperature = 0}, .next_position = 5, .end_position = 7},
+      {.slot = 1, .sampling = {.temperature = 0}, .next_position = 5, .end_position = 6},
+      {.slot = 2,
+       .sampling = {.temperature = 0},
+       .next_position = 5,
+       .end_position = 9,
+       .stop_token_ids = {0, 1}},
+      {.slot = 3,
+       .sampling = {.temperature = 0},
+       .next_position = 5,
+       .end_position = 6,
+       .stop_token_ids = {1}}};
   plan.samples = {{0, 0}, {0, 1}, {0, 2}, {0, 3}};
   const StepResult result = rig.run(plan);
   EXPECT_EQ(result.samples[0].finish, SlotFinish::kRunning);

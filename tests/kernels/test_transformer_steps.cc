@@ -86,8 +86,7 @@ TEST_P(TransformerSteps, SharedPrefixPagesGiveTheBitsOfPrivateOnes) {
       }
       const Results got = model.run(fork).scores;
       for (int32_t child = 0; child < 3; ++child) {
-        const Results whole =
-            one_pass(model, texts[static_cast<size_t>(child)], page_range(20, 4));
+        const Results whole = one_pass(model, texts[static_cast<size_t>(child)], page_range(20, 4));
         expect_same_results({got.begin() + 13 * child, got.begin() + 13 * (child + 1)},
                             {whole.end() - 13, whole.end()}, "child " + std::to_string(child));
       }
@@ -121,9 +120,9 @@ TEST_P(TransformerSteps, SequencesGiveTheSameBitsAloneInABatchAndPermuted) {
       auto at = got.begin();
       for (const int32_t s : order) {
         const auto end = at + lengths[static_cast<size_t>(s)];
-        expect_same_results({at, end}, alone[static_cast<size_t>(s)],
-                            "sequence " + std::to_string(s) + ", threads " +
-                                std::to_string(threads));
+        expect_same_results(
+            {at, end}, alone[static_cast<size_t>(s)],
+            "sequence " + std::to_string(s) + ", threads " + std::to_string(threads));
         at = end;
       }
     }

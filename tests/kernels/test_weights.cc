@@ -87,8 +87,8 @@ TEST_P(Weights, ACommitTakesEffectBehindTheStepsSubmittedBefore) {
 class WeightErrors : public BackendTest {
  protected:
   void SetUp() override {
-    backend().declare_weight({.name = "norm", .kind = WeightKind::kVector, .part_rows = {8},
-                              .cols = 1});
+    backend().declare_weight(
+        {.name = "norm", .kind = WeightKind::kVector, .part_rows = {8}, .cols = 1});
     backend().declare_weight({.name = "qkv", .part_rows = {4, 2}, .cols = 8});
   }
 
@@ -155,9 +155,8 @@ TEST_P(WeightErrors, CallsInTheWrongStateAreRefused) {
   backend().begin_staging();
   expect_error(code, {"commit or discard"}, [&] { backend().begin_staging(); });
   expect_error(code, {"committed"}, [&] { backend().copy_committed_to_staged(); });
-  expect_error(code, {"late", "declare"}, [&] {
-    backend().declare_weight({.name = "late", .part_rows = {4}, .cols = 8});
-  });
+  expect_error(code, {"late", "declare"},
+               [&] { backend().declare_weight({.name = "late", .part_rows = {4}, .cols = 8}); });
 }
 
 TEST_P(WeightErrors, ACopyOfTheCommittedSetTakesUpdatesOfSomeParts) {

@@ -43,8 +43,12 @@ class TinyProgram final : public StepProgram {
       const Layer& layer = layers_[static_cast<size_t>(l)];
       backend.rms_norm({.weight = layer.norm1, .in = x, .out = h});
       backend.linear({.weight = layer.qkv, .bias = layer.bias, .in = h, .out = qkv});
-      backend.rope_append({.layer = l, .qkv = qkv, .rope_table = buffers_.rope_table,
-                           .q_norm = layer.q_norm, .k_norm = layer.k_norm, .q = q});
+      backend.rope_append({.layer = l,
+                           .qkv = qkv,
+                           .rope_table = buffers_.rope_table,
+                           .q_norm = layer.q_norm,
+                           .k_norm = layer.k_norm,
+                           .q = q});
       backend.attention({.layer = l, .window = layer.window, .q = q, .out = attended});
       backend.linear(
           {.weight = layer.o, .epilogue = Epilogue::kResidual, .in = attended, .out = x});
@@ -133,8 +137,7 @@ TinyModel::TinyModel(const std::string& backend, DType dtype, RigOptions options
     const WeightId* id = ids_.data() + 2 + 9 * l;
     const bool is_plain = l == 1;  // the second layer: no biases, no head norms, a window
     layers.push_back({id[0], id[1], is_plain ? kNoWeight : id[2], is_plain ? kNoWeight : id[3],
-                      is_plain ? kNoWeight : id[4], id[5], id[6], id[7], id[8],
-                      is_plain ? 23 : 0});
+                      is_plain ? kNoWeight : id[4], id[5], id[6], id[7], id[8], is_plain ? 23 : 0});
   }
   const int64_t rows = options.max_num_batched_tokens;
   const Buffers buffers = {
@@ -164,7 +167,9 @@ void score_all(StepPlan& plan, const std::vector<int32_t>& successors) {
   }
 }
 
-int32_t pages_for(int64_t tokens) { return static_cast<int32_t>((tokens + 15) / 16); }
+int32_t pages_for(int64_t tokens) {
+  return static_cast<int32_t>((tokens + 15) / 16);
+}
 
 void expect_same_results(const std::vector<HeadResult>& got, const std::vector<HeadResult>& want,
                          const std::string& what) {

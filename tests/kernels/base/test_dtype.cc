@@ -8,7 +8,9 @@
 namespace rollpack {
 namespace {
 
-uint16_t bf16_of_bits(uint32_t bits) { return f32_to_bf16(std::bit_cast<float>(bits)); }
+uint16_t bf16_of_bits(uint32_t bits) {
+  return f32_to_bf16(std::bit_cast<float>(bits));
+}
 
 TEST(DType, BytesAndNamesAreThoseOfPyTorch) {
   EXPECT_EQ(dtype_bytes(DType::kF32), 4);
