@@ -8,9 +8,10 @@ import os
 import pathlib
 import signal
 import subprocess
+import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -60,31 +61,31 @@ class Job:
                        *command]
         environment = {**os.environ, _MARK: self._mark, "OMPI_ALLOW_RUN_AS_ROOT": "1",
                        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        self._log = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, env=environment, start_new_session=True)
-        self.stdout = self.stderr = ""
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._log,
+            env=environment, start_new_session=True)
         self.status: int | None = None  # set by run()
 
     @property
-    def pid(self) -> int:
-        """Of the program, or of its mpirun."""
-        return self._process.pid
+    def stderr(self) -> str:
+        """What it has written so far."""
+        # Opened anew: the descriptor itself shares its position with the program's.
+        path = pathlib.Path(f"/proc/self/fd/{self._log.fileno()}")
+        return path.read_text(errors="replace")
 
     def signal(self, number: int) -> None:
         """Sends a signal to the program, or to its mpirun, alone."""
         self._process.send_signal(number)
 
     def wait(self, timeout_s: float = 120.0) -> int:
-        """Waits for its end and keeps its output. Returns: the exit status.
+        """Waits for its end. Returns: the exit status.
 
         Raises: AssertionError with its output when it does not end in time.
         """
         try:
-            self.stdout, self.stderr = self._process.communicate(timeout=timeout_s)
+            self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            self.kill()
-            self.stdout, self.stderr = self._process.communicate(timeout=30)
             raise AssertionError(f"no end after {timeout_s} s:\n{self.stderr[-4000:]}") from None
         return self._process.returncode
 
@@ -109,14 +110,16 @@ class Job:
             time.sleep(0.02)
         return living
 
-    def wait_for_ranks(self, num_ranks: int, timeout_s: float = 60.0) -> dict[int, int]:
-        """Waits until that many ranks live. Returns: their pids by rank."""
+    def wait_until(self, happened: Callable[[], bool], timeout_s: float = 60.0) -> None:
+        """Waits for something that happens while it runs.
+
+        Raises: AssertionError with its output when it ends before, or when time is up.
+        """
         deadline = time.monotonic() + timeout_s
-        while len(ranks := self.rank_pids()) < num_ranks:
-            assert self._process.poll() is None, f"it ended: {self._process.communicate()[1]}"
-            assert time.monotonic() < deadline, f"only {len(ranks)} of {num_ranks} ranks started"
+        while not happened():
+            assert self._process.poll() is None, f"it ended:\n{self.stderr[-4000:]}"
+            assert time.monotonic() < deadline, f"not in {timeout_s} s:\n{self.stderr[-4000:]}"
             time.sleep(0.02)
-        return ranks
 
     def kill(self) -> None:
         """Ends whatever of it still lives; for clean-up."""
@@ -129,8 +132,7 @@ class Job:
 
     def __exit__(self, *error: object) -> None:
         self.kill()
-        if self._process.returncode is None:
-            self._process.communicate(timeout=30)
+        self._process.wait(timeout=30)
 
 
 def _environment_of(pid: int) -> dict[str, str]:
@@ -149,7 +151,7 @@ def _program_of(pid: int) -> str:
 
 
 def run(*arguments: Any, num_ranks: int = 0, timeout_s: float = 120.0) -> Job:
-    """Runs the program to its end. Returns: the ended job with its output; see `status`."""
+    """Runs the program to its end. Returns: the ended job; see `status` and `stderr`."""
     with Job(arguments, num_ranks=num_ranks) as job:
         job.status = job.wait(timeout_s)
         left = job.wait_for_no_process()

@@ -49,9 +49,15 @@ def _start_generating(base: Config, tmp_path: pathlib.Path, num_ranks: int) -> J
     prompts = write_jsonl(tmp_path / "in.jsonl", [{"input_ids": [5, 6, 7]} for _ in range(16)])
     job = Job(["generate", "--config", config, "--prompts", prompts, "--output",
                tmp_path / "out.jsonl"], num_ranks=num_ranks)
-    job.wait_for_ranks(max(1, num_ranks))
-    time.sleep(3)  # the model is loaded and samples are under way
+    _wait_until_under_way(job, num_ranks)
     return job
+
+
+def _wait_until_under_way(job: Job, num_ranks: int) -> None:
+    """Waits until the model is loaded and all ranks have met; then a second for some samples."""
+    job.wait_until(lambda: "KV pages" in job.stderr and len(job.rank_pids()) == max(1, num_ranks))
+    job.wait_until(lambda: not any("/rollpack" in name for name in shared_files()))
+    time.sleep(1)
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
@@ -99,15 +105,8 @@ def test_serve_ends_within_a_second_of_a_signal(base: Config, tmp_path: pathlib.
     socket = tmp_path / "s" / "rollpack.sock"
     config = write_config(tmp_path / "config.yaml", base, {"bridge": {"socket": socket}})
     with Job(["serve", "--config", config], num_ranks=2) as job:
-        deadline = time.monotonic() + 60
-        client = None
-        while client is None:
-            try:
-                client = rollpack.connect(socket)
-            except rollpack.RollpackError:
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-        with client:
+        job.wait_until(socket.exists)
+        with rollpack.connect(socket) as client:
             client.submit([[5, 6, 7]], n=8)
             time.sleep(0.5)
             job.signal(signal.SIGTERM)
@@ -125,14 +124,10 @@ def test_a_killed_rank_reaches_the_client_as_an_error(base: Config, tmp_path: pa
     socket = tmp_path / "s" / "rollpack.sock"
     config = write_config(tmp_path / "config.yaml", base, {"bridge": {"socket": socket}})
     with Job(["serve", "--config", config], num_ranks=2) as job:
-        ranks = job.wait_for_ranks(2)
-        deadline = time.monotonic() + 60
-        while not socket.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        job.wait_until(socket.exists)
         with rollpack.connect(socket) as client:
             client.submit([[5, 6, 7]], n=8)
-            os.kill(ranks[1], signal.SIGKILL)
+            os.kill(job.rank_pids()[1], signal.SIGKILL)
             start = time.monotonic()
             with pytest.raises(rollpack.RollpackError):
                 client.next_batch(timeout_s=30)
