@@ -10,9 +10,11 @@ export ROLLPACK_SOCKET=run/rollpack.sock
 python=${ROLLPACK_VENV:-.venv}/bin/python
 log=out/server.log
 server=
+trainer=
 
 # Also on Ctrl-C and on errors: a polite request first, then the server's whole process group.
-stop_server() {
+stop_all() {
+  [ -z "$trainer" ] || kill -TERM "$trainer" 2>/dev/null || true
   [ -n "$server" ] || return 0
   kill -TERM "$server" 2>/dev/null || true
   for _ in $(seq 50); do
@@ -23,7 +25,7 @@ stop_server() {
   wait "$server" 2>/dev/null || true
   server=
 }
-trap stop_server EXIT
+trap stop_all EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
@@ -48,4 +50,8 @@ until grep -q '^ready' "$log"; do
   sleep 0.1
 done
 
-"$python" examples/grpo.py --socket "$ROLLPACK_SOCKET" "$@"
+# In the background: bash runs its traps while it waits, but not while a foreground program runs.
+"$python" examples/grpo.py --socket "$ROLLPACK_SOCKET" "$@" &
+trainer=$!
+wait "$trainer"
+trainer=
