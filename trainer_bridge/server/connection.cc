@@ -78,7 +78,7 @@ void Connection::handle(Frame frame) {
   }
 }
 
-void Connection::dispatch(Json map, std::vector<OwnedFd> fds) {
+void Connection::dispatch(const Json& map, std::vector<OwnedFd> fds) {
   Fields fields(map, "", "request");
   const uint64_t id = fields.u64("id");
   ErrorInfo refusal;

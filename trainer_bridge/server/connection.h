@@ -72,7 +72,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
 
   void handle(Frame frame);
   // The request's id and verb, or an Error that costs the connection.
-  void dispatch(Json map, std::vector<OwnedFd> fds);
+  void dispatch(const Json& map, std::vector<OwnedFd> fds);
   void reply(uint64_t id, Json fields, std::vector<OwnedFd> fds);
   void watch_peer();
   // Says `error` under `id` where there is one, then ends the connection.

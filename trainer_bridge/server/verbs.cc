@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <algorithm>
 #include <limits>
 #include <string>
 
@@ -32,7 +33,7 @@ struct Verbs::Entry {
 };
 
 const std::vector<Verbs::Entry>& Verbs::entries() {
-  static const std::vector<Entry> kEntries = {
+  static const std::vector<Entry> table = {
       {"hello", &Verbs::hello, false},
       {"submit", &Verbs::submit},
       {"next_batch", &Verbs::next_batch},
@@ -47,7 +48,7 @@ const std::vector<Verbs::Entry>& Verbs::entries() {
       {"health", &Verbs::health, false},
       {"shutdown", &Verbs::shutdown},
   };
-  return kEntries;
+  return table;
 }
 
 void Verbs::handle(Request& request) {
@@ -62,8 +63,9 @@ void Verbs::handle(Request& request) {
     }
     return (this->*entry.run)(request);
   }
-  std::vector<std::string_view> names;
-  for (const Entry& entry : entries()) names.push_back(entry.name);
+  std::vector<std::string_view> names(entries().size());
+  std::transform(entries().begin(), entries().end(), names.begin(),
+                 [](const Entry& entry) { return entry.name; });
   throw Error({.code = ErrorCode::kNotFound,
                .field = "verb",
                .value = quoted(Json(request.verb)),
@@ -142,10 +144,10 @@ void Verbs::pause(Request& request) {
   const InFlight in_flight = read_in_flight(request.fields);
   request.fields.finish();
   check_no_fds(request);
-  parts_.service.pause(
-      in_flight, [post = parts_.on_server_thread, responder = request.responder](Outcome outcome) {
-        post([responder, outcome] { responder.outcome(outcome); });
-      });
+  parts_.service.pause(in_flight, [post = parts_.on_server_thread,
+                                   responder = request.responder](const Outcome& outcome) {
+    post([responder, outcome] { responder.outcome(outcome); });
+  });
 }
 
 void Verbs::resume(Request& request) {
@@ -160,7 +162,7 @@ void Verbs::score(Request& request) {
   check_no_fds(request);
   parts_.service.score(std::move(sequences),
                        [post = parts_.on_server_thread, responder = request.responder](
-                           Outcome outcome, std::vector<ScoredSequence> results) {
+                           const Outcome& outcome, std::vector<ScoredSequence> results) {
                          post([responder, outcome, results = std::move(results)] {
                            outcome ? responder.error(*outcome) : responder.ok(score_reply(results));
                          });

@@ -20,7 +20,7 @@ std::string read_name(Fields& fields) {
   const std::string given = fields.text("name");
   const bool printable =
       std::all_of(given.begin(), given.end(), [](char c) { return c >= ' ' && c <= '~'; });
-  const std::string name = canonical_name(given);
+  std::string name = canonical_name(given);
   if (name.empty() || name.size() > kMaxNameBytes || !printable) {
     fields.refuse("name", given, fmt::format("1 to {} printable ASCII characters", kMaxNameBytes));
   }
@@ -105,6 +105,7 @@ TensorEntry read_tensor(const Json& map, size_t index, int64_t chunk_bytes) {
 
 void check_apart(const std::vector<TensorEntry>& tensors) {
   std::vector<const TensorEntry*> sorted;
+  sorted.reserve(tensors.size());
   for (const TensorEntry& tensor : tensors) sorted.push_back(&tensor);
   std::sort(sorted.begin(), sorted.end(),
             [](const auto* a, const auto* b) { return a->offset < b->offset; });

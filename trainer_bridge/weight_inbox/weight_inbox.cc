@@ -59,7 +59,8 @@ void WeightInbox::begin(uint64_t client, int64_t version, OutcomeCallback done) 
   }
   update_ = Update{.client = client, .version = version};
   ++update_serial_;
-  enqueue({"begin", [this, version](OutcomeCallback end) { service_.begin_weights(version, end); },
+  enqueue({"begin",
+           [this, version](const OutcomeCallback& end) { service_.begin_weights(version, end); },
            std::move(done)});
 }
 
@@ -79,8 +80,8 @@ void WeightInbox::chunk(uint64_t client, int64_t version, ChunkManifest manifest
   }
   auto shared_fd = std::make_shared<OwnedFd>(std::move(fd));  // std::function wants copies
   enqueue({"chunk",
-           [this, manifest = std::move(manifest), shared_fd](OutcomeCallback end) {
-             stage(manifest, shared_fd, std::move(end));
+           [this, manifest = std::move(manifest), shared_fd](const OutcomeCallback& end) {
+             stage(manifest, shared_fd, end);
            },
            std::move(done)});
 }
@@ -93,9 +94,9 @@ void WeightInbox::commit(uint64_t client, int64_t version, InFlight in_flight,
     return done(error.info);
   }
   enqueue({"commit",
-           [this, in_flight](OutcomeCallback end) {
+           [this, in_flight](const OutcomeCallback& end) {
              update_->is_committing = true;
-             service_.commit_weights(in_flight, std::move(end));
+             service_.commit_weights(in_flight, end);
            },
            std::move(done)});
 }
@@ -149,7 +150,8 @@ void WeightInbox::phase_ended(uint64_t update_serial, const std::string& name,
   run_next();
 }
 
-void WeightInbox::stage(ChunkManifest manifest, std::shared_ptr<OwnedFd> fd, OutcomeCallback done) {
+void WeightInbox::stage(ChunkManifest manifest, const std::shared_ptr<OwnedFd>& fd,
+                        const OutcomeCallback& done) {
   const auto refuse = [this, serial = update_serial_, done](const ErrorInfo& error) {
     if (update_ && serial == update_serial_) service_.cancel_weights();
     done(error);

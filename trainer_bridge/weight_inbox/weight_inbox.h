@@ -53,7 +53,7 @@ class WeightInbox {
  private:
   struct Phase {
     std::string name;
-    std::function<void(OutcomeCallback)> run;
+    std::function<void(const OutcomeCallback&)> run;
     OutcomeCallback done;
   };
   struct Update {
@@ -68,7 +68,8 @@ class WeightInbox {
   void run_next();
   void phase_ended(uint64_t update_serial, const std::string& name, const OutcomeCallback& done,
                    Outcome outcome);
-  void stage(ChunkManifest manifest, std::shared_ptr<OwnedFd> fd, OutcomeCallback done);
+  void stage(ChunkManifest manifest, const std::shared_ptr<OwnedFd>& fd,
+             const OutcomeCallback& done);
   void check_new_names(const ChunkManifest& manifest);
   void close(const std::string& why);
 
