@@ -87,6 +87,7 @@ void Verbs::hello(Request& request) {
                  .message = "client and server are of different releases"});
   }
   std::vector<OwnedFd> fds;
+  fds.reserve(static_cast<size_t>(parts_.slots.num_slots()));
   for (int32_t slot = 0; slot < parts_.slots.num_slots(); ++slot) {
     fds.push_back(OwnedFd::duplicate(parts_.slots.fd(slot)));
   }
