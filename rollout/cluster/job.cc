@@ -84,7 +84,7 @@ Job::Job(const Config& config, Launch& launch)
 }
 
 Job::~Job() {
-  worker_.reset();
+  if (worker_) worker_->stop();  // its events go to the dispatcher
   hub_.reset();
   if (!folder_.empty()) {
     std::error_code ignored;

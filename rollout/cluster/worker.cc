@@ -47,6 +47,10 @@ void Worker::start() {
 }
 
 Worker::~Worker() {
+  stop();
+}
+
+void Worker::stop() {
   if (!thread_.joinable()) return;
   send(Stop{.hand_back = false});
   thread_.join();

@@ -24,6 +24,9 @@ class Worker : public WorkerLink, private EngineOutput {
   ~Worker() override;  // stops without handing back, if still running
 
   void start();
+  // Ends the thread without handing samples back; no event comes after it. Whoever takes the events
+  // must outlive this call.
+  void stop();
   void send(Command command) override;  // thread-safe
   void join();
 

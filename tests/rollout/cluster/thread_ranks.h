@@ -80,7 +80,7 @@ class ThreadRanks {
   }
   ~ThreadRanks() {
     dispatcher_->stop(false, std::chrono::steady_clock::now() + std::chrono::seconds(30));
-    workers_.clear();
+    for (const auto& worker : workers_) worker->stop();  // also one that counts as lost
   }
 
   Dispatcher& dispatcher() { return *dispatcher_; }
