@@ -161,7 +161,7 @@ bool ContinuousBatching::try_admit(EngineState& state, Sequence& sequence, StepB
                               : pages_for(num_covered, page_tokens) - num_computed / page_tokens;
   // Every running sequence may soon want one page more.
   const auto num_wanted = [&] {
-    return num_own + static_cast<int32_t>(state.running.empty() ? 0 : state.running.size());
+    return num_own + static_cast<int32_t>(state.running.size());
   };
   while (num_wanted() > state.pool.num_free()) {
     auto pinned = std::find_if(state.pinned_prompts.rbegin(), state.pinned_prompts.rend(),

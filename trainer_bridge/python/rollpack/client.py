@@ -152,7 +152,8 @@ class Client:
 
         Raises:
             DeadlineExceeded: not that many groups finished in time.
-            InvalidArgument: num_groups is not positive, or that many do not fit a slot.
+            InvalidArgument: num_groups is not positive. Where that many do not fit a slot, the
+                first ones that do are returned instead.
             DataLoss: the batch's bytes are not those that were written.
         """
         return self._inbox.take(num_groups, timeout_s, verify=self.verify)
