@@ -1,15 +1,24 @@
 #include "kernels/cpu/gemm.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
+
+#include "kernels/cpu/panel_shares.h"
 
 namespace rollpack::kernels::cpu {
 namespace {
 
-// Tasks a thread should find at least, so that the last one's end is no long wait.
-constexpr int64_t kTasksPerThread = 8;
-// Fewest row tiles of a task: each task streams its panel once, from L2 on for all but the first.
-constexpr int64_t kMinTilesPerTask = 2;
+// A product is cut into items of one panel x up to kChunkRows rows, and their k into blocks of
+// kBlockSteps: 512 steps of a panel are 128 KiB, the same steps of 256 rows 512 KiB in bf16, the
+// block that is prefetched meanwhile 128 KiB and the sums 64 KiB, which L2 holds (1 MiB and more).
+// A block is read from memory once a chunk and from L2 by every further tile of rows.
+constexpr int64_t kChunkRows = 256;
+constexpr int64_t kBlockSteps = 512;
+// Items a thread should find at least, so that waiting for the last one is short, and the fewest
+// row tiles of an item: two halves of a tile cost two tiles.
+constexpr int64_t kItemsPerThread = 4;
+constexpr int64_t kMinTilesPerItem = 2;
 
 template <class Element>
 TileOutput tile_output(const GemmArgs& args, int64_t row, int64_t panel) {
@@ -17,14 +26,22 @@ TileOutput tile_output(const GemmArgs& args, int64_t row, int64_t panel) {
   const int64_t column = panel * per_panel;
   const int64_t offset = row * args.weight.columns + column;
   TileOutput output{.stride = args.weight.columns,
-                    .columns = static_cast<int>(
-                        std::min(per_panel, args.weight.columns - column))};
+                    .columns = static_cast<int>(std::min(per_panel, args.weight.columns - column))};
   output.out = args.epilogue == Epilogue::kGated
                    ? static_cast<void*>(static_cast<Element*>(args.out) + offset)
                    : static_cast<void*>(static_cast<float*>(args.out) + offset);
   if (args.bias != nullptr) output.bias = args.bias + column;
   output.up_bias = args.weight.columns;
   return output;
+}
+
+// Cache lines of the next block that each of `num_tiles` products of `steps` steps brings into L2.
+// A lone tile reads its block as fast as memory gives it: there it only bridges the gap between two
+// blocks, 4 KiB, which the hardware's prefetcher does not.
+int64_t lines_ahead(int64_t steps, int64_t num_tiles) {
+  const int64_t block_lines = steps * kPanelColumns * 4 / 64;
+  return num_tiles == 1 ? std::min<int64_t>(block_lines, 64)
+                        : (block_lines + num_tiles - 1) / num_tiles;
 }
 
 }  // namespace
@@ -45,27 +62,48 @@ InputRows<Element> whole_steps(const Tensor& in, std::vector<Element>& scratch) 
 template <class Element>
 void gemm(const KernelTable& kernels, ThreadPool& pool, const InputRows<Element>& in,
           const GemmArgs& args) {
+  if (in.rows == 0) return;
   const ElementKernels<Element>& of = kernels.of<Element>();
-  const RowTiles tiles(in.rows);
-  const int64_t num_panels = args.weight.num_panels();
-  const int64_t wanted_blocks =
-      (pool.num_threads() * kTasksPerThread + num_panels - 1) / num_panels;
-  const int64_t num_blocks =
-      std::clamp<int64_t>(wanted_blocks, 1, std::max<int64_t>(1, tiles.count / kMinTilesPerTask));
   const auto store = args.epilogue == Epilogue::kGated      ? of.store_gated
                      : args.epilogue == Epilogue::kResidual ? kernels.store_residual
                                                             : kernels.store_plain;
-  pool.parallel_for(num_panels * num_blocks, [&](int64_t task, int) {
-    const int64_t panel = task / num_blocks;
-    const int64_t block = task % num_blocks;
-    const int64_t end_tile = tiles.count * (block + 1) / num_blocks;
-    alignas(64) float tile[kTileRows * kPanelColumns];
-    for (int64_t t = tiles.count * block / num_blocks; t < end_tile; ++t) {
-      const int64_t row = tiles.begin(t);
-      const int rows = static_cast<int>(tiles.begin(t + 1) - row);
-      of.panel_product(in.data + row * in.stride, in.stride, rows,
-                       args.weight.panel<Element>(panel), args.weight.steps(), tile);
-      store(tile, rows, tile_output<Element>(args, row, panel));
+  constexpr int64_t kWidth = sizeof(Element) == 2 ? 2 : 1;
+  const PackedMatrix& weight = args.weight;
+  const int64_t num_panels = weight.num_panels();
+  const RowTiles tiles(in.rows);
+  const int64_t wanted =
+      std::max((in.rows + kChunkRows - 1) / kChunkRows,
+               (pool.num_threads() * kItemsPerThread + num_panels - 1) / num_panels);
+  const int64_t num_chunks =
+      std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, tiles.count / kMinTilesPerItem));
+  const int64_t num_blocks = (weight.steps() + kBlockSteps - 1) / kBlockSteps;
+  PanelShares shares(num_chunks * num_panels, pool.num_threads());
+  shares.run(pool, [&](int64_t item, int64_t next, int) {
+    const int64_t chunk = item / num_panels, panel = item % num_panels;
+    const int64_t first_tile = tiles.count * chunk / num_chunks;
+    const int64_t end_tile = tiles.count * (chunk + 1) / num_chunks;
+    const int64_t first_row = tiles.begin(first_tile);
+    alignas(64) float sums[(kChunkRows + kTileRows) * kPanelColumns];
+    for (int64_t block = 0; block < num_blocks; ++block) {
+      const int64_t first_step = weight.steps() * block / num_blocks;
+      const int64_t steps = weight.steps() * (block + 1) / num_blocks - first_step;
+      const Element* columns = weight.panel<Element>(panel) + first_step * kPanelColumns * kWidth;
+      // Panels lie one after the other, and so do their blocks: the next is what follows.
+      const bool has_next = block + 1 < num_blocks || next == item + 1;
+      const auto* ahead =
+          reinterpret_cast<const std::byte*>(columns + steps * kPanelColumns * kWidth);
+      const int64_t lines = has_next ? lines_ahead(steps, end_tile - first_tile) : 0;
+      for (int64_t t = first_tile; t < end_tile; ++t) {
+        const int64_t row = tiles.begin(t);
+        const int rows = static_cast<int>(tiles.begin(t + 1) - row);
+        float* const tile = sums + (num_blocks > 1 ? (row - first_row) * kPanelColumns : 0);
+        of.panel_product(in.data + row * in.stride + first_step * kWidth, in.stride, rows, columns,
+                         steps, tile,
+                         {.continues = block > 0,
+                          .ahead = ahead + (t - first_tile) * lines * 64,
+                          .ahead_lines = lines});
+        if (block + 1 == num_blocks) store(tile, rows, tile_output<Element>(args, row, panel));
+      }
     }
   });
 }

@@ -77,40 +77,78 @@ template <class Body>
 inline __attribute__((always_inline)) void for_row_passes(int rows, Body body) {
   for (int r = 0; r < rows; r += kRowsPerPass) {
     switch (rows - r < kRowsPerPass ? rows - r : kRowsPerPass) {
-      case 1: body.template operator()<1>(r); break;
-      case 2: body.template operator()<2>(r); break;
-      case 3: body.template operator()<3>(r); break;
-      case 4: body.template operator()<4>(r); break;
-      case 5: body.template operator()<(kRowsPerPass >= 5 ? 5 : 1)>(r); break;
-      default: body.template operator()<kRowsPerPass>(r); break;
+      case 1:
+        body.template operator()<1>(r);
+        break;
+      case 2:
+        body.template operator()<2>(r);
+        break;
+      case 3:
+        body.template operator()<3>(r);
+        break;
+      case 4:
+        body.template operator()<4>(r);
+        break;
+      case 5:
+        body.template operator()<(kRowsPerPass >= 5 ? 5 : 1)>(r);
+        break;
+      default:
+        body.template operator()<kRowsPerPass>(r);
+        break;
     }
   }
 }
 
 // ---- linear layers ------------------------------------------------------------------------------
 
+// Steps between two looks at what to prefetch: rare enough to cost nothing, and at the 3 lines that
+// 22 row tiles leave each look to bring, far below the loads a core can have in flight.
+inline constexpr int64_t kStepsPerLook = 16;
+
 template <class Step>
 void panel_product(const typename Step::Element* a, int64_t a_stride, int rows,
-                   const typename Step::Element* panel, int64_t steps, float* tile) {
+                   const typename Step::Element* panel, int64_t steps, float* tile,
+                   const PanelPass& pass) {
   constexpr int kVectors = kVectorsPerPass;
   constexpr int64_t kStride = kPanelColumns * Step::kWidth;
-  for_row_passes(rows, [&]<int kRows>(int first) __attribute__((always_inline)) {
-    for (int v0 = 0; v0 < kPanelColumns / 16; v0 += kVectors) {
-      const typename Step::Element* columns[kVectors];
-      for (int v = 0; v < kVectors; ++v) columns[v] = panel + (v0 + v) * 16 * Step::kWidth;
-      Accumulators<kRows, kVectors> acc;
-      clear(acc);
-      accumulate<Step, kRows, kVectors>(acc, a + first * a_stride, a_stride, columns, kStride,
-                                        steps);
+  const int64_t lines_per_look =
+      (pass.ahead_lines * kStepsPerLook + steps - 1) / (steps > 0 ? steps : 1);
+  const char* ahead = static_cast<const char*>(pass.ahead);
+  const char* const ahead_end = ahead + pass.ahead_lines * 64;
+  for_row_passes(
+      rows, [&]<int kRows>(int first) __attribute__((always_inline)) {
+        for (int v0 = 0; v0 < kPanelColumns / 16; v0 += kVectors) {
+          float* const sums = tile + first * kPanelColumns + v0 * 16;
+          Accumulators<kRows, kVectors> acc;
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
+          for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) {
-          store(tile + (first + r) * kPanelColumns + (v0 + v) * 16, acc.at[r][v]);
+            for (int v = 0; v < kVectors; ++v) {
+              acc.at[r][v] =
+                  pass.continues ? load(sums + r * kPanelColumns + v * 16) : broadcast(0.0f);
+            }
+          }
+          for (int64_t begin = 0; begin < steps; begin += kStepsPerLook) {
+            for (int64_t line = 0; line < lines_per_look && ahead < ahead_end;
+                 ++line, ahead += 64) {
+              __builtin_prefetch(ahead, 0, 2);
+            }
+            const int64_t count = steps - begin < kStepsPerLook ? steps - begin : kStepsPerLook;
+            const typename Step::Element* columns[kVectors];
+            for (int v = 0; v < kVectors; ++v) {
+              columns[v] = panel + begin * kStride + (v0 + v) * 16 * Step::kWidth;
+            }
+            accumulate<Step, kRows, kVectors>(acc, a + first * a_stride + begin * Step::kWidth,
+                                              a_stride, columns, kStride, count);
+          }
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v)
+              store(sums + r * kPanelColumns + v * 16, acc.at[r][v]);
+          }
         }
-      }
-    }
-  });
+      });
 }
 
 void store_plain(const float* tile, int rows, const TileOutput& output) {
@@ -142,8 +180,7 @@ void store_residual(const float* tile, int rows, const TileOutput& output) {
 inline Lanes exp(Lanes x) {
   const Lanes t = fma(x, broadcast(kExpLog2e), broadcast(kExpRound));
   const Lanes n = sub(t, broadcast(kExpRound));
-  const Lanes r =
-      fma(n, broadcast(-kExpLn2Low), fma(n, broadcast(-kExpLn2High), x));
+  const Lanes r = fma(n, broadcast(-kExpLn2Low), fma(n, broadcast(-kExpLn2High), x));
   Lanes q = fma(broadcast(kExpQ4), r, broadcast(kExpQ3));
   q = fma(q, r, broadcast(kExpQ2));
   q = fma(q, r, broadcast(kExpQ1));

@@ -34,13 +34,20 @@ struct TileOutput {
   int columns = 0;     // valid output columns: at most 64, for gated tiles 32
 };
 
+// What a panel product does besides its sums.
+struct PanelPass {
+  bool continues = false;       // the sums start from `tile`, not from 0: a later part of k
+  const void* ahead = nullptr;  // memory to bring into L2 meanwhile: what the caller reads next
+  int64_t ahead_lines = 0;      // cache lines of it
+};
+
 // The kernels that depend on the compute dtype.
 template <class Element>
 struct ElementKernels {
   // tile[r][n] = sum over steps ascending of a[r] * panel[.][n], r < rows <= kTileRows, n < 64.
   // One step is a pair of k in bf16 (odd element first), a single k in f32.
   void (*panel_product)(const Element* a, int64_t a_stride, int rows, const Element* panel,
-                        int64_t steps, float* tile);
+                        int64_t steps, float* tile, const PanelPass& pass);
   // out[r][c] = silu(tile[r][c]) * tile[r][c + 32], rounded once.
   void (*store_gated)(const float* tile, int rows, const TileOutput& output);
   // out[d] = (in[d] * (1 / sqrt(sum(in^2) / n + epsilon))) * weight[d], rounded once.

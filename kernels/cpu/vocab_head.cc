@@ -220,7 +220,7 @@ void VocabHead<Element>::compute_block(const Group& group, int64_t block, int64_
       const int64_t row = first + tiles.begin(t);
       const int rows = static_cast<int>(tiles.begin(t + 1) - tiles.begin(t));
       of_.panel_product(group_in_.data + row * group_in_.stride, group_in_.stride, rows,
-                        weight_.panel<Element>(panel), weight_.steps(), tile);
+                        weight_.panel<Element>(panel), weight_.steps(), tile, {});
       reduce_tile(group, tile, row, rows, panel, first_distribution, work.panels.data() + p);
     }
   }
@@ -268,7 +268,7 @@ std::span<const BlockStats> VocabHead<Element>::blocks_of(int32_t distribution) 
 template <class Element>
 void VocabHead<Element>::panel_logits(int32_t head_row, int64_t panel, float* logits) const {
   of_.panel_product(in_.data + head_row * in_.stride, in_.stride, 1, weight_.panel<Element>(panel),
-                    weight_.steps(), logits);
+                    weight_.steps(), logits, {});
 }
 
 template <class Element>

@@ -113,7 +113,7 @@ TYPED_TEST(MicroKernels, ProductsAreTheContractsChainForEveryRowCount) {
     for (const Isa isa : supported_isas()) {
       for (int rows = 1; rows <= kTileRows; ++rows) {
         std::vector<float> tile(kTileRows * kPanelColumns, -1.0f);
-        this->of(isa).panel_product(a.data(), stride, rows, panel.data(), steps, tile.data());
+        this->of(isa).panel_product(a.data(), stride, rows, panel.data(), steps, tile.data(), {});
         std::vector<float> want(tile.size(), -1.0f);
         for (int r = 0; r < rows; ++r) {
           for (int c = 0; c < kPanelColumns; ++c) {
@@ -123,6 +123,26 @@ TYPED_TEST(MicroKernels, ProductsAreTheContractsChainForEveryRowCount) {
         }
         ASSERT_EQ(bits(tile), bits(want)) << isa_name(isa) << ", " << rows << " rows";
       }
+    }
+  }
+}
+
+TYPED_TEST(MicroKernels, ProductsInPartsOfKAreTheWholeProduct) {
+  Numbers numbers(11);
+  const int64_t steps = 61, stride = steps * this->kWidth;
+  const auto a = wild_elements<TypeParam>(numbers, kTileRows * stride);
+  const auto panel = wild_elements<TypeParam>(numbers, steps * kPanelColumns * this->kWidth);
+  for (const Isa isa : supported_isas()) {
+    const ElementKernels<TypeParam>& of = this->of(isa);
+    for (const int64_t cut : {1, 16, 17, 60}) {
+      std::vector<float> whole(kTileRows * kPanelColumns), parts(whole.size());
+      of.panel_product(a.data(), stride, kTileRows, panel.data(), steps, whole.data(), {});
+      of.panel_product(a.data(), stride, kTileRows, panel.data(), cut, parts.data(),
+                       {.ahead = panel.data(), .ahead_lines = 5});
+      of.panel_product(a.data() + cut * this->kWidth, stride, kTileRows,
+                       panel.data() + cut * kPanelColumns * this->kWidth, steps - cut, parts.data(),
+                       {.continues = true});
+      ASSERT_EQ(bits(parts), bits(whole)) << isa_name(isa) << ", cut at " << cut;
     }
   }
 }
