@@ -9,38 +9,28 @@
 
 namespace rollpack::kernels::cpu {
 
-inline constexpr int64_t kBlockColumns = 1024;
-inline constexpr int64_t kBlockPanels = kBlockColumns / kPanelColumns;
-
-// Sums over one block, of logits x scaled and rounded once.
-struct BlockStats {
-  float max = 0;        // m: the largest x
-  double sum = 0;       // of exp(x - m)
-  double weighted = 0;  // of (x - m) exp(x - m)
-};
-
-// Merges the panels of a block, in order.
-BlockStats merge_panels(std::span<const PanelStats> panels);
+inline constexpr int64_t kBlockColumns = kBlockPanels * kPanelColumns;
 
 // A whole row.
 struct RowStats {
   float max = 0;
-  double total = 0;      // sum over blocks, in order, of sum * exp(m - max)
+  double total = 0;  // sum over blocks, in order, of sum * exp(m - max)
   double log_total = 0;
-  double weighted = 0;   // sum over all x of (x - max) exp(x - max)
+  double weighted = 0;  // sum over all x of (x - max) exp(x - max)
 
+  // Sums up the blocks, in order; factors[b] = exp(maxes[b] - max). `max` is set already.
+  void add_blocks(std::span<const float> maxes, std::span<const double> sums,
+                  std::span<const double> weighted_sums, std::span<const float> factors);
   // log softmax of a logit, which is scaled and rounded already. Rounded once.
   float logprob(float x) const;
   // Nats.
   float entropy() const;
 };
 
-RowStats merge_blocks(std::span<const BlockStats> blocks);
-
 // One level of the inverse CDF.
 struct Pick {
-  int64_t item = -1;   // -1: every item has zero mass
-  double before = 0;   // running mass of what lies before it
+  int64_t item = -1;  // -1: every item has zero mass
+  double before = 0;  // running mass of what lies before it
 };
 
 // The first of `count` items whose running mass, which starts at `running`, exceeds `target`; where

@@ -35,16 +35,15 @@ TileOutput tile_output(const GemmArgs& args, int64_t row, int64_t panel) {
   return output;
 }
 
-// Cache lines of the next block that each of `num_tiles` products of `steps` steps brings into L2.
-// A lone tile reads its block as fast as memory gives it: there it only bridges the gap between two
-// blocks, 4 KiB, which the hardware's prefetcher does not.
+}  // namespace
+
 int64_t lines_ahead(int64_t steps, int64_t num_tiles) {
+  // A lone tile reads its block as fast as memory gives it: there it only bridges the gap between
+  // two blocks, 4 KiB, which the hardware's prefetcher does not.
   const int64_t block_lines = steps * kPanelColumns * 4 / 64;
   return num_tiles == 1 ? std::min<int64_t>(block_lines, 64)
                         : (block_lines + num_tiles - 1) / num_tiles;
 }
-
-}  // namespace
 
 template <class Element>
 InputRows<Element> whole_steps(const Tensor& in, std::vector<Element>& scratch) {

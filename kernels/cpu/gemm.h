@@ -35,6 +35,10 @@ struct RowTiles {
   int64_t count;
 };
 
+// Cache lines of the next block of panel columns that each of `num_tiles` products of `steps` steps
+// brings into L2.
+int64_t lines_ahead(int64_t steps, int64_t num_tiles);
+
 struct GemmArgs {
   PackedMatrix weight;
   Epilogue epilogue = Epilogue::kNone;

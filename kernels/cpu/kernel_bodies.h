@@ -176,8 +176,8 @@ void store_residual(const float* tile, int rows, const TileOutput& output) {
   }
 }
 
-// exp_f32() of polynomial.h, lane by lane.
-inline Lanes exp(Lanes x) {
+// exp_f32() of polynomial.h, lane by lane, for x that is at most 0 or NaN: nothing overflows.
+inline Lanes exp_of_nonpositive(Lanes x) {
   const Lanes t = fma(x, broadcast(kExpLog2e), broadcast(kExpRound));
   const Lanes n = sub(t, broadcast(kExpRound));
   const Lanes r = fma(n, broadcast(-kExpLn2Low), fma(n, broadcast(-kExpLn2High), x));
@@ -186,10 +186,14 @@ inline Lanes exp(Lanes x) {
   q = fma(q, r, broadcast(kExpQ1));
   q = fma(q, r, broadcast(kExpQ0));
   const Lanes p = fma(fma(q, r, broadcast(1.0f)), r, broadcast(1.0f));
-  Lanes y = scale_by_power(p, t);
-  y = select(less(x, broadcast(kExpCutoff)), broadcast(0.0f), y);
-  y = select(less(broadcast(kExpOverflow), x), broadcast(__builtin_inff()), y);
-  return select(is_nan(x), x, y);
+  return select(less(x, broadcast(kExpCutoff)), broadcast(0.0f), scale_by_power(p, t));
+}
+
+// exp_f32() of polynomial.h, lane by lane.
+inline Lanes exp(Lanes x) {
+  const Lanes y = exp_of_nonpositive(x);
+  return select(less(broadcast(kExpOverflow), x), broadcast(__builtin_inff()),
+                select(is_nan(x), x, y));
 }
 
 template <class Step>
@@ -249,29 +253,56 @@ bool all_finite(const float* x, int64_t n) {
 
 // ---- vocabulary ---------------------------------------------------------------------------------
 
-void panel_stats(const float* logits, int columns, float scale, PanelStats* stats) {
+void panel_stats(const LogitsRow* rows, int count, int columns, int lane, bool with_weighted) {
   constexpr int kVectors = kPanelColumns / 16;
   const Lanes lowest = broadcast(-__builtin_inff());
-  Lanes x[kVectors];
-  Lanes highest = lowest;
-  for (int v = 0; v < kVectors; ++v) {
-    x[v] = mul(load(logits + 16 * v), broadcast(scale));
-    x[v] = select(first_lanes(columns - 16 * v), x[v], lowest);
-    highest = max(highest, x[v]);
+  for (int r = 0; r < count; ++r) {
+    const Lanes scale = broadcast(rows[r].scale);
+    Lanes x[kVectors];
+    Lanes highest = lowest;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      x[v] = mul(load(rows[r].logits + 16 * v), scale);
+      if (columns < kPanelColumns) x[v] = select(first_lanes(columns - 16 * v), x[v], lowest);
+      highest = max(highest, x[v]);
+    }
+    const float m = max_lanes(highest);
+    Lanes sum = broadcast(0.0f);
+    Lanes weighted = broadcast(0.0f);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const Lanes d = sub(x[v], broadcast(m));
+      const Lanes e = exp_of_nonpositive(d);
+      sum = add(sum, e);
+      // A column past the vocabulary has d = -infinity and e = 0: keep their product 0.
+      if (with_weighted) weighted = fma(max(d, broadcast(-1e30f)), e, weighted);
+    }
+    BlockPanels& block = *rows[r].block;
+    block.max[lane] = m;
+    block.sum[lane] = sum_lanes(sum);
+    block.weighted[lane] = with_weighted ? sum_lanes(weighted) : 0.0f;
   }
-  const float m = max_lanes(highest);
-  Lanes sum = broadcast(0.0f);
-  Lanes weighted = broadcast(0.0f);
-  for (int v = 0; v < kVectors; ++v) {
-    const Lanes d = sub(x[v], broadcast(m));
-    const Lanes e = exp(d);
-    sum = add(sum, e);
-    // A column past the vocabulary has d = -infinity and e = 0: keep their product 0.
-    weighted = fma(max(d, broadcast(-1e30f)), e, weighted);
+}
+
+BlockStats merge_panels(const BlockPanels& panels, bool with_weighted) {
+  const Lanes maxes = load(panels.max);
+  const float m = max_lanes(maxes);
+  const Lanes shifts = sub(maxes, broadcast(m));
+  float shift[kBlockPanels], factor[kBlockPanels];
+  store(shift, max(shifts, broadcast(-1e30f)));  // a panel past the vocabulary: times 0, not NaN
+  store(factor, exp_of_nonpositive(shifts));
+  BlockStats block = {m, 0, 0};
+  for (int p = 0; p < kBlockPanels; ++p) {
+    block.sum += static_cast<double>(panels.sum[p]) * static_cast<double>(factor[p]);
   }
-  stats->max = m;
-  stats->sum = sum_lanes(sum);
-  stats->weighted = sum_lanes(weighted);
+  if (!with_weighted) return block;
+  for (int p = 0; p < kBlockPanels; ++p) {
+    const double sum = static_cast<double>(panels.sum[p]);
+    const double weighted = static_cast<double>(panels.weighted[p]);
+    block.weighted +=
+        (weighted + static_cast<double>(shift[p]) * sum) * static_cast<double>(factor[p]);
+  }
+  return block;
 }
 
 void shifted_exp(const float* x, int64_t n, float scale, float max, float* out) {

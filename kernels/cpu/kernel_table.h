@@ -17,11 +17,35 @@ inline constexpr int kPageTokens = 16;    // tokens of a KV page: one 16-lane ve
 inline constexpr int kChunkKeys = 256;    // keys of an attention chunk
 inline constexpr int kChunkPages = kChunkKeys / kPageTokens;
 
-// Sums over the columns of one vocabulary panel, of logits x scaled and rounded once.
-struct PanelStats {
-  float max = 0;       // m
-  float sum = 0;       // sum of exp(x - m)
-  float weighted = 0;  // sum of (x - m) exp(x - m), for the entropy
+// Panels of a vocabulary block: one lane of a vector each.
+inline constexpr int kBlockPanels = 16;
+
+// Sums over the columns of each panel of a vocabulary block, of logits x scaled and rounded once.
+struct alignas(64) BlockPanels {
+  float max[kBlockPanels];       // m
+  float sum[kBlockPanels];       // sum of exp(x - m)
+  float weighted[kBlockPanels];  // sum of (x - m) exp(x - m), for the entropy
+
+  // Panels past the vocabulary: no mass.
+  static constexpr BlockPanels empty() {
+    BlockPanels panels{};
+    for (float& max : panels.max) max = -__builtin_inff();
+    return panels;
+  }
+};
+
+// The same over the whole block.
+struct BlockStats {
+  float max = 0;        // m: the largest x
+  double sum = 0;       // of exp(x - m)
+  double weighted = 0;  // of (x - m) exp(x - m)
+};
+
+// One row of a tile of logits, to be reduced at one temperature into a lane of `block`.
+struct LogitsRow {
+  const float* logits = nullptr;  // [64]
+  float scale = 1.0f;
+  BlockPanels* block = nullptr;
 };
 
 // What a finished tile becomes; see Epilogue in backend.h. `out` points at the tile's first
@@ -78,8 +102,10 @@ struct KernelTable {
   void (*store_residual)(const float* tile, int rows, const TileOutput& output);
   // o = fma(o, a, o_chunk * b), the merge of two attention chunks.
   void (*merge_chunk)(float* o, const float* o_chunk, float a, float b, int64_t n);
-  // Stats of the first `columns` logits of a panel, each multiplied by scale.
-  void (*panel_stats)(const float* logits, int columns, float scale, PanelStats* stats);
+  // Lane `lane` of each row's block: sums over its first `columns` logits, multiplied by its scale.
+  void (*panel_stats)(const LogitsRow* rows, int count, int columns, int lane, bool with_weighted);
+  // Merges the panels of a block, in order, in f64.
+  BlockStats (*merge_panels)(const BlockPanels& panels, bool with_weighted);
   bool (*all_finite)(const float* x, int64_t n);
   // out[i] = exp(x[i] * scale - max).
   void (*shifted_exp)(const float* x, int64_t n, float scale, float max, float* out);

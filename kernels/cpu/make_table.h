@@ -19,6 +19,7 @@ constexpr KernelTable make_table(Isa isa) {
           .store_residual = store_residual,
           .merge_chunk = merge_chunk,
           .panel_stats = panel_stats,
+          .merge_panels = merge_panels,
           .all_finite = all_finite,
           .shifted_exp = shifted_exp};
 }

@@ -3,6 +3,7 @@
 // products against the contract written out once more.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -13,6 +14,7 @@
 #include "kernels/base/dtype.h"
 #include "kernels/cpu/float_mode.h"
 #include "kernels/cpu/kernel_table.h"
+#include "kernels/cpu/polynomial.h"
 #include "toy_model.h"
 
 namespace rollpack::kernels::cpu {
@@ -24,15 +26,24 @@ using testing::Numbers;
 float wild(Numbers& numbers) {
   const float ordinary = numbers.uniform(4.0f);
   switch (numbers.below(12)) {
-    case 0: return 0.0f;
-    case 1: return -0.0f;
-    case 2: return std::ldexp(ordinary, -126);                      // about the smallest normal
-    case 3: return std::ldexp(ordinary, -63);                       // products about it
-    case 4: return std::ldexp(ordinary, -70);
-    case 5: return std::bit_cast<float>(static_cast<uint32_t>(numbers.next()) & 0x807fffffu);
-    case 6: return std::ldexp(ordinary, 40);
-    case 7: return std::ldexp(ordinary, -20);
-    default: return ordinary;
+    case 0:
+      return 0.0f;
+    case 1:
+      return -0.0f;
+    case 2:
+      return std::ldexp(ordinary, -126);  // about the smallest normal
+    case 3:
+      return std::ldexp(ordinary, -63);  // products about it
+    case 4:
+      return std::ldexp(ordinary, -70);
+    case 5:
+      return std::bit_cast<float>(static_cast<uint32_t>(numbers.next()) & 0x807fffffu);
+    case 6:
+      return std::ldexp(ordinary, 40);
+    case 7:
+      return std::ldexp(ordinary, -20);
+    default:
+      return ordinary;
   }
 }
 
@@ -170,8 +181,11 @@ TYPED_TEST(MicroKernels, GatedTilesAgreeForEveryWidthAndBias) {
     for (int columns = 1; columns <= 32; ++columns) {
       const auto run = [&](Isa isa) {
         std::vector<TypeParam> out(kTileRows * 40, element<TypeParam>(7.0f));
-        TileOutput output{.bias = has_bias ? bias.data() : nullptr, .up_bias = 40,
-                          .out = out.data(), .stride = 40, .columns = columns};
+        TileOutput output{.bias = has_bias ? bias.data() : nullptr,
+                          .up_bias = 40,
+                          .out = out.data(),
+                          .stride = 40,
+                          .columns = columns};
         this->of(isa).store_gated(tile.data(), kTileRows, output);
         return bits(out);
       };
@@ -194,8 +208,7 @@ TYPED_TEST(MicroKernels, AttentionAgreesForEveryPageAndRowCount) {
     std::vector<const TypeParam*> keys, values;
     for (int i = 0; i < num_pages; ++i) {
       keys.push_back(memory.data() + i * kPageTokens * 40);
-      values.push_back(memory.data() + kChunkPages * kPageTokens * 40 +
-                       i * kPageTokens * kColumns);
+      values.push_back(memory.data() + kChunkPages * kPageTokens * 40 + i * kPageTokens * kColumns);
     }
     const int begin = num_pages % 5, end = num_pages * kPageTokens - num_pages % 13;
     const auto run = [&](Isa isa) {
@@ -244,22 +257,61 @@ TEST(VocabularyKernels, StatsAgreeForEveryWidth) {
   const FlushSubnormalsScope flush;
   Numbers numbers(5);
   for (int columns = 1; columns <= kPanelColumns; ++columns) {
-    const auto logits = numbers.vector(kPanelColumns, 30.0f);
-    PanelStats want;
-    kernel_table(Isa::kPortable).panel_stats(logits.data(), columns, 1.4f, &want);
-    for (const Isa isa : vector_isas()) {
-      PanelStats got;
-      kernel_table(isa).panel_stats(logits.data(), columns, 1.4f, &got);
-      EXPECT_EQ(std::memcmp(&got, &want, sizeof got), 0) << isa_name(isa) << ", " << columns;
+    const auto logits = numbers.vector(3 * kPanelColumns, 30.0f);
+    const auto run = [&](Isa isa, bool with_weighted) {
+      std::vector<BlockPanels> blocks(3, BlockPanels::empty());
+      std::vector<LogitsRow> rows;
+      for (size_t r = 0; r < 3; ++r) {
+        rows.push_back(
+            {logits.data() + r * kPanelColumns, 1.4f - static_cast<float>(r) * 0.2f, &blocks[r]});
+      }
+      kernel_table(isa).panel_stats(rows.data(), 3, columns, columns % kBlockPanels, with_weighted);
+      return blocks;
+    };
+    for (const bool with_weighted : {false, true}) {
+      const auto want = run(Isa::kPortable, with_weighted);
+      for (const Isa isa : vector_isas()) {
+        const auto got = run(isa, with_weighted);
+        EXPECT_EQ(std::memcmp(got.data(), want.data(), 3 * sizeof want[0]), 0)
+            << isa_name(isa) << ", " << columns;
+      }
+    }
+  }
+}
+
+TEST(VocabularyKernels, MergedPanelsAreTheSumsInOrder) {
+  const FlushSubnormalsScope flush;
+  Numbers numbers(12);
+  for (int count = 1; count <= kBlockPanels; ++count) {
+    BlockPanels panels = BlockPanels::empty();
+    for (int p = 0; p < count; ++p) {
+      panels.max[p] = numbers.uniform(20.0f);
+      panels.sum[p] = 1.0f + std::abs(numbers.uniform(60.0f));
+      panels.weighted[p] = -std::abs(numbers.uniform(60.0f));
+    }
+    BlockStats want{.max = *std::max_element(panels.max, panels.max + count)};
+    for (int p = 0; p < count; ++p) {
+      const auto shift = static_cast<double>(panels.max[p] - want.max);
+      const auto factor = static_cast<double>(exp_f32(panels.max[p] - want.max));
+      want.sum += static_cast<double>(panels.sum[p]) * factor;
+      want.weighted +=
+          (static_cast<double>(panels.weighted[p]) + shift * static_cast<double>(panels.sum[p])) *
+          factor;
+    }
+    for (const Isa isa : supported_isas()) {
+      const BlockStats got = kernel_table(isa).merge_panels(panels, true);
+      EXPECT_EQ(got.max, want.max);
+      EXPECT_EQ(got.sum, want.sum) << isa_name(isa) << ", " << count << " panels";
+      EXPECT_EQ(got.weighted, want.weighted) << isa_name(isa) << ", " << count << " panels";
     }
   }
 }
 
 TEST(VocabularyKernels, AnyNonFiniteLogitIsSeenAndNoneBeyondTheWidth) {
   for (const Isa isa : supported_isas()) {
-    for (const float bad : {std::numeric_limits<float>::quiet_NaN(),
-                            std::numeric_limits<float>::infinity(),
-                            -std::numeric_limits<float>::infinity()}) {
+    for (const float bad :
+         {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
+          -std::numeric_limits<float>::infinity()}) {
       for (int at = 0; at < kPanelColumns; ++at) {
         std::vector<float> logits(kPanelColumns, 1.0f);
         logits[static_cast<size_t>(at)] = bad;
@@ -280,9 +332,11 @@ TEST(TileKernels, PlainAndResidualTilesAgreeForEveryWidth) {
     const auto run = [&](Isa isa, bool is_residual) {
       std::vector<float> out = before;
       const TileOutput output{.bias = columns % 2 == 0 ? bias.data() : nullptr,
-                              .out = out.data(), .stride = 70, .columns = columns};
-      (is_residual ? kernel_table(isa).store_residual
-                   : kernel_table(isa).store_plain)(tile.data(), kTileRows, output);
+                              .out = out.data(),
+                              .stride = 70,
+                              .columns = columns};
+      (is_residual ? kernel_table(isa).store_residual : kernel_table(isa).store_plain)(
+          tile.data(), kTileRows, output);
       return bits(out);
     };
     for (const Isa isa : vector_isas()) {

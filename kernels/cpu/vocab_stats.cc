@@ -1,0 +1,245 @@
+#include "kernels/cpu/vocab_stats.h"
+
+#include <algorithm>
+#include <atomic>
+#include <utility>
+
+#include "kernels/cpu/panel_shares.h"
+
+namespace rollpack::kernels::cpu {
+namespace {
+
+// Rows of one item: their activations (512 KiB of bf16 at D = 1024) stay in L2 beside the panel at
+// hand and the next one, and a panel is read from memory once a chunk.
+constexpr int64_t kChunkRows = 256;
+
+}  // namespace
+
+template <class Element>
+VocabStats<Element>::VocabStats(const KernelTable& kernels, int num_threads)
+    : kernels_(kernels),
+      of_(kernels.of<Element>()),
+      workspaces_(static_cast<size_t>(num_threads)) {}
+
+template <class Element>
+void VocabStats<Element>::begin(const PackedMatrix& weight, const InputRows<Element>& in,
+                                std::vector<Distribution> distributions, bool with_entropy) {
+  weight_ = weight;
+  in_ = in;
+  with_entropy_ = with_entropy;
+  num_blocks_ = (weight.columns + kBlockColumns - 1) / kBlockColumns;
+  distributions_ = std::move(distributions);
+  first_distribution_.assign(static_cast<size_t>(in.rows) + 1, 0);
+  int64_t num_kept = 0;
+  for (const Distribution& distribution : distributions_) {
+    ++first_distribution_[static_cast<size_t>(distribution.head_row) + 1];
+    if (distribution.first_block >= 0) num_kept += num_blocks_;
+  }
+  for (size_t row = 1; row < first_distribution_.size(); ++row) {
+    first_distribution_[row] += first_distribution_[row - 1];
+  }
+  const size_t num_sums = distributions_.size() * static_cast<size_t>(num_blocks_);
+  panels_.resize(static_cast<size_t>(num_kept));
+  block_max_.resize(num_sums);
+  block_sum_.resize(num_sums);
+  block_weighted_.resize(num_sums);
+  row_not_finite_.assign(static_cast<size_t>(in.rows), 0);
+}
+
+template <class Element>
+void VocabStats<Element>::gather(std::span<const int32_t> head_rows) {
+  const auto num_rows = static_cast<int64_t>(head_rows.size());
+  if (num_rows == in_.rows) {
+    group_ = in_;
+    return;
+  }
+  gathered_.resize(static_cast<size_t>(num_rows * in_.stride));
+  for (int64_t row = 0; row < num_rows; ++row) {
+    std::copy_n(in_.data + head_rows[static_cast<size_t>(row)] * in_.stride, in_.stride,
+                gathered_.data() + row * in_.stride);
+  }
+  group_ = {gathered_.data(), in_.stride, num_rows};
+}
+
+template <class Element>
+void VocabStats<Element>::compute(ThreadPool& pool, std::span<const int32_t> head_rows,
+                                  float* logits) {
+  if (head_rows.empty()) return;
+  gather(head_rows);
+  const int64_t num_chunks = (group_.rows + kChunkRows - 1) / kChunkRows;
+  PanelShares shares(num_chunks * num_blocks_, pool.num_threads());
+  shares.run(pool, [&](int64_t item, int64_t next, int thread) {
+    const int64_t chunk = item / num_blocks_;
+    compute_block(head_rows, group_.rows * chunk / num_chunks,
+                  group_.rows * (chunk + 1) / num_chunks, item % num_blocks_, next >= 0, logits,
+                  workspaces_[static_cast<size_t>(thread)]);
+  });
+}
+
+template <class Element>
+int VocabStats<Element>::panel_columns(int64_t panel) const {
+  return static_cast<int>(
+      std::clamp<int64_t>(weight_.columns - panel * kPanelColumns, 0, kPanelColumns));
+}
+
+// Rows [first, last) of the call against the 16 panels of a block.
+template <class Element>
+void VocabStats<Element>::compute_block(std::span<const int32_t> head_rows, int64_t first,
+                                        int64_t last, int64_t block, bool has_next, float* logits,
+                                        Workspace& work) {
+  // A call's rows may have gaps, and so have their distributions: room for the whole span.
+  const int64_t first_index = first_distribution(head_rows[static_cast<size_t>(first)]);
+  const int64_t end_index = first_distribution(head_rows[static_cast<size_t>(last - 1)] + 1);
+  work.panels.resize(std::max(work.panels.size(), static_cast<size_t>(end_index - first_index)));
+  const int64_t first_panel = block * kBlockPanels;
+  const int64_t end_panel = std::min(first_panel + kBlockPanels, weight_.num_panels());
+  if (end_panel < first_panel + kBlockPanels) {
+    std::fill_n(work.panels.begin(), end_index - first_index, BlockPanels::empty());
+  }
+  const RowTiles tiles(last - first);
+  alignas(64) float tile[kTileRows * kPanelColumns];
+  for (int64_t panel = first_panel; panel < end_panel; ++panel) {
+    const int columns = panel_columns(panel);
+    const auto* columns_end =
+        reinterpret_cast<const std::byte*>(weight_.panel<Element>(panel)) + weight_.panel_bytes();
+    const int64_t lines =
+        panel + 1 < end_panel || has_next ? lines_ahead(weight_.steps(), tiles.count) : 0;
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      const int64_t row = first + tiles.begin(t);
+      const auto rows = static_cast<size_t>(tiles.begin(t + 1) - tiles.begin(t));
+      of_.panel_product(group_.data + row * group_.stride, group_.stride, static_cast<int>(rows),
+                        weight_.panel<Element>(panel), weight_.steps(), tile,
+                        {.ahead = columns_end + t * lines * 64, .ahead_lines = lines});
+      reduce_tile(head_rows.subspan(static_cast<size_t>(row), rows), tile, panel, first_index,
+                  work);
+      if (logits == nullptr) continue;
+      for (size_t r = 0; r < rows; ++r) {
+        std::copy_n(
+            tile + r * kPanelColumns, columns,
+            logits + (row + static_cast<int64_t>(r)) * weight_.columns + panel * kPanelColumns);
+      }
+    }
+  }
+  for (int64_t row = first; row < last; ++row) {
+    const int32_t head_row = head_rows[static_cast<size_t>(row)];
+    for (int32_t d = first_distribution(head_row); d < first_distribution(head_row + 1); ++d) {
+      finish_block(d, block, work.panels[static_cast<size_t>(d - first_index)]);
+    }
+  }
+}
+
+template <class Element>
+void VocabStats<Element>::reduce_tile(std::span<const int32_t> tile_rows, const float* tile,
+                                      int64_t panel, int64_t first_index, Workspace& work) {
+  const int columns = panel_columns(panel);
+  work.rows.clear();
+  for (size_t r = 0; r < tile_rows.size(); ++r) {
+    const float* logits = tile + r * kPanelColumns;
+    const int32_t head_row = tile_rows[r];
+    if (!kernels_.all_finite(logits, columns)) {
+      // Relaxed: several threads store the same value, read after the loop's end.
+      std::atomic_ref<uint8_t>(row_not_finite_[static_cast<size_t>(head_row)])
+          .store(1, std::memory_order_relaxed);
+    }
+    for (int32_t d = first_distribution(head_row); d < first_distribution(head_row + 1); ++d) {
+      work.rows.push_back({.logits = logits,
+                           .scale = distributions_[static_cast<size_t>(d)].scale,
+                           .block = &work.panels[static_cast<size_t>(d - first_index)]});
+    }
+  }
+  kernels_.panel_stats(work.rows.data(), static_cast<int>(work.rows.size()), columns,
+                       static_cast<int>(panel % kBlockPanels), with_entropy_);
+}
+
+template <class Element>
+void VocabStats<Element>::finish_block(int32_t distribution, int64_t block,
+                                       const BlockPanels& panels) {
+  const BlockStats stats = kernels_.merge_panels(panels, with_entropy_);
+  const auto index = static_cast<size_t>(distribution * num_blocks_ + block);
+  block_max_[index] = stats.max;
+  block_sum_[index] = stats.sum;
+  block_weighted_[index] = stats.weighted;
+  const int64_t kept = distributions_[static_cast<size_t>(distribution)].first_block;
+  if (kept >= 0) panels_[static_cast<size_t>(kept + block)] = panels;
+}
+
+template <class Element>
+RowStats VocabStats<Element>::merge(int32_t distribution, std::span<float> factors) const {
+  const auto at = static_cast<size_t>(distribution * num_blocks_);
+  const auto count = static_cast<size_t>(num_blocks_);
+  const std::span<const float> maxes(block_max_.data() + at, count);
+  RowStats row{.max = *std::ranges::max_element(maxes)};
+  kernels_.shifted_exp(maxes.data(), num_blocks_, 1.0f, row.max, factors.data());
+  row.add_blocks(maxes, {block_sum_.data() + at, count}, {block_weighted_.data() + at, count},
+                 factors);
+  return row;
+}
+
+template <class Element>
+const BlockPanels& VocabStats<Element>::kept_panels(int32_t distribution, int64_t block) const {
+  return panels_[static_cast<size_t>(distributions_[static_cast<size_t>(distribution)].first_block +
+                                     block)];
+}
+
+template <class Element>
+void VocabStats<Element>::panel_logits(int32_t head_row, int64_t panel, float* logits) const {
+  of_.panel_product(in_.data + head_row * in_.stride, in_.stride, 1, weight_.panel<Element>(panel),
+                    weight_.steps(), logits, {});
+}
+
+template <class Element>
+float VocabStats<Element>::logit(int32_t head_row, int32_t token) const {
+  alignas(64) float logits[kPanelColumns];
+  panel_logits(head_row, token / kPanelColumns, logits);
+  return logits[token % kPanelColumns];
+}
+
+// Inverse CDF: block, panel of that block, token of that panel.
+template <class Element>
+typename VocabStats<Element>::Drawn VocabStats<Element>::draw(int32_t distribution,
+                                                              const RowStats& row,
+                                                              std::span<const float> factors,
+                                                              double u) const {
+  const Distribution& drawn = distributions_[static_cast<size_t>(distribution)];
+  const double target = u * row.total;
+  const double* sums = block_sum_.data() + distribution * num_blocks_;
+  const Pick block = pick_item(num_blocks_, 0, target, [&](int64_t i) {
+    return sums[i] * static_cast<double>(factors[static_cast<size_t>(i)]);
+  });
+  const BlockPanels& panels = kept_panels(distribution, block.item);
+  float panel_factors[kBlockPanels];
+  kernels_.shifted_exp(panels.max, kBlockPanels, 1.0f, row.max, panel_factors);
+  const Pick panel = pick_item(kBlockPanels, block.before, target, [&](int64_t i) {
+    return static_cast<double>(panels.sum[i]) * static_cast<double>(panel_factors[i]);
+  });
+  const int64_t index = block.item * kBlockPanels + panel.item;
+  alignas(64) float logits[kPanelColumns];
+  alignas(64) float mass[kPanelColumns];
+  panel_logits(drawn.head_row, index, logits);
+  const int columns = panel_columns(index);
+  kernels_.shifted_exp(logits, columns, drawn.scale, row.max, mass);
+  const Pick token = pick_item(columns, panel.before, target,
+                               [&](int64_t i) { return static_cast<double>(mass[i]); });
+  return {.token = static_cast<int32_t>(index * kPanelColumns + token.item),
+          .logit = logits[token.item]};
+}
+
+template <class Element>
+typename VocabStats<Element>::Drawn VocabStats<Element>::greedy(int32_t distribution,
+                                                                const RowStats& row) const {
+  const Distribution& drawn = distributions_[static_cast<size_t>(distribution)];
+  const float* maxes = block_max_.data() + distribution * num_blocks_;
+  const int64_t block = std::find(maxes, maxes + num_blocks_, row.max) - maxes;
+  const BlockPanels& panels = kept_panels(distribution, block);
+  const int64_t panel = std::find(panels.max, panels.max + kBlockPanels, row.max) - panels.max;
+  const int64_t index = block * kBlockPanels + panel;
+  alignas(64) float logits[kPanelColumns];
+  panel_logits(drawn.head_row, index, logits);
+  const float* best = std::find(logits, logits + kPanelColumns, row.max);
+  return {.token = static_cast<int32_t>(index * kPanelColumns + (best - logits)), .logit = *best};
+}
+
+template class VocabStats<uint16_t>;
+template class VocabStats<float>;
+
+}  // namespace rollpack::kernels::cpu

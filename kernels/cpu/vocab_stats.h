@@ -1,0 +1,98 @@
+// Logits of head rows against the vocabulary, reduced as they are computed to the statistics of
+// their softmax: a block of 1024 columns at a time, by panels of 64. The logits themselves are not
+// kept, unless the caller asks for them.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "kernels/cpu/distribution.h"
+#include "kernels/cpu/gemm.h"
+#include "kernels/cpu/kernel_table.h"
+#include "kernels/cpu/packing.h"
+#include "kernels/cpu/thread_pool.h"
+
+namespace rollpack::kernels::cpu {
+
+// The softmax of one head row at one temperature.
+struct Distribution {
+  int32_t head_row = 0;
+  float scale = 1.0f;        // 1 / temperature
+  int64_t first_block = -1;  // of its panels, where they are kept: something is drawn from it
+};
+
+template <class Element>
+class VocabStats {
+ public:
+  VocabStats(const KernelTable& kernels, int num_threads);
+
+  // Starts a step. `distributions` ascend by head row, each row's first has scale 1; every row of
+  // `in` has one. with_entropy: the weighted sums as well.
+  void begin(const PackedMatrix& weight, const InputRows<Element>& in,
+             std::vector<Distribution> distributions, bool with_entropy);
+  // Computes the statistics of these rows, ascending. logits: [head_rows.size()][V], or null.
+  void compute(ThreadPool& pool, std::span<const int32_t> head_rows, float* logits);
+
+  int64_t num_blocks() const { return num_blocks_; }
+  // Index of the row's distribution of scale 1; those of the next row begin where its own end.
+  int32_t first_distribution(int32_t head_row) const {
+    return first_distribution_[static_cast<size_t>(head_row)];
+  }
+  bool is_finite(int32_t head_row) const {
+    return row_not_finite_[static_cast<size_t>(head_row)] == 0;
+  }
+  // Sums of the whole row. factors: [num_blocks()], exp(block max - row max) of each block.
+  RowStats merge(int32_t distribution, std::span<float> factors) const;
+  // Inverse CDF at u, with what merge() gave: the token, and its logit before scaling.
+  struct Drawn {
+    int32_t token = 0;
+    float logit = 0;
+  };
+  Drawn draw(int32_t distribution, const RowStats& row, std::span<const float> factors,
+             double u) const;
+  // The lowest id of the row's largest logit.
+  Drawn greedy(int32_t distribution, const RowStats& row) const;
+  // One logit, computed once more.
+  float logit(int32_t head_row, int32_t token) const;
+
+ private:
+  // One thread's memory.
+  struct Workspace {
+    std::vector<BlockPanels> panels;  // [distributions of a chunk of rows]
+    std::vector<LogitsRow> rows;      // of one tile
+  };
+
+  void gather(std::span<const int32_t> head_rows);
+  void compute_block(std::span<const int32_t> head_rows, int64_t first, int64_t last, int64_t block,
+                     bool has_next, float* logits, Workspace& work);
+  void reduce_tile(std::span<const int32_t> tile_rows, const float* tile, int64_t panel,
+                   int64_t first_index, Workspace& work);
+  void finish_block(int32_t distribution, int64_t block, const BlockPanels& panels);
+  void panel_logits(int32_t head_row, int64_t panel, float* logits) const;
+  int panel_columns(int64_t panel) const;
+  const BlockPanels& kept_panels(int32_t distribution, int64_t block) const;
+
+  const KernelTable& kernels_;
+  const ElementKernels<Element>& of_;
+  std::vector<Workspace> workspaces_;
+
+  // Of the step at hand.
+  PackedMatrix weight_;
+  InputRows<Element> in_;
+  bool with_entropy_ = false;
+  int64_t num_blocks_ = 0;
+  std::vector<Distribution> distributions_;
+  std::vector<int32_t> first_distribution_;  // [head rows + 1]
+  std::vector<BlockPanels> panels_;          // [drawn distributions][blocks]
+  std::vector<float> block_max_;             // [distributions][blocks]
+  std::vector<double> block_sum_, block_weighted_;
+  std::vector<uint8_t> row_not_finite_;  // [head rows]
+  std::vector<Element> gathered_;        // rows of a call that are not all of in_
+  InputRows<Element> group_;             // the rows of a call, contiguous
+};
+
+extern template class VocabStats<uint16_t>;
+extern template class VocabStats<float>;
+
+}  // namespace rollpack::kernels::cpu
