@@ -1,6 +1,8 @@
 // Causal attention over paged keys and values, one code path for prefill and decode. Threads claim
-// (tile of query rows, KV head) pairs; the tile's rows are its query rows times the H / G heads
-// that share the KV head. Numerics: kernels/cpu/README.md.
+// (tile of query rows, KV head) pairs; a tile's rows are its query rows times the H / G heads that
+// share the KV head. Rows of siblings that share pages are one tile: the shared pages are read once
+// and multiplied with all of its rows, each sequence's own pages with its own. Numerics:
+// kernels/cpu/README.md.
 #pragma once
 
 #include <algorithm>
@@ -29,42 +31,74 @@ class Attention {
  private:
   // One thread's memory, for one tile at a time.
   struct Workspace {
-    std::vector<Element> q;           // [tile rows][K]
-    std::vector<float> o, o_chunk;    // [tile rows][value_columns], [kTileRows][value_columns]
-    std::vector<float> max, sum;      // [tile rows]: m and l of the chunks merged so far
-    std::vector<uint8_t> is_started;  // [tile rows]: some chunk was merged
-    std::vector<Element> last_values; // one value page, zeros past the last visible key
-    std::vector<float> scores;        // [kTileRows][kChunkKeys]
-    std::vector<Element> p;           // [kTileRows][kChunkKeys]
+    std::vector<Element> q;            // [rows][K]
+    std::vector<float> o, o_chunk;     // [rows][value_columns]
+    std::vector<SoftmaxState> states;  // [rows]: of the chunks merged so far
+    std::vector<SoftmaxState> chunk;   // [rows]: of the chunk at hand
+    std::vector<uint8_t> is_started;   // [rows]: some chunk was merged
+    std::vector<uint8_t> is_visible;   // [rows]: some key of the chunk at hand is
+    std::vector<Element> last_values;  // one value page, zeros past the last visible key
+    std::vector<float> scores;         // [rows][kChunkKeys]
+    std::vector<Element> p;            // [rows][kChunkKeys]
+    PagesAhead ahead;                  // what is read after the pages at hand
   };
-  // The tile at hand.
+  // The tile and KV head at hand.
   struct Tile {
     const StepContext* step = nullptr;
     const AttentionArgs* args = nullptr;
     const AttentionTile* rows = nullptr;
-    int64_t head = 0;            // KV head
-    int32_t first_position = 0;  // of the tile's first query row
-    int32_t num_rows = 0;        // query rows * H / G
+    int64_t head = 0;  // KV head
+    int32_t num_shared_pages = 0;
   };
-  // Pages of one chunk that the tile sees: absolute pages [first, first + count).
-  struct ChunkPages {
-    int32_t first = 0;
-    int count = 0;
-    const Element* keys[kChunkPages];
-    const Element* values[kChunkPages];
+  // One part of it: rows [first_row, first_row + num_rows) of the products.
+  struct Part {
+    const TilePart* rows = nullptr;
+    int first_row = 0;
+    int num_rows = 0;
   };
+  // Absolute pages [begin, end) of one sequence.
+  struct PageRange {
+    int32_t begin = 0, end = 0;
+    int count() const { return std::max(end - begin, 0); }
+  };
+  using PagePointers = const Element* [kChunkPages];
 
-  void run_tile(const Tile& tile, Workspace& work) const;
+  Tile tile_at(const StepContext& step, const AttentionArgs& args, int64_t item) const;
+  void run_tile(const Tile& tile, const Tile* next, Workspace& work) const;
   void load_queries(const Tile& tile, Workspace& work) const;
-  void find_pages(const Tile& tile, int32_t chunk, Workspace& work, ChunkPages& pages) const;
-  void run_chunk(const Tile& tile, const ChunkPages& pages, int first_row, int num_rows,
-                 Workspace& work) const;
-  void merge(int row, int row_of_chunk, float max, float sum, Workspace& work) const;
+  void run_chunk(const Tile& tile, int32_t chunk, const Tile* next, Workspace& work) const;
+  void run_shared_chunk(const Tile& tile, int32_t chunk, const Tile* next, Workspace& work) const;
+  // Sets what is brought into L2 meanwhile: pages of a part; or the first that a chunk reads, of
+  // this tile or, after its last chunk, of the next.
+  void look_ahead(const Tile& tile, const Part& part, PageRange pages, int num_rows,
+                  Workspace& work) const;
+  void look_ahead_to_chunk(const Tile& tile, int32_t chunk, const Tile* next, int num_rows,
+                           Workspace& work) const;
+  void score(const Tile& tile, const Part& part, int32_t chunk, PageRange pages,
+             Workspace& work) const;
+  void weigh(const Tile& tile, const Part& part, int32_t chunk, PageRange pages, bool continues,
+             Workspace& work) const;
+  void soften(const Tile& tile, const Part& part, int32_t chunk, PageRange pages,
+              Workspace& work) const;
+  void clear_past_last_key(int32_t last_key, const Element*& values, Workspace& work) const;
+  void merge(const Part& part, Workspace& work) const;
   void store(const Tile& tile, Workspace& work) const;
 
-  int32_t position_of(const Tile& tile, int row) const {
-    return tile.first_position + row / group_;
+  template <class Visit>
+  void for_parts(const Tile& tile, Visit visit) const;
+  Part part_at(const Tile& tile, int32_t index, int first_row) const {
+    const TilePart& rows =
+        tile.step->tile_parts[static_cast<size_t>(tile.rows->first_part + index)];
+    return {.rows = &rows, .first_row = first_row, .num_rows = rows.num_rows * group_};
   }
+  PageRange shared_pages(const Tile& tile, int32_t chunk) const {
+    return {.begin = chunk * kChunkPages,
+            .end = std::min(tile.num_shared_pages, (chunk + 1) * kChunkPages)};
+  }
+  int32_t first_chunk(const Tile& tile) const;
+  int32_t page_at(const Tile& tile, const Part& part, int32_t index) const;
+  // Pages of a chunk that some row of the part sees.
+  PageRange visible_pages(const Tile& tile, const Part& part, int32_t chunk) const;
   int32_t first_visible(const Tile& tile, int32_t position) const {
     return tile.args->window > 0 ? std::max(0, position - tile.args->window + 1) : 0;
   }

@@ -7,7 +7,8 @@
 struct PairStep {
   using Element = uint16_t;
   using Column = Pairs;
-  static constexpr int kWidth = 2;  // elements of k in a step
+  static constexpr int kWidth = 2;                 // elements of k in a step
+  static constexpr float kOverflow = 0x1.ffp127f;  // from here on a magnitude rounds to infinity
   static Column load_columns(const Element* p) { return load_pairs(p); }
   static Column broadcast_row(const Element* p) { return broadcast_pair(p); }
   static Lanes multiply_add(Lanes acc, Column a, Column b) { return fma_pairs(acc, a, b); }
@@ -24,6 +25,7 @@ struct SingleStep {
   using Element = float;
   using Column = Lanes;
   static constexpr int kWidth = 1;
+  static constexpr float kOverflow = __builtin_inff();
   static Column load_columns(const Element* p) { return load(p); }
   static Column broadcast_row(const Element* p) { return broadcast(*p); }
   static Lanes multiply_add(Lanes acc, Column a, Column b) { return fma(a, b, acc); }
@@ -72,11 +74,14 @@ inline __attribute__((always_inline)) void clear(Accumulators<kRows, kVectors>& 
   }
 }
 
-// Calls body.template operator()<n>(first_row) over rows in passes of at most kRowsPerPass.
+// Calls body.template operator()<n>(first_row) over rows in passes of at most kRowsPerPass, as
+// equal as possible: 7 rows are 4 + 3, since a pass of 1 waits longer for its chains than one of 3.
 template <class Body>
 inline __attribute__((always_inline)) void for_row_passes(int rows, Body body) {
-  for (int r = 0; r < rows; r += kRowsPerPass) {
-    switch (rows - r < kRowsPerPass ? rows - r : kRowsPerPass) {
+  const int passes = (rows + kRowsPerPass - 1) / kRowsPerPass;
+  for (int pass = 0; pass < passes; ++pass) {
+    const int r = rows * pass / passes;
+    switch (rows * (pass + 1) / passes - r) {
       case 1:
         body.template operator()<1>(r);
         break;
@@ -237,6 +242,39 @@ void rms_norm(const float* in, const float* weight, int64_t n, float epsilon,
     const Lanes x = mul(load_first(in + i, left), scale);
     Step::store_rounded(out + i, mul(x, load_first(weight + i, left)), left);
   }
+}
+
+// Rounds and stores lanes, and sets lanes of `bad` to 1 where the result is not finite.
+template <class Step>
+inline __attribute__((always_inline)) void store_checked(typename Step::Element* out, Lanes x,
+                                                         int n, Lanes& bad) {
+  Step::store_rounded(out, x, n);
+  const Lanes magnitude = max(x, sub(broadcast(0.0f), x));
+  bad = select(less(magnitude, broadcast(Step::kOverflow)), bad, broadcast(1.0f));
+}
+
+template <class Step>
+bool rotate_head(const float* in, const float* table, int64_t n, typename Step::Element* out) {
+  const int64_t half = n / 2;
+  Lanes bad = broadcast(0.0f);
+  for (int64_t i = 0; i < half; i += 16) {
+    const int left = half - i < 16 ? static_cast<int>(half - i) : 16;
+    const Lanes low = load_first(in + i, left), high = load_first(in + half + i, left);
+    const Lanes cosine = load_first(table + i, left), sine = load_first(table + half + i, left);
+    store_checked<Step>(out + i, sub(mul(low, cosine), mul(high, sine)), left, bad);
+    store_checked<Step>(out + half + i, add(mul(high, cosine), mul(low, sine)), left, bad);
+  }
+  return max_lanes(bad) == 0.0f;
+}
+
+template <class Step>
+bool round_row(const float* in, int64_t n, typename Step::Element* out) {
+  Lanes bad = broadcast(0.0f);
+  for (int64_t i = 0; i < n; i += 16) {
+    const int left = n - i < 16 ? static_cast<int>(n - i) : 16;
+    store_checked<Step>(out + i, load_first(in + i, left), left, bad);
+  }
+  return max_lanes(bad) == 0.0f;
 }
 
 bool all_finite(const float* x, int64_t n) {

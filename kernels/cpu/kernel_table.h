@@ -5,6 +5,7 @@
 // subnormals (float_mode.h). Element is uint16_t (bf16) or float.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "kernels/cpu/isa.h"
@@ -48,6 +49,32 @@ struct LogitsRow {
   BlockPanels* block = nullptr;
 };
 
+// Page blocks that attention reads next: kernels bring `lines_per_call` cache lines of them into L2
+// at each pass over pages, so that reading memory and multiplying overlap.
+struct PagesAhead {
+  const std::byte* pages[kChunkPages] = {};
+  int count = 0;
+  int64_t lines_per_page = 0;
+  int64_t lines_per_call = 0;
+  int page = 0;  // where the next call goes on
+  int64_t line = 0;
+
+  void advance() {
+    for (int64_t n = 0; n < lines_per_call && page < count; ++n) {
+      __builtin_prefetch(pages[page] + line * 64, 0, 2);
+      if (++line < lines_per_page) continue;
+      line = 0;
+      ++page;
+    }
+  }
+};
+
+// Of the chunks of one attention row that are merged so far.
+struct SoftmaxState {
+  float max = 0;  // m
+  float sum = 0;  // l: of exp(s - m)
+};
+
 // What a finished tile becomes; see Epilogue in backend.h. `out` points at the tile's first
 // element.
 struct TileOutput {
@@ -76,18 +103,24 @@ struct ElementKernels {
   void (*store_gated)(const float* tile, int rows, const TileOutput& output);
   // out[d] = (in[d] * (1 / sqrt(sum(in^2) / n + epsilon))) * weight[d], rounded once.
   void (*rms_norm)(const float* in, const float* weight, int64_t n, float epsilon, Element* out);
+  // Rotates pairs (i, i + n / 2) of a head by a row of the table ([n / 2] cosines, then sines) and
+  // rounds; false if some element is not finite then.
+  bool (*rotate_head)(const float* in, const float* table, int64_t n, Element* out);
+  // Rounds n elements; false if some element is not finite then.
+  bool (*round_row)(const float* in, int64_t n, Element* out);
   // scores[r][token] = scale * (q[r] . k[token]) for the tokens of num_pages <= 16 key pages;
   // scores has kChunkKeys columns.
   void (*page_scores)(const Element* q, int64_t q_stride, int rows, const Element* const* pages,
-                      int num_pages, int64_t steps, float scale, float* scores);
+                      int num_pages, int64_t steps, float scale, float* scores, PagesAhead& ahead);
   // Softmax numerators of one row of scores: keys [begin, end) of its num_pages * 16 are visible.
   // p = exp(s - max), rounded to Element and 0 outside; max and sum (of unrounded p) come out.
   void (*chunk_softmax)(const float* scores, int num_pages, int begin, int end, Element* p,
                         float* max, float* sum);
   // out[r][c] = sum over tokens ascending of p[r] * v[.][c]; columns is a multiple of 16 and the
-  // width of a value page; p has kChunkKeys columns. Zero sums are +0.
+  // width of a value page; p has kChunkKeys columns. continues: the sums start from out, not from
+  // 0. Zero sums are +0.
   void (*page_values)(const Element* p, int rows, const Element* const* pages, int num_pages,
-                      int64_t columns, float* out);
+                      int64_t columns, bool continues, float* out, PagesAhead& ahead);
   // out[c] = o[c] / l, rounded once.
   void (*divide)(const float* o, float l, int64_t n, Element* out);
 };
@@ -100,8 +133,9 @@ struct KernelTable {
   // out = tile (+ bias), and out += tile (+ bias).
   void (*store_plain)(const float* tile, int rows, const TileOutput& output);
   void (*store_residual)(const float* tile, int rows, const TileOutput& output);
-  // o = fma(o, a, o_chunk * b), the merge of two attention chunks.
-  void (*merge_chunk)(float* o, const float* o_chunk, float a, float b, int64_t n);
+  // Merges an attention chunk (o_chunk, max, sum) into what came before it (o and *state).
+  void (*merge_chunk)(float* o, SoftmaxState* state, const float* o_chunk, float max, float sum,
+                      int64_t n);
   // Lane `lane` of each row's block: sums over its first `columns` logits, multiplied by its scale.
   void (*panel_stats)(const LogitsRow* rows, int count, int columns, int lane, bool with_weighted);
   // Merges the panels of a block, in order, in f64.

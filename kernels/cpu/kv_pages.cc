@@ -27,8 +27,8 @@ KvPages::KvPages(const ModelShape& shape, int64_t kv_cache_bytes) : G_(shape.G),
                  .message = fmt::format("one page holds {} tokens of all {} layers", kPageTokens,
                                         shape.L)});
   }
-  num_pages_ = static_cast<int32_t>(
-      std::min<int64_t>(pages, std::numeric_limits<int32_t>::max() / 2));
+  num_pages_ =
+      static_cast<int32_t>(std::min<int64_t>(pages, std::numeric_limits<int32_t>::max() / 2));
   arena_ = Arena::make_private(num_pages_ * page_bytes_, "engine.kv_cache_memory");
 }
 
@@ -36,7 +36,7 @@ template <>
 void KvPages::write(int32_t page, int64_t layer, int64_t head, int32_t slot, const uint16_t* k,
                     const uint16_t* v) const {
   uint16_t* key = keys<uint16_t>(page, layer, head) + slot * 2;
-  for (int64_t i = 0; i < K_; ++i) key[(i / 2) * kPageTokens * 2 + i % 2] = k[i];
+  for (int64_t i = 0; i < K_; i += 2) std::memcpy(key + i * kPageTokens, k + i, 4);
   uint16_t* value =
       values<uint16_t>(page, layer, head) + (slot / 2) * value_columns_ * 2 + slot % 2;
   for (int64_t i = 0; i < K_; ++i) value[i * 2] = v[i];
@@ -52,8 +52,8 @@ void KvPages::write(int32_t page, int64_t layer, int64_t head, int32_t slot, con
 }
 
 void KvPages::copy_block(int64_t block, const PageCopy& copy) const {
-  const std::byte* source = page(copy.source) + block * block_bytes_;
-  std::byte* target = page(copy.target) + block * block_bytes_;
+  const std::byte* source = this->block(copy.source, block / G_, block % G_);
+  std::byte* target = this->block(copy.target, block / G_, block % G_);
   if (copy.num_tokens == kPageTokens) {
     std::memcpy(target, source, static_cast<size_t>(block_bytes_));
     return;

@@ -1,7 +1,8 @@
 // The KV cache: pages of 16 tokens, each holding K and V of all layers and KV heads in the layouts
 // that attention reads (attention_bodies.h).
 //
-//   page   [L][G] blocks
+//   cache  [L][G][pages] blocks: what one layer reads lies together, and pages of consecutive
+//          numbers are one stream (random 4 KiB blocks come at a third of the read bandwidth)
 //   block  K, then V
 //   bf16   K [K / 2][16][2]         V [8][value_columns][2]
 //   f32    K [K][16]                V [16][value_columns]
@@ -36,7 +37,12 @@ class KvPages {
   Element* values(int32_t page, int64_t layer, int64_t head) const {
     return reinterpret_cast<Element*>(block(page, layer, head) + key_bytes_);
   }
-  std::byte* page(int32_t page) const { return arena_.data() + page * page_bytes_; }
+  // K and V of one page, layer and head lie one after the other.
+  const std::byte* block_at(int32_t page, int64_t layer, int64_t head) const {
+    return block(page, layer, head);
+  }
+  int64_t block_bytes() const { return block_bytes_; }
+  std::byte* data() const { return arena_.data(); }  // of the whole cache
 
   // Writes K values of one token: k and v already rounded to Element.
   template <class Element>
@@ -50,7 +56,7 @@ class KvPages {
 
  private:
   std::byte* block(int32_t page, int64_t layer, int64_t head) const {
-    return arena_.data() + page * page_bytes_ + (layer * G_ + head) * block_bytes_;
+    return arena_.data() + ((layer * G_ + head) * num_pages_ + page) * block_bytes_;
   }
 
   int64_t G_ = 0, K_ = 0;

@@ -5,6 +5,8 @@ constexpr ElementKernels<typename Step::Element> element_kernels() {
   return {.panel_product = panel_product<Step>,
           .store_gated = store_gated<Step>,
           .rms_norm = rms_norm<Step>,
+          .rotate_head = rotate_head<Step>,
+          .round_row = round_row<Step>,
           .page_scores = page_scores<Step>,
           .chunk_softmax = chunk_softmax<Step>,
           .page_values = page_values<Step>,

@@ -2,14 +2,17 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
+#include <span>
 
 #include "kernels/base/error.h"
 #include "kernels/cpu/kernel_table.h"
 #include "kernels/step/check_plan.h"
 
 namespace rollpack::kernels::cpu {
+
 int32_t attention_rows_per_tile(const ModelShape& shape) {
-  return static_cast<int32_t>(std::max<int64_t>(1, 48 / (shape.H / shape.G)));
+  return static_cast<int32_t>(std::max<int64_t>(1, 64 / (shape.H / shape.G)));
 }
 
 StepContext::StepContext(const ModelShape& shape, const BackendOptions& options, int32_t num_pages)
@@ -39,6 +42,7 @@ void StepContext::begin(const StepPlan& plan) {
     slot.next_position = init.next_position;
   }
   derive_rows();
+  derive_tiles();
   derive_head_rows();
   sequence_failed.assign(plan.sequences.size(), 0);
   result = {};
@@ -48,7 +52,7 @@ void StepContext::derive_rows() {
   row_sequence.assign(static_cast<size_t>(plan_->num_rows()), 0);
   live_rows.clear();
   pad_rows.clear();
-  tiles.clear();
+  tile_parts.clear();
   for (size_t s = 0; s < plan_->sequences.size(); ++s) {
     const StepSequence& sequence = plan_->sequences[s];
     const auto first_live = static_cast<int32_t>(live_rows.size());
@@ -59,19 +63,67 @@ void StepContext::derive_rows() {
     }
     const auto end = static_cast<int32_t>(live_rows.size());
     for (int32_t begin = first_live; begin < end; begin += rows_per_tile_) {
-      tiles.push_back({.sequence = static_cast<int32_t>(s),
-                       .begin = begin,
-                       .num_rows = std::min(rows_per_tile_, end - begin)});
+      const int32_t first_row = live_rows[static_cast<size_t>(begin)];
+      tile_parts.push_back({.sequence = static_cast<int32_t>(s),
+                            .begin = begin,
+                            .num_rows = std::min(rows_per_tile_, end - begin),
+                            .first_position = plan_->positions[static_cast<size_t>(first_row)]});
     }
   }
-  // Tiles that see most keys first, so that no thread is left with a long one at the end.
-  const auto last_position = [this](const AttentionTile& tile) {
-    const int32_t row = live_rows[static_cast<size_t>(tile.begin + tile.num_rows - 1)];
-    return plan_->positions[static_cast<size_t>(row)];
+}
+
+// Leading pages that two parts' sequences have in common and that both parts see whole.
+int32_t StepContext::common_pages(const TilePart& a, const TilePart& b) const {
+  const auto table_of = [this](const TilePart& part) {
+    const StepSequence& sequence = plan_->sequences[static_cast<size_t>(part.sequence)];
+    const int32_t whole = std::min(sequence.num_pages, (part.first_position + 1) / kPageTokens);
+    return std::span(plan_->page_tables)
+        .subspan(static_cast<size_t>(sequence.page_table_begin), static_cast<size_t>(whole));
   };
-  std::stable_sort(tiles.begin(), tiles.end(), [&](const auto& a, const auto& b) {
-    return last_position(a) > last_position(b);
+  const auto pages = table_of(a);
+  return static_cast<int32_t>(std::ranges::mismatch(pages, table_of(b)).in1 - pages.begin());
+}
+
+// Parts go into one tile while they fit and have most of the tile's shared pages in common:
+// siblings of a group do, sequences that only begin alike do so among themselves.
+void StepContext::derive_tiles() {
+  const auto table_begin = [this](const TilePart& part) {
+    const StepSequence& sequence = plan_->sequences[static_cast<size_t>(part.sequence)];
+    return plan_->page_tables.data() + sequence.page_table_begin;
+  };
+  // By page tables, so that those with the longest common beginnings are neighbours.
+  std::stable_sort(tile_parts.begin(), tile_parts.end(), [&](const auto& a, const auto& b) {
+    const auto num_pages = [&](const TilePart& part) {
+      return plan_->sequences[static_cast<size_t>(part.sequence)].num_pages;
+    };
+    return std::lexicographical_compare(table_begin(a), table_begin(a) + num_pages(a),
+                                        table_begin(b), table_begin(b) + num_pages(b));
   });
+  tiles.clear();
+  for (size_t i = 0; i < tile_parts.size(); ++i) {
+    const TilePart& part = tile_parts[i];
+    const int32_t last = part.first_position + part.num_rows - 1;
+    if (!tiles.empty() && tiles.back().num_rows + part.num_rows <= rows_per_tile_) {
+      AttentionTile& tile = tiles.back();
+      const int32_t common = std::min(
+          common_pages(tile_parts[i - 1], part),
+          tile.num_parts == 1 ? std::numeric_limits<int32_t>::max() : tile.num_shared_pages);
+      if (common > 0 && (tile.num_parts == 1 || 2 * common >= tile.num_shared_pages)) {
+        ++tile.num_parts;
+        tile.num_rows += part.num_rows;
+        tile.num_shared_pages = common;
+        tile.last_position = std::max(tile.last_position, last);
+        continue;
+      }
+    }
+    tiles.push_back({.first_part = static_cast<int32_t>(i),
+                     .num_parts = 1,
+                     .num_rows = part.num_rows,
+                     .last_position = last});
+  }
+  // Tiles that see most keys first, so that no thread is left with a long one at the end.
+  std::stable_sort(tiles.begin(), tiles.end(),
+                   [](const auto& a, const auto& b) { return a.last_position > b.last_position; });
 }
 
 void StepContext::derive_head_rows() {

@@ -14,15 +14,27 @@ struct Slot {
   SlotInit init;
   bool is_set = false;
   int32_t pending_token = kPendingToken;  // sampled last; kPendingToken: nothing yet
-  int32_t next_position = 0;  // of the next token to be sampled
+  int32_t next_position = 0;              // of the next token to be sampled
 };
 
-// Query rows of one sequence that attention treats together: entries
-// [begin, begin + num_rows) of StepContext::live_rows, positions ascending by 1.
-struct AttentionTile {
+// Consecutive query rows of one sequence: entries [begin, begin + num_rows) of
+// StepContext::live_rows, positions ascending by 1.
+struct TilePart {
   int32_t sequence = 0;
   int32_t begin = 0;
   int32_t num_rows = 0;
+  int32_t first_position = 0;
+};
+
+// Query rows that attention treats together: parts [first_part, first_part + num_parts) of
+// StepContext::tile_parts. Their sequences have the first num_shared_pages pages in common, every
+// key of which every row may see.
+struct AttentionTile {
+  int32_t first_part = 0;
+  int32_t num_parts = 0;
+  int32_t num_rows = 0;
+  int32_t num_shared_pages = 0;
+  int32_t last_position = 0;
 };
 
 class StepContext {
@@ -46,7 +58,8 @@ class StepContext {
   std::vector<int32_t> row_sequence;  // [T]
   std::vector<int32_t> live_rows;     // rows that are not pads, ascending
   std::vector<int32_t> pad_rows;
-  std::vector<AttentionTile> tiles;
+  std::vector<AttentionTile> tiles;  // those that see most keys first
+  std::vector<TilePart> tile_parts;
   std::vector<int32_t> head_rows;        // distinct rows sampled or scored, ascending
   std::vector<int32_t> sample_head_row;  // [samples] index into head_rows
   std::vector<int32_t> score_head_row;   // [scores]
@@ -55,6 +68,8 @@ class StepContext {
 
  private:
   void derive_rows();
+  void derive_tiles();
+  int32_t common_pages(const TilePart& a, const TilePart& b) const;
   void derive_head_rows();
 
   ModelShape shape_;
@@ -64,8 +79,10 @@ class StepContext {
   const StepPlan* plan_ = nullptr;
 };
 
-// Query rows of a tile: its H / G heads times these rows share the keys that are loaded, and 48 row
-// times 256 keys of f32 scores (6 rows at a time), K and V of a chunk stay within L2.
+// Most query rows of a tile: with the H / G heads that share a KV head they are 64 rows of the
+// products (more only where one query row has more heads). 64 x 256 f32 scores of a chunk, their
+// bf16 weights, K and V of the chunk, queries and sums are 200 KiB, which L2 holds beside the pages
+// that come next.
 int32_t attention_rows_per_tile(const ModelShape& shape);
 
 }  // namespace rollpack::kernels::cpu

@@ -3,8 +3,11 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "kernels/base/dtype.h"
@@ -26,8 +29,12 @@ Element round_to(float value) {
     return value;
   }
 }
-float value_of(uint16_t element) { return bf16_to_f32(element); }
-float value_of(float element) { return element; }
+float value_of(uint16_t element) {
+  return bf16_to_f32(element);
+}
+float value_of(float element) {
+  return element;
+}
 
 // One sequence of `length` keys in pages of an order of its own, everything else NaN.
 template <class Element>
@@ -35,7 +42,7 @@ class Fixture {
  public:
   explicit Fixture(int32_t length, uint64_t page_seed = 0)
       : length_(length), pages_(shape_, page_bytes() * kNumPages) {
-    std::memset(pages_.page(0), 0xff, static_cast<size_t>(page_bytes() * kNumPages));
+    std::memset(pages_.data(), 0xff, static_cast<size_t>(page_bytes() * kNumPages));
     for (int32_t i = 0; i < kNumPages; ++i) table_.push_back(i);
     Numbers order(page_seed);
     for (size_t i = table_.size(); page_seed != 0 && i > 1; --i) {
@@ -72,6 +79,37 @@ class Fixture {
                    .q = {q.data() + begin * width, DType::kF32, {end - begin, width}},
                    .out = {out.data(), DType::kF32, {end - begin, width}}});
     return out;
+  }
+
+  // Attention of several sequences in one step. All have this fixture's keys; the first num_shared
+  // of them (whole pages) stand in the same pages, the others in each sequence's own copy.
+  std::vector<Element> run_siblings(const std::vector<std::pair<int32_t, int32_t>>& rows,
+                                    int32_t num_shared) {
+    const FlushSubnormalsScope flush;
+    ThreadPool pool(2);
+    const Siblings siblings = make_siblings(rows, num_shared);
+    StepContext step(shape_, {.max_num_seqs = 1, .max_num_batched_tokens = 4096},
+                     siblings.pages->num_pages());
+    step.begin(siblings.plan);
+    std::vector<Element> in, out(static_cast<size_t>(siblings.plan.num_rows() * width()));
+    for (const auto& [begin, end] : rows) {
+      in.insert(in.end(), q.begin() + begin * width(), q.begin() + end * width());
+    }
+    const Tensor in_view{in.data(), DType::kF32, {siblings.plan.num_rows(), width()}};
+    const Tensor out_view{out.data(), DType::kF32, {siblings.plan.num_rows(), width()}};
+    Attention<Element> attention(kernel_table(supported_isas().front()), shape_, *siblings.pages,
+                                 2);
+    attention.run(pool, step, {.q = in_view, .out = out_view});
+    return out;
+  }
+  // Tiles of that step that hold several sequences.
+  int64_t num_shared_tiles(const std::vector<std::pair<int32_t, int32_t>>& rows,
+                           int32_t num_shared) {
+    const Siblings siblings = make_siblings(rows, num_shared);
+    StepContext step(shape_, {.max_num_seqs = 1, .max_num_batched_tokens = 4096},
+                     siblings.pages->num_pages());
+    step.begin(siblings.plan);
+    return std::ranges::count_if(step.tiles, [](const auto& t) { return t.num_parts > 1; });
   }
 
   // The same in f64 without chunks.
@@ -111,6 +149,39 @@ class Fixture {
   std::vector<Element> q;
 
  private:
+  struct Siblings {
+    std::unique_ptr<KvPages> pages;
+    StepPlan plan;
+  };
+
+  Siblings make_siblings(const std::vector<std::pair<int32_t, int32_t>>& rows,
+                         int32_t num_shared) const {
+    constexpr int32_t kPagesEach = 600 / kPageTokens + 1;
+    const auto num_pages = static_cast<int64_t>((rows.size() + 1) * kPagesEach);
+    Siblings result{.pages = std::make_unique<KvPages>(shape_, page_bytes() * num_pages)};
+    std::memset(result.pages->data(), 0xff, static_cast<size_t>(page_bytes() * num_pages));
+    const auto write = [&](int32_t t, int32_t page) {
+      for (int64_t g = 0; g < shape_.G; ++g) {
+        result.pages->write(page, 0, g, t % kPageTokens, key(t, g).data(),
+                            values[static_cast<size_t>(t * shape_.G + g)].data());
+      }
+    };
+    for (int32_t t = 0; t < num_shared; ++t) write(t, t / kPageTokens);
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const auto [begin, end] = rows[i];
+      const auto first_own = static_cast<int32_t>(i + 1) * kPagesEach;
+      std::vector<int32_t> table = testing::page_range(0, num_shared / kPageTokens);
+      for (int32_t t = num_shared; t < end; ++t) {
+        const int32_t page = first_own + (t - num_shared) / kPageTokens;
+        if (t % kPageTokens == 0) table.push_back(page);
+        write(t, page);
+      }
+      testing::add_rows(result.plan, std::vector<int32_t>(static_cast<size_t>(end - begin), 1),
+                        begin, table);
+    }
+    return result;
+  }
+
   static std::vector<Element> elements(Numbers& numbers, int64_t count) {
     std::vector<Element> result;
     for (int64_t i = 0; i < count; ++i) result.push_back(round_to<Element>(numbers.uniform(2.0f)));
@@ -118,7 +189,13 @@ class Fixture {
   }
   int64_t page_bytes() const { return KvPages(shape_, int64_t{1} << 24).page_bytes(); }
 
-  const ModelShape shape_{.D = 8, .H = 6, .G = 2, .K = 20, .F = 8, .V = 8, .L = 1,
+  const ModelShape shape_{.D = 8,
+                          .H = 6,
+                          .G = 2,
+                          .K = 20,
+                          .F = 8,
+                          .V = 8,
+                          .L = 1,
                           .dtype = sizeof(Element) == 2 ? DType::kBF16 : DType::kF32};
   const int32_t length_;
   std::vector<int32_t> table_;
@@ -171,6 +248,29 @@ TYPED_TEST(PagedAttention, PageOrderThreadsAndInstructionSetsChangeNoBit) {
     }
     for (const Isa isa : supported_isas()) {
       EXPECT_EQ(Fixture<TypeParam>(400).run(0, 400, 2, window, isa), whole) << isa_name(isa);
+    }
+  }
+}
+
+// Siblings decode side by side on pages that they share up to some length; alone, each gets the
+// same bits. Prompts end anywhere in a page and in a chunk; some siblings are longer than others.
+TYPED_TEST(PagedAttention, SiblingsThatSharePagesGetTheBitsOfEachAlone) {
+  for (const int32_t num_shared : {16, 48, 240, 256, 272, 512}) {
+    Fixture<TypeParam> fixture(600);
+    std::vector<std::pair<int32_t, int32_t>> rows;  // [begin, end) of each sequence's query rows
+    for (int32_t i = 0; i < 12; ++i) {
+      const int32_t begin = num_shared - 1 + (i % 5) * 13 + (i % 3);
+      rows.push_back({begin, begin + 1 + (i % 4 == 3 ? 2 : 0)});
+    }
+    EXPECT_GT(fixture.num_shared_tiles(rows, num_shared), 0) << num_shared;
+    const auto together = fixture.run_siblings(rows, num_shared);
+    size_t at = 0;
+    for (const auto& [begin, end] : rows) {
+      const auto alone = fixture.run(begin, end);
+      ASSERT_TRUE(
+          std::equal(alone.begin(), alone.end(), together.begin() + static_cast<int64_t>(at)))
+          << "row " << begin << ", " << num_shared << " shared";
+      at += alone.size();
     }
   }
 }

@@ -199,12 +199,13 @@ TYPED_TEST(MicroKernels, GatedTilesAgreeForEveryWidthAndBias) {
 TYPED_TEST(MicroKernels, AttentionAgreesForEveryPageAndRowCount) {
   Numbers numbers(4);
   constexpr int64_t kColumns = 80;  // one pass of four vectors and one of a single one
+  constexpr int kRows = 2 * kTileRows + 1;
   const int64_t steps = 40 / this->kWidth;
-  const auto q = wild_elements<TypeParam>(numbers, kTileRows * 40);
+  const auto q = wild_elements<TypeParam>(numbers, kRows * 40);
   const auto memory =
       wild_elements<TypeParam>(numbers, kChunkPages * kPageTokens * (kColumns + 40));
   for (int num_pages = 1; num_pages <= kChunkPages; ++num_pages) {
-    const int rows = 1 + num_pages % kTileRows;
+    const int rows = 1 + num_pages % kRows;
     std::vector<const TypeParam*> keys, values;
     for (int i = 0; i < num_pages; ++i) {
       keys.push_back(memory.data() + i * kPageTokens * 40);
@@ -212,27 +213,78 @@ TYPED_TEST(MicroKernels, AttentionAgreesForEveryPageAndRowCount) {
     }
     const int begin = num_pages % 5, end = num_pages * kPageTokens - num_pages % 13;
     const auto run = [&](Isa isa) {
-      std::vector<float> scores(kTileRows * kChunkKeys), out(kTileRows * kColumns), sums;
-      std::vector<TypeParam> p(kTileRows * kChunkKeys);
+      std::vector<float> scores(kRows * kChunkKeys), out(kRows * kColumns), sums;
+      std::vector<TypeParam> p(kRows * kChunkKeys);
+      PagesAhead ahead{.pages = {reinterpret_cast<const std::byte*>(keys[0])},
+                       .count = 1,
+                       .lines_per_page = 4,
+                       .lines_per_call = 3};
       this->of(isa).page_scores(q.data(), 40, rows, keys.data(), num_pages, steps, 0.158f,
-                                scores.data());
+                                scores.data(), ahead);
       for (int r = 0; r < rows; ++r) {
         float max = 0, sum = 0;
         this->of(isa).chunk_softmax(scores.data() + r * kChunkKeys, num_pages, begin, end,
                                     p.data() + r * kChunkKeys, &max, &sum);
         sums.insert(sums.end(), {max, sum});
       }
-      this->of(isa).page_values(p.data(), rows, values.data(), num_pages, kColumns, out.data());
+      // In two parts, as pages that are shared and pages that are not.
+      const int cut = num_pages / 2;
+      if (cut > 0) {
+        this->of(isa).page_values(p.data(), rows, values.data(), cut, kColumns, false, out.data(),
+                                  ahead);
+      }
+      this->of(isa).page_values(p.data() + cut * kPageTokens, rows, values.data() + cut,
+                                num_pages - cut, kColumns, cut > 0, out.data(), ahead);
+      std::vector<float> whole(out.size());
+      this->of(isa).page_values(p.data(), rows, values.data(), num_pages, kColumns, false,
+                                whole.data(), ahead);
+      EXPECT_EQ(bits(out), bits(whole)) << isa_name(isa) << ", pages " << num_pages;
+      SoftmaxState state{.max = 0.5f, .sum = 3.0f};
+      kernel_table(isa).merge_chunk(whole.data(), &state, out.data(), sums[0], sums[1], kColumns);
+      sums.insert(sums.end(), {state.max, state.sum});
       std::vector<TypeParam> divided(20);
       this->of(isa).divide(out.data(), 3.0f, 20, divided.data());
       auto all = bits(scores);
-      for (const auto& part : {bits(p), bits(sums), bits(out), bits(divided)}) {
+      for (const auto& part : {bits(p), bits(sums), bits(out), bits(whole), bits(divided)}) {
         all.insert(all.end(), part.begin(), part.end());
       }
       return all;
     };
     for (const Isa isa : vector_isas()) {
       EXPECT_EQ(run(isa), run(Isa::kPortable)) << isa_name(isa) << ", pages " << num_pages;
+    }
+  }
+}
+
+TYPED_TEST(MicroKernels, RotationsAgreeAndSeeWhatIsNotFiniteAfterRounding) {
+  Numbers numbers(13);
+  for (const int64_t n : {2, 6, 20, 32, 34, 64, 128}) {
+    auto in = numbers.vector(n, 3.0f);
+    const auto table = numbers.vector(n, 1.0f);
+    const auto run = [&](Isa isa) {
+      std::vector<TypeParam> rotated(static_cast<size_t>(n)), rounded(static_cast<size_t>(n));
+      const bool is_finite = this->of(isa).rotate_head(in.data(), table.data(), n, rotated.data());
+      const bool is_row = this->of(isa).round_row(in.data(), n, rounded.data());
+      auto all = bits(rotated);
+      const auto rest = bits(rounded);
+      all.insert(all.end(), rest.begin(), rest.end());
+      all.push_back(is_finite);
+      all.push_back(is_row);
+      return all;
+    };
+    const auto finite = run(Isa::kPortable);
+    EXPECT_EQ(finite.back(), 1u);
+    EXPECT_EQ(finite[finite.size() - 2], 1u);
+    for (const Isa isa : vector_isas()) EXPECT_EQ(run(isa), run(Isa::kPortable)) << isa_name(isa);
+    // The largest float rounds to infinity in bf16 and is itself in f32.
+    in[static_cast<size_t>(n) - 1] = std::numeric_limits<float>::max();
+    for (const Isa isa : supported_isas()) {
+      EXPECT_EQ(run(isa).back(), sizeof(TypeParam) == 2 ? 0u : 1u) << isa_name(isa);
+    }
+    in[0] = std::numeric_limits<float>::quiet_NaN();
+    for (const Isa isa : supported_isas()) {
+      EXPECT_EQ(run(isa).back(), 0u) << isa_name(isa);
+      EXPECT_EQ(run(isa)[finite.size() - 2], 0u) << isa_name(isa);
     }
   }
 }

@@ -34,7 +34,7 @@ template <class Element>
 class RopeAppend : public ::testing::Test {
  protected:
   RopeAppend() : pages_(shape_, KvPages(shape_, 1 << 20).page_bytes() * kNumPages) {
-    std::memset(pages_.page(0), kUntouched, bytes());
+    std::memset(pages_.data(), kUntouched, bytes());
     for (int p = 0; p < 64; ++p) {
       for (int i = 0; i < 3; ++i) rope_.push_back(std::cos(0.1f * static_cast<float>(p * i)));
       for (int i = 0; i < 3; ++i) rope_.push_back(std::sin(0.1f * static_cast<float>(p * i)));
@@ -69,13 +69,22 @@ class RopeAppend : public ::testing::Test {
         page, 1, head)[((slot / width) * pages_.value_columns() + i) * width + slot % width]);
   }
   bool is_page_untouched(int32_t page) const {
-    for (int64_t i = 0; i < pages_.page_bytes(); ++i) {
-      if (pages_.page(page)[i] != std::byte{kUntouched}) return false;
+    for (int64_t block = 0; block < pages_.num_blocks(); ++block) {
+      const std::byte* at = pages_.block_at(page, block / shape_.G, block % shape_.G);
+      for (int64_t i = 0; i < pages_.block_bytes(); ++i) {
+        if (at[i] != std::byte{kUntouched}) return false;
+      }
     }
     return true;
   }
 
-  const ModelShape shape_{.D = 8, .H = 2, .G = 2, .K = 6, .F = 8, .V = 8, .L = 2,
+  const ModelShape shape_{.D = 8,
+                          .H = 2,
+                          .G = 2,
+                          .K = 6,
+                          .F = 8,
+                          .V = 8,
+                          .L = 2,
                           .dtype = sizeof(Element) == 2 ? DType::kBF16 : DType::kF32};
   KvPages pages_;
   std::vector<float> rope_;
@@ -97,8 +106,7 @@ TYPED_TEST(RopeAppend, WritesTheRowsSlotAndNoOther) {
     const float* v = qkv.data() + 24 + g * 6;
     for (int64_t i = 0; i < 3; ++i) {
       const double angle = 1.9 * static_cast<double>(i), low = k[i], high = k[i + 3];
-      EXPECT_NEAR(this->key(4, 3, g, i), low * std::cos(angle) - high * std::sin(angle),
-                  4 * unit);
+      EXPECT_NEAR(this->key(4, 3, g, i), low * std::cos(angle) - high * std::sin(angle), 4 * unit);
       EXPECT_NEAR(this->key(4, 3, g, i + 3), high * std::cos(angle) + low * std::sin(angle),
                   4 * unit);
       EXPECT_NEAR(this->value(4, 3, g, i), v[i], unit);
@@ -106,7 +114,7 @@ TYPED_TEST(RopeAppend, WritesTheRowsSlotAndNoOther) {
   }
   const KvPages untouched = [this] {
     KvPages pages(this->shape_, static_cast<int64_t>(this->bytes()));
-    std::memset(pages.page(0), kUntouched, this->bytes());
+    std::memset(pages.data(), kUntouched, this->bytes());
     return pages;
   }();
   for (const int32_t slot : {2, 4}) {  // the neighbours; slot 2 shares 4 bytes with slot 3
@@ -170,8 +178,8 @@ TYPED_TEST(RopeAppend, CopiesTakeTheirTokensInTheOrderOfThePlan) {
   ThreadPool pool(3);
   // A chain, a page overwritten after it was read, and parts of pages, odd and even.
   StepPlan plan;
-  plan.page_copies = {{0, 2, 16}, {1, 0, 16}, {2, 3, 16}, {0, 3, 5}, {3, 4, 16},
-                      {2, 4, 2},  {0, 5, 0},  {1, 1, 16}};
+  plan.page_copies = {{0, 2, 16}, {1, 0, 16}, {2, 3, 16}, {0, 3, 5},
+                      {3, 4, 16}, {2, 4, 2},  {0, 5, 0},  {1, 1, 16}};
   copy_pages(pool, plan, this->pages_);
   EXPECT_EQ(snapshot(0), second);
   EXPECT_EQ(snapshot(1), second);
