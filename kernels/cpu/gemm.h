@@ -35,9 +35,10 @@ struct RowTiles {
   int64_t count;
 };
 
-// Cache lines of the next block of panel columns that each of `num_tiles` products of `steps` steps
-// brings into L2.
-int64_t lines_ahead(int64_t steps, int64_t num_tiles);
+// What product `tile` of the num_tiles that read one block of panel columns (of `steps` steps)
+// brings into L2 of the block at `next`. The first tile is left alone: what is not there yet it
+// streams itself.
+PanelPass look_ahead(const void* next, int64_t steps, int64_t tile, int64_t num_tiles, int rows);
 
 struct GemmArgs {
   PackedMatrix weight;

@@ -102,14 +102,16 @@ void VocabStats<Element>::compute_block(std::span<const int32_t> head_rows, int6
     const int columns = panel_columns(panel);
     const auto* columns_end =
         reinterpret_cast<const std::byte*>(weight_.panel<Element>(panel)) + weight_.panel_bytes();
-    const int64_t lines =
-        panel + 1 < end_panel || has_next ? lines_ahead(weight_.steps(), tiles.count) : 0;
+    const bool goes_on = panel + 1 < end_panel || has_next;
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int64_t row = first + tiles.begin(t);
       const auto rows = static_cast<size_t>(tiles.begin(t + 1) - tiles.begin(t));
+      PanelPass pass;
+      if (goes_on) {
+        pass = look_ahead(columns_end, weight_.steps(), t, tiles.count, static_cast<int>(rows));
+      }
       of_.panel_product(group_.data + row * group_.stride, group_.stride, static_cast<int>(rows),
-                        weight_.panel<Element>(panel), weight_.steps(), tile,
-                        {.ahead = columns_end + t * lines * 64, .ahead_lines = lines});
+                        weight_.panel<Element>(panel), weight_.steps(), tile, pass);
       reduce_tile(head_rows.subspan(static_cast<size_t>(row), rows), tile, panel, first_index,
                   work);
       if (logits == nullptr) continue;
