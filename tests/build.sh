@@ -11,6 +11,9 @@ if command -v ccache >/dev/null; then
   export CMAKE_CXX_COMPILER_LAUNCHER=${CMAKE_CXX_COMPILER_LAUNCHER:-ccache}
   # Another clone of the same sources finds what this one compiled.
   export CCACHE_BASEDIR=$PWD CCACHE_NOHASHDIR=1
+  # What ccache asks for before it caches files that use precompiled headers. Nothing here expands
+  # __DATE__ or __TIME__.
+  export CCACHE_SLOPPINESS=pch_defines,time_macros
 fi
 options=()
 case $preset in
