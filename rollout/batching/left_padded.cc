@@ -33,11 +33,9 @@ void LeftPaddedBatching::start_wave(EngineState& state) {
     if (num_rows > 1 && num_rows * row_pages > state.limits.num_pages) break;
     num_columns_ = num_prompt;
     num_new_columns = num_new;
-    if (sequence.group) --sequence.group->num_waiting;
     sequence.slot = state.free_slots.back();
     state.free_slots.pop_back();
-    state.running.push_back(std::move(state.waiting.front()));
-    state.waiting.pop_front();
+    state.running.push_back(state.waiting.take(sequence));
   }
   const int32_t row_pages = pages_for(int64_t{num_columns_} + num_new_columns, page_tokens);
   for (const auto& sequence : state.running) state.pool.try_allocate(row_pages, sequence->pages);

@@ -129,17 +129,23 @@ void Worker::tell_stats(bool now) {
   stats_due_ = time + kStatsInterval;
   const EngineState& state = engine_.state();
   const EngineCounters& counters = state.counters;
-  const auto used = state.pool.num_pages() - state.pool.num_free();
+  const auto used = state.pool.num_pages() - state.pool.num_available();
   emit_(WorkerStats{{{"num_running_seqs", static_cast<double>(state.running.size())},
                      {"num_waiting_seqs", static_cast<double>(state.waiting.size())},
                      {"num_kv_pages", state.pool.num_pages()},
                      {"num_kv_pages_used", used},
+                     {"num_kv_pages_cached", state.pool.num_idle()},
                      {"num_steps", static_cast<double>(counters.num_steps)},
                      {"num_preemptions", static_cast<double>(counters.num_preemptions)},
                      {"num_rows_computed", static_cast<double>(counters.num_rows_computed)},
                      {"num_pad_rows", static_cast<double>(counters.num_pad_rows)},
                      {"num_tokens_generated", static_cast<double>(counters.num_tokens_generated)},
                      {"num_samples", static_cast<double>(counters.num_samples)},
+                     {"num_tokens_recomputed", static_cast<double>(counters.num_tokens_recomputed)},
+                     {"prefix_cache_queries", static_cast<double>(counters.prefix_cache_queries)},
+                     {"prefix_cache_hits", static_cast<double>(counters.prefix_cache_hits)},
+                     {"steps_s", counters.steps_s},
+                     {"scheduling_s", counters.scheduling_s},
                      {"peak_memory_bytes", peak_memory_bytes()}}});
 }
 

@@ -100,7 +100,8 @@ struct EngineSection {
     field("enable_chunked_prefill", self.enable_chunked_prefill, Flag{},
           "let one prompt span several steps");
     field("enable_prefix_caching", self.enable_prefix_caching, Flag{},
-          "compute a prompt once for all samples of its group; false: once a sample");
+          "compute a prompt once for its group, a common beginning once for all; false: once a "
+          "sample");
     field("kv_cache_memory", self.kv_cache_memory, Bytes{int64_t{4} << 10, int64_t{64} << 40},
           "of the KV cache of a rank");
     field("num_threads", self.num_threads, Between{0, 1024},

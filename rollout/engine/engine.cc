@@ -11,6 +11,8 @@
 namespace rollpack::rollout {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 bridge::SampleKey key_of(const Sequence& sequence) {
   bridge::SampleKey key = sequence.group->request.key;
   key.sample_index = sequence.sample_index;
@@ -40,7 +42,6 @@ Engine::Engine(const EngineLimits& limits, std::unique_ptr<BatchingPolicy> polic
 void Engine::add(GroupRequest request) {
   auto group = std::make_shared<Group>();
   group->request = std::move(request);
-  group->arrival = num_arrivals_;
   const std::vector<int32_t>& prompt = *group->request.prompt_ids;
   for (int32_t index = 0; index < group->request.key.group_size; ++index) {
     auto sequence = std::make_unique<Sequence>();
@@ -94,24 +95,22 @@ int64_t Engine::abort(std::optional<int64_t> request_id) {
     ++num_aborted;
     return true;
   };
-  std::erase_if(state_.waiting, [&](const std::unique_ptr<Sequence>& sequence) {
-    if (!end(*sequence)) return false;
-    Group& group = *sequence->group;
-    if (--group.num_waiting == 0 && !group.prompt_pages.empty()) state_.unpin(group);
-    return true;
-  });
+  for (auto next = state_.waiting.begin(); next != state_.waiting.end();) {
+    Sequence& sequence = *(next++)->second;
+    if (end(sequence)) state_.waiting.take(sequence);
+  }
   for (const auto& sequence : state_.running) end(*sequence);
   policy_->retire(state_);
   return num_aborted;
 }
 
 bool Engine::has_started_work() const {
-  return !state_.running.empty() ||
-         std::ranges::any_of(state_.waiting, [](const auto& s) { return s->has_started(); });
+  return !state_.running.empty() || state_.waiting.num_started() > 0;
 }
 
 Engine::StepOutcome Engine::step(std::chrono::milliseconds timeout,
                                  const std::function<bool()>& is_interrupted) {
+  const auto started = Clock::now();
   batch_.clear();
   policy_->plan(state_, batch_);
   if (batch_.empty()) return StepOutcome::kNothingToDo;
@@ -122,19 +121,24 @@ Engine::StepOutcome Engine::step(std::chrono::milliseconds timeout,
     state_.counters.num_pad_rows -= entry.num_tokens;
   }
   state_.counters.num_pad_rows += batch_.num_rows();
+  const auto submitted = Clock::now();
   const kernels::StepHandle handle = backend_.submit(std::move(batch_.plan));
   const std::optional<kernels::StepResult> result = wait(handle, timeout, is_interrupted);
   if (!result) return StepOutcome::kInterrupted;
+  const auto computed = Clock::now();
   apply(*result);
+  const std::chrono::duration<double> all = Clock::now() - started, backend = computed - submitted;
+  state_.counters.steps_s += all.count();
+  state_.counters.scheduling_s += (all - backend).count();
   return StepOutcome::kDone;
 }
 
 std::optional<kernels::StepResult> Engine::wait(kernels::StepHandle handle,
                                                 std::chrono::milliseconds timeout,
                                                 const std::function<bool()>& is_interrupted) {
-  const auto deadline = std::chrono::steady_clock::now() + timeout;
+  const auto deadline = Clock::now() + timeout;
   for (;;) {
-    const auto now = std::chrono::steady_clock::now();
+    const auto now = Clock::now();
     try {
       return backend_.wait(handle, std::min(deadline, now + std::chrono::milliseconds(100)));
     } catch (const Error& error) {
@@ -145,16 +149,19 @@ std::optional<kernels::StepResult> Engine::wait(kernels::StepHandle handle,
 }
 
 void Engine::apply(const kernels::StepResult& result) {
-  policy_->after_step(state_, batch_);
+  // Before the policy sees them: nobody may share pages that hold NaN or infinity.
   for (const int32_t index : result.failed_sequences) {
     Sequence* sequence = batch_.entries[index].sequence;
     if (sequence != nullptr && !sequence->is_finished) {
       fail(*sequence, non_finite_error(*sequence, "keys and values"));
     }
   }
+  policy_->after_step(state_, batch_);
   for (size_t i = 0; i < result.samples.size(); ++i) {
     Sequence& sequence = *batch_.sampled[i];
-    if (sequence.is_finished) continue;
+    // A follower still without pages drew from a row of its leader that has failed: the draw is
+    // void, and it will compute the prompt for itself.
+    if (sequence.is_finished || sequence.pages.empty()) continue;
     if (!result.samples[i].is_finite) {
       fail(sequence, non_finite_error(sequence, "logits"));
       continue;
@@ -169,8 +176,8 @@ void Engine::apply(const kernels::StepResult& result) {
 
 void Engine::append_token(Sequence& sequence, const kernels::HeadResult& result) {
   if (sequence.weight_versions.empty() ||
-      sequence.weight_versions.back().version != weight_version_) {
-    sequence.weight_versions.push_back({sequence.num_response(), weight_version_});
+      sequence.weight_versions.back().version != state_.weight_version) {
+    sequence.weight_versions.push_back({sequence.num_response(), state_.weight_version});
   }
   sequence.tokens.push_back(result.token);
   sequence.logprobs.push_back(result.logprob);
@@ -233,6 +240,7 @@ void Engine::emit_scored(Sequence& sequence) {
 
 void Engine::fail(Sequence& sequence, ErrorInfo error) {
   sequence.is_finished = true;
+  sequence.is_failed = true;
   if (sequence.is_score()) {
     output_.on_scored(sequence.score->ticket, std::move(error),
                       {.id = sequence.score->sequence.id});
@@ -243,7 +251,8 @@ void Engine::fail(Sequence& sequence, ErrorInfo error) {
 
 void Engine::switch_version(int64_t version) {
   policy_->drop_kv(state_);
-  weight_version_ = version;
+  state_.index.begin_version(version);
+  state_.weight_version = version;
 }
 
 }  // namespace rollpack::rollout

@@ -59,7 +59,7 @@ class Engine {
   void switch_version(int64_t version);
 
   const EngineState& state() const { return state_; }
-  int64_t weight_version() const { return weight_version_; }
+  int64_t weight_version() const { return state_.weight_version; }
 
  private:
   std::optional<kernels::StepResult> wait(kernels::StepHandle handle,
@@ -78,7 +78,6 @@ class Engine {
   EngineOutput& output_;
   StepBatch batch_;
   uint64_t num_arrivals_ = 0;
-  int64_t weight_version_ = 0;
 };
 
 // Errors of a request that this engine could never serve: invalid_argument or resource_exhausted

@@ -3,13 +3,13 @@
 #pragma once
 
 #include <cstdint>
-#include <deque>
-#include <map>
 #include <memory>
 #include <vector>
 
 #include "rollout/engine/sequence.h"
+#include "rollout/engine/waiting_queue.h"
 #include "rollout/kv_cache/page_pool.h"
+#include "rollout/kv_cache/prefix_index.h"
 
 namespace rollpack::rollout {
 
@@ -21,7 +21,9 @@ struct EngineLimits {
   int64_t page_bytes = 0;
   int64_t max_positions = 0;  // max_position_embeddings: a sequence ends with `length` there
   bool chunked_prefill = true;
-  bool prefix_sharing = true;  // a group's prompt is prefilled once for all its samples
+  // A group's prompt is prefilled once for all its samples, and what was computed before under the
+  // same weights is found again.
+  bool prefix_sharing = true;
   bool wants_entropy = false;
 };
 
@@ -32,6 +34,13 @@ struct EngineCounters {
   int64_t num_pad_rows = 0;
   int64_t num_tokens_generated = 0;
   int64_t num_samples = 0;
+  // Tokens of admitted sequences that the prefix index was asked for, and found there. Neither
+  // counts a sibling that shares its leader's prompt, nor one that comes back after preemption.
+  int64_t prefix_cache_queries = 0;
+  int64_t prefix_cache_hits = 0;
+  int64_t num_tokens_recomputed = 0;  // lost to preemption and not found in the prefix index
+  double steps_s = 0;                 // wall time of all steps
+  double scheduling_s = 0;            // of it, what is not the backend's: plan, apply, retire
 };
 
 struct EngineState {
@@ -41,19 +50,39 @@ struct EngineState {
   void release(Sequence& sequence);
   // Takes running[index] back to the queue, its keys and values forgotten.
   void requeue(size_t index);
-  // Gives a group's pinned prompt pages back.
-  void unpin(Group& group);
+  // The same for every running sequence that `is_chosen` says, in one pass.
+  template <class IsChosen>
+  void requeue_if(const IsChosen& is_chosen);
   // Puts a sequence into `waiting` by its arrival: what has waited longest comes first.
-  void enqueue(std::unique_ptr<Sequence> sequence);
+  void enqueue(std::unique_ptr<Sequence> sequence) { waiting.push(std::move(sequence)); }
+
+  // Files the sequence's first `num_tokens` tokens, which must be computed, in the prefix index.
+  void file(Sequence& sequence, int32_t num_tokens);
+  // Appends `count` pages, evicting cached ones where none is free; or changes nothing and returns
+  // false.
+  bool try_allocate(int32_t count, std::vector<int32_t>& pages);
 
   EngineLimits limits;
   PagePool pool;
+  PrefixIndex index;
   std::vector<int32_t> free_slots;
-  std::deque<std::unique_ptr<Sequence>> waiting;   // by arrival
+  WaitingQueue waiting;
   std::vector<std::unique_ptr<Sequence>> running;  // by admission
-  std::map<uint64_t, Group*> pinned_prompts;       // by the group's arrival
-  bool admits = true;                              // false: nothing new starts, what runs goes on
+  int64_t weight_version = 0;
+  bool admits = true;  // false: nothing new starts, what runs goes on
   EngineCounters counters;
+
+ private:
+  void return_to_queue(std::unique_ptr<Sequence> sequence);
 };
+
+template <class IsChosen>
+void EngineState::requeue_if(const IsChosen& is_chosen) {
+  std::erase_if(running, [&](std::unique_ptr<Sequence>& sequence) {
+    if (!is_chosen(*sequence)) return false;
+    return_to_queue(std::move(sequence));
+    return true;
+  });
+}
 
 }  // namespace rollpack::rollout

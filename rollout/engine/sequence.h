@@ -15,13 +15,9 @@ struct Sequence;
 // What the samples of one prompt have in common.
 struct Group {
   GroupRequest request;
-  uint64_t arrival = 0;
-  int32_t num_waiting = 0;  // siblings in the waiting queue
   // Prompt prefill, done once for all siblings: the leader computes, followers wait without pages.
   Sequence* leader = nullptr;
   std::vector<Sequence*> followers;
-  // Pages of the whole prompt, pinned while siblings wait; empty: not computed or given back.
-  std::vector<int32_t> prompt_pages;
 };
 
 struct Sequence {
@@ -36,9 +32,18 @@ struct Sequence {
   std::vector<int32_t> tokens;  // prompt, then response so far
   int32_t num_computed = 0;     // leading tokens whose K and V are in `pages`
   std::vector<int32_t> pages;
+  int64_t kv_version = 0;  // weights that computed them
+  int32_t num_filed = 0;   // leading whole pages that the prefix index knows
   int32_t slot = -1;
   bool slot_is_set = false;  // the backend's slot holds this sequence's stream and last token
   bool is_finished = false;
+  bool is_failed = false;  // by numbers that are not finite: nobody may use its pages
+
+  // Preempted for want of pages, under the present weights: it comes back only with the promise of
+  // pages up to length `promised_end`, before which it is not preempted again.
+  bool was_preempted = false;
+  int32_t promised_end = 0;
+  int32_t num_lost = 0;  // computed tokens that its last preemption took away
 
   // One entry a response token (generated or scored).
   std::vector<float> logprobs, scaled_logprobs, support_logmass, entropy;
@@ -53,10 +58,8 @@ struct Sequence {
   bool has_started() const { return !is_score() && num_response() > 0; }
   // Tokens that still need a row. A scored sequence's last token predicts nothing.
   int32_t num_remaining() const { return length() - (is_score() ? 1 : 0) - num_computed; }
-  // Computed tokens no sibling has: what preemption would throw away.
-  int32_t num_own_computed() const {
-    return is_score() ? num_computed : num_computed > num_prompt ? num_computed - num_prompt : 0;
-  }
+  // Length to which pages are needed now. A scored sequence's last token needs none.
+  int32_t known_end() const { return num_computed + num_remaining(); }
 };
 
 }  // namespace rollpack::rollout

@@ -92,7 +92,7 @@ bool try_make_writable(Sequence& sequence, int32_t position, int32_t page_tokens
   if (index > sequence.pages.size()) fail_invariant("a page table has a hole");
   if (index == sequence.pages.size()) return pool.try_allocate(1, sequence.pages);
   const int32_t page = sequence.pages[index];
-  if (!pool.is_shared(page)) return true;
+  if (pool.is_writable(page, position % page_tokens)) return true;
   std::vector<int32_t> fresh;
   if (!pool.try_allocate(1, fresh)) return false;
   if (const int32_t num_tokens = position % page_tokens; num_tokens > 0) {

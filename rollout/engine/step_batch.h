@@ -39,7 +39,8 @@ class StepBatch {
 };
 
 // Makes the page of position `position` of `sequence` writable: allocates it where it is missing,
-// copies it where siblings share it. Changes nothing and returns false when no page is free.
+// copies it where others read it or its slots from there on are cached. Changes nothing and returns
+// false when no page is free.
 bool try_make_writable(Sequence& sequence, int32_t position, int32_t page_tokens, PagePool& pool,
                        std::vector<kernels::PageCopy>& copies);
 

@@ -1,5 +1,9 @@
 // Which KV pages are in use, and by how many sequences. Bookkeeping only: page memory belongs to
 // the backend, and because its steps run in order, a page may be reused as soon as it is free here.
+//
+// A page is in use (sequences refer to it), idle (none does, but its leading slots are kept: they
+// may be asked for again), or free. Idle pages are listed by when they fell idle. All operations
+// take constant time a page.
 #pragma once
 
 #include <cstdint>
@@ -11,20 +15,50 @@ class PagePool {
  public:
   explicit PagePool(int32_t num_pages);
 
-  int32_t num_pages() const { return static_cast<int32_t>(references_.size()); }
+  int32_t num_pages() const { return static_cast<int32_t>(pages_.size()); }
   int32_t num_free() const { return static_cast<int32_t>(free_.size()); }
+  int32_t num_idle() const { return num_idle_; }
+  // Pages that can be had: the free ones, and the idle ones once they are forgotten.
+  int32_t num_available() const { return num_free() + num_idle_; }
 
-  // Appends `count` pages with one reference each, or changes nothing and returns false.
+  // Appends `count` free pages with one reference each, or changes nothing and returns false.
   bool try_allocate(int32_t count, std::vector<int32_t>& pages);
+  // One reference more to a page in use or idle.
   void add_reference(int32_t page);
-  // Drops one reference; the page is free when none is left.
+  // Drops one reference; with the last one a page falls idle where it is kept, free where not.
   void release(int32_t page);
+  // Releases the last page first: of pages falling idle together, the end of a sequence is older.
   void release_all(std::vector<int32_t>& pages);
-  bool is_shared(int32_t page) const { return references_[page] > 1; }
+
+  // Keeps slots [0, num_slots) of a page in use, until forget().
+  void keep(int32_t page, int32_t num_slots);
+  // Keeps nothing of the page any more; an idle one becomes free.
+  void forget(int32_t page);
+  // The page that fell idle first; -1: none is idle.
+  int32_t oldest_idle() const { return oldest_; }
+
+  int32_t num_references(int32_t page) const { return pages_[page].num_references; }
+  bool is_kept(int32_t page) const { return pages_[page].num_kept > 0; }
+  // Whether the one sequence that holds `page` may write slots from `first_slot` on: no other
+  // sequence reads the page, and what is kept of it lies before them.
+  bool is_writable(int32_t page, int32_t first_slot) const {
+    return pages_[page].num_references == 1 && pages_[page].num_kept <= first_slot;
+  }
 
  private:
-  std::vector<int32_t> references_;  // [num_pages]
-  std::vector<int32_t> free_;        // stack; lowest page on top at the start
+  struct Page {
+    int32_t num_references = 0;
+    int32_t num_kept = 0;            // leading slots that must stay as they are
+    int32_t older = -1, newer = -1;  // neighbours among the idle pages
+  };
+
+  void append_idle(int32_t page);
+  void remove_idle(int32_t page);
+
+  std::vector<Page> pages_;
+  std::vector<int32_t> free_;  // stack; lowest page on top at the start
+  int32_t oldest_ = -1, newest_ = -1;
+  int32_t num_idle_ = 0;
 };
 
 }  // namespace rollpack::rollout

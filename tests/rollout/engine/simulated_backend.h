@@ -31,7 +31,7 @@ class SimulatedBackend : public kernels::Backend {
     int32_t page_tokens = 4;
     int32_t num_slots = 8;
     int32_t max_rows = 32;
-    int32_t vocab_size = 100;
+    int32_t vocab_size = 100;  // a row of token `vocab_size`, never drawn, has keys that are NaN
   };
 
   explicit SimulatedBackend(const Options& options)
@@ -47,6 +47,10 @@ class SimulatedBackend : public kernels::Backend {
                       int32_t vocab_size) {
     return static_cast<int32_t>(mix(mix(hash, seed), mix(prompt_hash, sample_index)) %
                                 static_cast<uint64_t>(vocab_size));
+  }
+
+  static float logprob(uint64_t hash, int32_t token) {
+    return -static_cast<float>(mix(hash, static_cast<uint64_t>(token)) % 1000);
   }
 
   void set_version(uint64_t version) { version_ = version; }
@@ -106,6 +110,7 @@ class SimulatedBackend : public kernels::Backend {
   std::vector<std::vector<uint64_t>> pages_;  // [num_pages][page_tokens] row hashes
   std::vector<Slot> slots_;
   std::set<std::pair<int32_t, int32_t>> written_;  // (page, offset) of the step under way
+  std::set<int32_t> failed_;                       // sequences of the step under way
   kernels::StepResult result_;
   kernels::BackendInfo info_;
   int64_t num_rows_run_ = 0;
@@ -125,6 +130,7 @@ inline kernels::StepHandle SimulatedBackend::submit(kernels::StepPlan plan) {
     slots_.at(init.slot) = {.init = init, .next_position = init.next_position, .is_set = true};
   }
   written_.clear();
+  failed_.clear();
   std::vector<uint64_t> hashes(plan.num_rows(), 0);
   int32_t next_row = 0;
   for (const kernels::StepSequence& sequence : plan.sequences) {
@@ -134,16 +140,16 @@ inline kernels::StepHandle SimulatedBackend::submit(kernels::StepPlan plan) {
   }
   check(next_row == plan.num_rows(), "every row belongs to a sequence");
   result_ = {};
+  result_.failed_sequences.assign(failed_.begin(), failed_.end());
   std::set<int32_t> sampled_slots;
   for (const kernels::SampleRow& row : plan.samples) {
     check(sampled_slots.insert(row.slot).second, "a slot sampled once a step");
     result_.samples.push_back(sample(plan, row, hashes.at(row.row)));
   }
   for (const kernels::ScoreRow& row : plan.scores) {
-    result_.scores.push_back(
-        {.position = plan.positions.at(row.row) + 1,
-         .token = row.token,
-         .logprob = -static_cast<float>(mix(hashes.at(row.row), row.token) % 1000)});
+    result_.scores.push_back({.position = plan.positions.at(row.row) + 1,
+                              .token = row.token,
+                              .logprob = logprob(hashes.at(row.row), row.token)});
   }
   return 1;
 }
@@ -176,6 +182,10 @@ inline void SimulatedBackend::run_sequence(const kernels::StepPlan& plan,
     for (int32_t j = 0; j < position; ++j) seen = mix(seen, key(j));
     check(written_.insert(place(position)).second, "memory written once a step");
     hashes[row] = row_hash(version_, seen, token);
+    if (token == options_.vocab_size) {  // as the CPU backend: zeros instead, and the word of it
+      hashes[row] = 0;
+      failed_.insert(static_cast<int32_t>(&sequence - plan.sequences.data()));
+    }
     key(position) = hashes[row];
   }
 }
@@ -188,7 +198,7 @@ inline kernels::HeadResult SimulatedBackend::sample(const kernels::StepPlan& pla
   const kernels::SlotInit& init = slot.init;
   kernels::HeadResult result{.slot = row.slot, .position = slot.next_position};
   result.token = draw(hash, init.seed, init.prompt_hash, init.sample_index, options_.vocab_size);
-  result.logprob = -static_cast<float>(mix(hash, result.token) % 1000);
+  result.logprob = logprob(hash, result.token);
   const bool is_stop = slot.next_position >= init.min_position &&
                        std::ranges::binary_search(init.stop_token_ids, result.token);
   if (is_stop) {

@@ -4,128 +4,12 @@
 
 #include <gtest/gtest.h>
 
-#include <map>
 #include <random>
 
-#include "kernels/base/checksum.h"
-#include "tests/rollout/engine/simulated_backend.h"
+#include "tests/rollout/engine/rig.h"
 
 namespace rollpack::rollout {
 namespace {
-
-using namespace std::chrono_literals;
-
-constexpr int32_t kVocab = 100;
-using SampleName = std::pair<int64_t, int32_t>;  // request, sample_index
-
-struct Collected : EngineOutput {
-  void on_sample(bridge::Sample sample) override {
-    const SampleName name{sample.key.request_id, sample.key.sample_index};
-    EXPECT_TRUE(samples.emplace(name, std::move(sample)).second) << "a sample came twice";
-  }
-  void on_failed(bridge::FailedSample sample) override {
-    ADD_FAILURE() << format_error(sample.error);
-  }
-  void on_scored(uint64_t ticket, bridge::Outcome error, bridge::ScoredSequence result) override {
-    EXPECT_FALSE(error);
-    EXPECT_TRUE(scored.emplace(ticket, std::move(result)).second) << "a score came twice";
-  }
-  std::map<SampleName, bridge::Sample> samples;
-  std::map<uint64_t, bridge::ScoredSequence> scored;
-};
-
-struct RigOptions {
-  std::string batching = "continuous";
-  int32_t num_pages = 64;
-  int32_t max_num_seqs = 8;
-  int32_t max_num_batched_tokens = 32;
-  bool chunked_prefill = true;
-  bool prefix_sharing = true;
-};
-
-struct Rig {
-  explicit Rig(const RigOptions& options)
-      : backend({.num_pages = options.num_pages,
-                 .num_slots = options.max_num_seqs,
-                 .max_rows = options.max_num_batched_tokens,
-                 .vocab_size = kVocab}),
-        engine({.max_num_seqs = options.max_num_seqs,
-                .max_num_batched_tokens = options.max_num_batched_tokens,
-                .page_tokens = 4,
-                .num_pages = options.num_pages,
-                .page_bytes = 1,
-                .max_positions = 1000,
-                .chunked_prefill = options.chunked_prefill,
-                .prefix_sharing = options.prefix_sharing},
-               make_batching_policy(options.batching), backend, collected) {}
-
-  void run_to_end() {
-    for (int steps = 0; engine.has_work(); ++steps) {
-      ASSERT_LT(steps, 100000) << "the engine does not come to an end";
-      ASSERT_EQ(engine.step(1s), Engine::StepOutcome::kDone)
-          << "work is left but no step is planned";
-    }
-    expect_nothing_held();
-  }
-  void expect_nothing_held() const {
-    EXPECT_EQ(engine.state().pool.num_free(), engine.state().pool.num_pages());
-    EXPECT_EQ(static_cast<int32_t>(engine.state().free_slots.size()),
-              engine.state().limits.max_num_seqs);
-    EXPECT_TRUE(engine.state().pinned_prompts.empty());
-  }
-
-  Collected collected;
-  SimulatedBackend backend;
-  Engine engine;
-};
-
-GroupRequest random_group(std::mt19937& random, int64_t request_id, int32_t max_prompt = 20,
-                          int32_t max_response = 24) {
-  const auto below = [&](int32_t n) { return static_cast<int32_t>(random() % n); };
-  std::vector<int32_t> prompt(1 + below(max_prompt));
-  for (int32_t& token : prompt) token = below(kVocab);
-  GroupRequest group;
-  group.key = {.request_id = request_id,
-               .prompt_id = {.text = std::to_string(request_id)},
-               .group_size = 1 + below(6)};
-  group.prompt_ids = std::make_shared<const std::vector<int32_t>>(prompt);
-  group.sampling = {.seed = 7,
-                    .response_length = 1 + below(max_response),
-                    .min_tokens = below(3),
-                    .stop_token_ids = {3, 50}};
-  return group;
-}
-
-// The sample computed by itself, straight from the definition of the simulated model.
-std::vector<int32_t> alone(const GroupRequest& group, int32_t sample_index, uint64_t version) {
-  std::vector<int32_t> tokens = *group.prompt_ids;
-  std::vector<uint64_t> keys;
-  std::vector<int32_t> response;
-  const size_t num_prompt = tokens.size();
-  for (size_t position = 0;; ++position) {
-    uint64_t seen = 0;
-    for (const uint64_t key : keys) seen = mix(seen, key);
-    keys.push_back(SimulatedBackend::row_hash(version, seen, tokens[position]));
-    if (position + 1 < num_prompt) continue;
-    const int32_t token = SimulatedBackend::draw(
-        keys.back(), group.sampling.seed, fnv1a64(group.key.prompt_id.text), sample_index, kVocab);
-    response.push_back(token);
-    tokens.push_back(token);
-    const auto length = static_cast<int32_t>(response.size());
-    const bool stops = std::ranges::binary_search(group.sampling.stop_token_ids, token) &&
-                       length > group.sampling.min_tokens;
-    if (stops || length == group.sampling.response_length) return response;
-  }
-}
-
-void expect_alone(const Collected& collected, const GroupRequest& group, uint64_t version = 0) {
-  for (int32_t i = 0; i < group.key.group_size; ++i) {
-    const auto found = collected.samples.find({group.key.request_id, i});
-    ASSERT_NE(found, collected.samples.end()) << "request " << group.key.request_id;
-    EXPECT_EQ(found->second.response_ids, alone(group, i, version))
-        << "request " << group.key.request_id << ", sample " << i;
-  }
-}
 
 TEST(Engine, GivesEverySampleAsIfAloneOverRandomSchedules) {
   for (uint32_t seed = 0; seed < 600; ++seed) {
@@ -264,22 +148,7 @@ TEST(Engine, KeepsSamplesOverAWeightSwitchAndStampsTheirVersions) {
       for (int32_t i = 0; i < group.key.group_size; ++i) {
         const bridge::Sample& sample = rig.collected.samples.at({group.key.request_id, i});
         ASSERT_FALSE(sample.weight_versions.empty());
-        for (size_t span = 0; span < sample.weight_versions.size(); ++span) {
-          const auto [first, version] = sample.weight_versions[span];
-          GroupRequest rest = group;  // the first token of the span, from the tokens before it
-          std::vector<int32_t> prefix = *group.prompt_ids;
-          prefix.insert(prefix.end(), sample.response_ids.begin(),
-                        sample.response_ids.begin() + first);
-          rest.prompt_ids = std::make_shared<const std::vector<int32_t>>(prefix);
-          rest.sampling.response_length -= first;
-          const auto expected = alone(rest, i, static_cast<uint64_t>(version));
-          const size_t end = span + 1 < sample.weight_versions.size()
-                                 ? sample.weight_versions[span + 1].first_token
-                                 : sample.response_ids.size();
-          for (size_t t = first; t < end; ++t) {
-            ASSERT_EQ(sample.response_ids[t], expected[t - first]) << "token " << t;
-          }
-        }
+        ASSERT_NO_FATAL_FAILURE(expect_stamped(sample, group));
       }
     }
   }
