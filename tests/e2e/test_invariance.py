@@ -126,23 +126,34 @@ def test_scores_are_the_bits_of_generation(engine: dict[str, Any], num_ranks: in
             assert result[key] == sample[key], f"{result['id']}: {key}"
 
 
+COLUMNS = ["logprobs", "scaled_logprobs", "support_logmass"]
+
+
+def _bits(samples: list[rollpack.Sample]) -> list[bytes]:
+    return [b"".join(getattr(sample, name).tobytes() for name in ("response_ids", *COLUMNS))
+            for sample in samples]
+
+
+def _settled_stats(client: rollpack.Client, num_samples: int) -> dict[str, float]:
+    """What the server says once it has counted that many samples: it may be a second behind."""
+    deadline = time.monotonic() + 10
+    while (stats := client.stats())["num_samples"] < num_samples:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return stats
+
+
 def _draw_long(folder: pathlib.Path, kv_cache_memory: str) -> tuple[list[bytes], float]:
     """Draws long responses. Returns: each sample as bits, and how often one was preempted."""
-    columns = ["logprobs", "scaled_logprobs", "support_logmass"]
     config = write_config(folder / "config.yaml", BASE, {
         "rollout": {"response_length": 60, "ignore_eos": True},
-        "engine": {"kv_cache_memory": kv_cache_memory}, "bridge": {"columns": columns}})
+        "engine": {"kv_cache_memory": kv_cache_memory}, "bridge": {"columns": COLUMNS}})
     prompts = [{"prompt_id": f"p{index}", "input_ids": [100 + index] * (5 + index)}
                for index in range(8)]
     with rollpack.launch(config) as client:
         samples = client.generate(prompts)
-        deadline = time.monotonic() + 10
-        while (stats := client.stats())["num_samples"] < len(samples):  # a second old at times
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    bits = [b"".join(getattr(sample, name).tobytes() for name in ("response_ids", *columns))
-            for sample in samples]
-    return bits, stats["num_preemptions"]
+        stats = _settled_stats(client, len(samples))
+    return _bits(samples), stats["num_preemptions"]
 
 
 def test_preempted_samples_are_the_same(tmp_path: pathlib.Path) -> None:
@@ -152,3 +163,48 @@ def test_preempted_samples_are_the_same(tmp_path: pathlib.Path) -> None:
     tight, num_preemptions = _draw_long(tmp_path, "10MiB")
     assert num_preemptions > 0
     assert len(roomy) == 8 * NUM_SAMPLES and tight == roomy
+
+
+def _converse(folder: pathlib.Path, *, caches: bool) -> tuple[list[bytes], list[dict[str, float]]]:
+    """Asks, asks on from each response, scores, and asks the first prompts again.
+
+    Returns: all samples and logprobs as bits, and the counters after each round of samples.
+    """
+    config = write_config(folder / "config.yaml", BASE, {
+        "rollout": {"response_length": 20, "ignore_eos": True},
+        "engine": {"enable_prefix_caching": caches}, "bridge": {"columns": COLUMNS}})
+    draw = random.Random(3)
+    prompts = [{"prompt_id": f"p{index}", "n": 3,
+                "input_ids": [draw.randrange(3, 49152) for _ in range(5 + 11 * index)]}
+               for index in range(6)]
+    stats = []
+    with rollpack.launch(config) as client:
+        samples = client.generate(prompts)
+        stats.append(_settled_stats(client, len(samples)))
+        turns = [{"prompt_id": f"turn{index}", "n": 2,
+                  "input_ids": [*sample.prompt_ids, *sample.response_ids, 11, 12, 13]}
+                 for index, sample in enumerate(samples)]
+        samples += client.generate(turns)
+        stats.append(_settled_stats(client, len(samples)))
+        scored = [result.logprobs.tobytes() for result in client.score(samples)]
+        before = client.stats()["prefix_cache_hits"]
+        samples += client.generate(prompts)
+        stats.append(_settled_stats(client, len(samples)))
+    assert before >= stats[1]["prefix_cache_hits"]
+    stats[2]["prefix_cache_hits"] -= before
+    return _bits(samples) + scored, stats
+
+
+def test_cold_and_warm_prefixes_are_the_same(tmp_path: pathlib.Path) -> None:
+    warm, stats = _converse(tmp_path, caches=True)
+    cold, cold_stats = _converse(tmp_path, caches=False)
+    assert len(warm) == 3 * 6 + 2 * 18 + 3 * 6 + (3 * 6 + 2 * 18) and warm == cold
+    assert warm[:18] == warm[54:72], "the same prompts, cold and warm"
+    num_prompts = [5 + 11 * index for index in range(6)]
+    # A turn finds all of the last one that has keys (its last token was never fed back), a prompt
+    # asked again all but the token whose logits it needs.
+    num_asked_on = stats[1]["prefix_cache_hits"] - stats[0]["prefix_cache_hits"]
+    assert num_asked_on == sum(3 * (length + 19) for length in num_prompts)
+    assert stats[2]["prefix_cache_hits"] == sum(length - 1 for length in num_prompts)
+    assert cold_stats[2]["prefix_cache_queries"] == 0
+    assert stats[2]["num_rows_computed"] < 0.7 * cold_stats[2]["num_rows_computed"]
