@@ -88,9 +88,11 @@ void expect_shape(const Tensor& tensor, int64_t rows, int64_t cols, const char* 
 template <class Element>
 class CpuBackend final : public Backend {
  public:
-  CpuBackend(const ModelShape& shape, const BackendOptions& options, Isa isa)
+  CpuBackend(const ModelShape& shape, const BackendOptions& options, Isa isa,
+             const CpuOptions& cpu_options)
       : shape_(shape),
         options_(options),
+        cpu_options_(cpu_options),
         kernels_(kernel_table(isa)),
         pool_(options.num_threads),
         weights_(shape.dtype, options.shared_weights),
@@ -233,6 +235,7 @@ class CpuBackend final : public Backend {
 
   const ModelShape shape_;
   const BackendOptions options_;
+  const CpuOptions cpu_options_;
   const KernelTable& kernels_;
   BackendInfo info_;
   ThreadPool pool_;
@@ -285,6 +288,7 @@ StepResult CpuBackend<Element>::run(const StepPlan& plan, StepProgram& program) 
   step_.begin(plan);
   has_head_results_ = false;
   copy_pages(pool_, plan, pages_);
+  if (cpu_options_.before_rows) cpu_options_.before_rows(plan, pages_);
   try {
     program.run(*this, plan.num_rows(), static_cast<int64_t>(step_.head_rows.size()));
   } catch (...) {
@@ -364,9 +368,9 @@ std::unique_ptr<Backend> make_cpu_backend(const ModelShape& shape, const Backend
   cpu::check_shape(shape, options);
   const cpu::Isa isa = cpu::choose_isa(cpu_options);
   if (shape.dtype == DType::kBF16) {
-    return std::make_unique<cpu::CpuBackend<uint16_t>>(shape, options, isa);
+    return std::make_unique<cpu::CpuBackend<uint16_t>>(shape, options, isa, cpu_options);
   }
-  return std::make_unique<cpu::CpuBackend<float>>(shape, options, isa);
+  return std::make_unique<cpu::CpuBackend<float>>(shape, options, isa, cpu_options);
 }
 
 }  // namespace rollpack::kernels

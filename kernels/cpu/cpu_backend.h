@@ -2,6 +2,7 @@
 // Numerics, layouts and recipes: kernels/cpu/README.md.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <optional>
 
@@ -10,9 +11,16 @@
 
 namespace rollpack::kernels {
 
+namespace cpu {
+class KvPages;
+}
+
 struct CpuOptions {
   // Instruction set of the micro-kernels, one of cpu::supported_isas(); none: the best of them.
   std::optional<cpu::Isa> isa;
+  // Called in every step after its page copies and before its rows, for tests that fill what no row
+  // may read.
+  std::function<void(const StepPlan& plan, const cpu::KvPages& pages)> before_rows = {};
 };
 
 // Errors: unsupported for a dtype, head width or instruction set it cannot run; invalid_argument

@@ -1,22 +1,38 @@
 #include "rollout/engine/replica.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "kernels/registry.h"
 #include "rollout/model/checkpoint.h"
 
 namespace rollpack::rollout {
+namespace {
+
+DType compute_dtype(const Config& config) {
+  return config.model.dtype == "float32" ? DType::kF32 : DType::kBF16;
+}
+
+std::unique_ptr<kernels::Backend> configured_backend(const Config& config, const ModelConfig& model,
+                                                     const ReplicaOptions& options) {
+  const EngineSection& engine = config.engine;
+  return kernels::make_backend(engine.backend, model.shape(compute_dtype(config)),
+                               {.num_threads = options.num_threads,
+                                .kv_cache_bytes = engine.kv_cache_memory,
+                                .max_num_seqs = engine.max_num_seqs,
+                                .max_num_batched_tokens = engine.max_num_batched_tokens,
+                                .shared_weights = options.shared_weights});
+}
+
+}  // namespace
 
 Replica::Replica(const Config& config, const ModelConfig& model, const ReplicaOptions& options)
-    : config_(config), model_(model) {
+    : Replica(config, model, configured_backend(config, model, options)) {}
+
+Replica::Replica(const Config& config, const ModelConfig& model,
+                 std::unique_ptr<kernels::Backend> backend)
+    : config_(config), model_(model), backend_(std::move(backend)) {
   const EngineSection& engine = config.engine;
-  const DType dtype = config.model.dtype == "float32" ? DType::kF32 : DType::kBF16;
-  backend_ = kernels::make_backend(engine.backend, model.shape(dtype),
-                                   {.num_threads = options.num_threads,
-                                    .kv_cache_bytes = engine.kv_cache_memory,
-                                    .max_num_seqs = engine.max_num_seqs,
-                                    .max_num_batched_tokens = engine.max_num_batched_tokens,
-                                    .shared_weights = options.shared_weights});
   const kernels::KvLayout& kv = backend_->info().kv;
   const auto& columns = config.bridge.columns;
   limits_ = {.max_num_seqs = engine.max_num_seqs,
@@ -32,7 +48,7 @@ Replica::Replica(const Config& config, const ModelConfig& model, const ReplicaOp
   // No sequence is longer than the pages there are.
   const int64_t num_positions =
       std::min(model.max_position_embeddings, static_cast<int64_t>(kv.num_pages) * kv.page_tokens);
-  transformer_ = std::make_shared<Transformer>(model_, *weights_, *backend_, dtype,
+  transformer_ = std::make_shared<Transformer>(model_, *weights_, *backend_, compute_dtype(config),
                                                engine.max_num_batched_tokens, num_positions);
   backend_->set_program(transformer_);
 }

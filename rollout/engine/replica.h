@@ -24,6 +24,9 @@ class Replica {
  public:
   // Allocates KV and activations; weights are staged by load_checkpoint() or adopted from a peer.
   Replica(const Config& config, const ModelConfig& model, const ReplicaOptions& options);
+  // The same over a backend that the caller has made, whatever engine.backend says.
+  Replica(const Config& config, const ModelConfig& model,
+          std::unique_ptr<kernels::Backend> backend);
 
   // Stages the tensors of model.path; the caller commits.
   void load_checkpoint();

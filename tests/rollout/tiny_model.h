@@ -48,9 +48,9 @@ struct NamedTensor {
   std::span<const std::byte> bytes() const { return std::as_bytes(std::span(values)); }
 };
 
-// All tensors of tiny_model_config(); the same seed gives the same weights.
-inline std::vector<NamedTensor> tiny_tensors(uint32_t seed) {
-  const ModelConfig m = tiny_model_config();
+// All tensors of a model; the same seed gives the same weights.
+inline std::vector<NamedTensor> tiny_tensors(uint32_t seed,
+                                             const ModelConfig& m = tiny_model_config()) {
   std::mt19937 random(seed);
   std::vector<NamedTensor> tensors;
   const auto add = [&](const std::string& name, std::vector<int64_t> shape) {
@@ -67,12 +67,22 @@ inline std::vector<NamedTensor> tiny_tensors(uint32_t seed) {
   const int64_t q = m.num_attention_heads * m.head_dim, kv = m.num_key_value_heads * m.head_dim;
   add("model.embed_tokens.weight", {m.vocab_size, D});
   add("model.norm.weight", {D});
+  if (!m.tie_word_embeddings) add("lm_head.weight", {m.vocab_size, D});
   for (int64_t l = 0; l < m.num_hidden_layers; ++l) {
     const std::string at = "model.layers." + std::to_string(l) + ".";
     add(at + "input_layernorm.weight", {D});
     add(at + "self_attn.q_proj.weight", {q, D});
     add(at + "self_attn.k_proj.weight", {kv, D});
     add(at + "self_attn.v_proj.weight", {kv, D});
+    if (m.has_qkv_bias) {
+      add(at + "self_attn.q_proj.bias", {q});
+      add(at + "self_attn.k_proj.bias", {kv});
+      add(at + "self_attn.v_proj.bias", {kv});
+    }
+    if (m.has_qk_norm) {
+      add(at + "self_attn.q_norm.weight", {m.head_dim});
+      add(at + "self_attn.k_norm.weight", {m.head_dim});
+    }
     add(at + "self_attn.o_proj.weight", {D, q});
     add(at + "post_attention_layernorm.weight", {D});
     add(at + "mlp.gate_proj.weight", {F, D});
@@ -82,14 +92,18 @@ inline std::vector<NamedTensor> tiny_tensors(uint32_t seed) {
   return tensors;
 }
 
+inline void load_tensors(Replica& replica, const std::vector<NamedTensor>& tensors) {
+  replica.weights().begin_staging();
+  for (const NamedTensor& tensor : tensors) {
+    replica.weights().stage(tensor.name, DType::kF32, tensor.shape, tensor.bytes());
+  }
+  replica.weights().finish_staging();
+  replica.backend().commit_weights();
+}
+
 inline std::unique_ptr<Replica> tiny_replica(const Config& config, uint32_t seed = 1) {
   auto replica = std::make_unique<Replica>(config, tiny_model_config(), ReplicaOptions{});
-  replica->weights().begin_staging();
-  for (const NamedTensor& tensor : tiny_tensors(seed)) {
-    replica->weights().stage(tensor.name, DType::kF32, tensor.shape, tensor.bytes());
-  }
-  replica->weights().finish_staging();
-  replica->backend().commit_weights();
+  load_tensors(*replica, tiny_tensors(seed));
   return replica;
 }
 

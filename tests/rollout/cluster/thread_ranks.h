@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -44,6 +45,11 @@ class KeepingSink : public bridge::SampleSink {
     const std::lock_guard lock(mutex_);
     return samples_;
   }
+  // Hands them over, so that the same names may come again.
+  std::map<Name, bridge::Sample> take_samples() {
+    const std::lock_guard lock(mutex_);
+    return std::exchange(samples_, {});
+  }
   std::vector<bridge::FailedSample> failed() {
     const std::lock_guard lock(mutex_);
     return failed_;
@@ -58,10 +64,16 @@ class KeepingSink : public bridge::SampleSink {
 
 class ThreadRanks {
  public:
-  explicit ThreadRanks(int num_ranks, const Config& config = tiny_config()) {
-    for (int rank = 0; rank < num_ranks; ++rank) replicas_.push_back(tiny_replica(config));
-    dispatcher_ = std::make_unique<Dispatcher>(config, tiny_model_config(), replicas_[0]->limits(),
-                                               replicas_[0]->backend().info().fingerprint,
+  explicit ThreadRanks(int num_ranks, const Config& config = tiny_config())
+      : ThreadRanks(num_ranks, [&config](int) { return tiny_replica(config); }) {}
+
+  // Every rank's replica from `make_replica(rank)`, all of one configuration and one model.
+  template <class MakeReplica>
+  ThreadRanks(int num_ranks, MakeReplica make_replica) {
+    for (int rank = 0; rank < num_ranks; ++rank) replicas_.push_back(make_replica(rank));
+    Replica& first = *replicas_[0];
+    dispatcher_ = std::make_unique<Dispatcher>(first.config(), first.model(), first.limits(),
+                                               first.backend().info().fingerprint,
                                                /*shares_weights=*/false);
     dispatcher_->set_sink(sink);
     for (int rank = 0; rank < num_ranks; ++rank) {
