@@ -1,5 +1,5 @@
-// rope_append and attention of every backend against the reference within derived bounds, and the
-// promise that a row depends on its own sequence alone.
+// Attention of every backend against the reference within derived bounds, and the promise that a
+// row depends on its own sequence alone. rope_append without rotation puts K and V into the pages.
 #include <algorithm>
 #include <limits>
 
@@ -157,6 +157,32 @@ TEST_P(Attention, StaysWithinTheRoundingOfItsSums) {
   }
 }
 
+// One to seven query heads a KV head, so that tiles of rows x heads end everywhere.
+TEST_P(Attention, EveryFewRowsStayWithinTheRoundingOfTheirSums) {
+  std::vector<int64_t> counts = {47, 48, 49, 511, 512, 513};
+  for (int64_t rows = 1; rows <= 34; ++rows) counts.push_back(rows);
+  for (const DType dtype : {DType::kBF16, DType::kF32}) {
+    for (const Heads heads : {Heads{1, 1, 6}, Heads{3, 1, 6}, Heads{7, 1, 6}}) {
+      for (const int64_t rows : counts) {
+        if (rows > 100 && heads.H > 1) continue;
+        expect_attention_conforms(GetParam(), {.heads = heads, .dtype = dtype}, rows);
+      }
+    }
+  }
+}
+
+// Around pairs, vectors of 16 and their unrolled groups.
+TEST_P(Attention, EveryHeadWidthStaysWithinTheRoundingOfItsSums) {
+  std::vector<int64_t> widths = {46, 48, 50,  62,  64,  66,  78,  80,  82, 94,
+                                 96, 98, 112, 126, 128, 130, 254, 256, 258};
+  for (int64_t K = 2; K <= 34; K += 2) widths.push_back(K);
+  for (const DType dtype : {DType::kBF16, DType::kF32}) {
+    for (const int64_t K : widths) {
+      expect_attention_conforms(GetParam(), {.heads = {2, 1, K}, .dtype = dtype}, 19);
+    }
+  }
+}
+
 TEST_P(Attention, HeadShapesStayWithinTheRoundingOfTheirSums) {
   for (const DType dtype : {DType::kBF16, DType::kF32}) {
     for (const Heads heads : {Heads{1, 1, 2}, Heads{3, 3, 18}, Heads{7, 1, 64}, Heads{14, 2, 32},
@@ -168,8 +194,11 @@ TEST_P(Attention, HeadShapesStayWithinTheRoundingOfTheirSums) {
 }
 
 TEST_P(Attention, WindowsAcrossChunksStayWithinTheRoundingOfTheirSums) {
-  for (const int32_t window : {1, 16, 255, 256, 257, 300}) {
-    expect_attention_conforms(GetParam(), {.heads = {2, 1, 16}, .window = window}, 530);
+  for (const DType dtype : {DType::kBF16, DType::kF32}) {
+    for (const int32_t window : {1, 2, 15, 16, 17, 31, 255, 256, 257, 300, 512, 529}) {
+      const Given given{.heads = {2, 1, 16}, .dtype = dtype, .window = window};
+      expect_attention_conforms(GetParam(), given, 530);
+    }
   }
 }
 
@@ -291,20 +320,28 @@ TEST_P(Attention, PadRowsGiveZeroAndChangeNothing) {
 }
 
 TEST_P(Attention, PageCopiesCarryTheirTokensAndStaleTokensAreNotSeen) {
-  const Given given{.heads = {2, 1, 16}, .dtype = DType::kF32};
-  const int64_t cols = given.heads.cols();
-  const auto qkv = Numbers(12).vector(40 * cols);
-  const auto want = AttentionRig(GetParam(), given).step(plan_of_rows(40), qkv);
-  AttentionRig rig(GetParam(), given);
-  rig.step(plan_of_rows(48), Numbers(13).vector(48 * cols, 100.0f));  // dirties pages 0 to 2
-  StepPlan prefix;
-  add_sequence(prefix, zeros(37), 0, {5, 6, 7});
-  rig.step(prefix, {qkv.begin(), qkv.begin() + 37 * cols});
-  StepPlan fork;  // shares pages 5 and 6, owns a copy of the 5 tokens of page 7
-  add_sequence(fork, zeros(3), 37, {5, 6, 2});
-  fork.page_copies = {{.source = 7, .target = 2, .num_tokens = 5}};
-  const auto got = rig.step(fork, {qkv.begin() + 37 * cols, qkv.end()});
-  expect_same_bits(got, {want.begin() + 37 * 32, want.end()}, "forked rows");
+  for (const DType dtype : {DType::kBF16, DType::kF32}) {
+    const Given given{.heads = {2, 1, 18}, .dtype = dtype};
+    const int64_t cols = given.heads.cols();
+    const auto qkv = Numbers(12).vector(48 * cols);
+    const auto want = AttentionRig(GetParam(), given).step(plan_of_rows(48), qkv);
+    for (int32_t num_tokens = 1; num_tokens <= 16; ++num_tokens) {
+      const int32_t length = 32 + num_tokens;
+      AttentionRig rig(GetParam(), given);
+      rig.step(plan_of_rows(48), Numbers(13).vector(48 * cols, 100.0f));  // dirties pages 0 to 2
+      StepPlan prefix;
+      add_sequence(prefix, zeros(length), 0, {5, 6, 7});
+      rig.step(prefix, {qkv.begin(), qkv.begin() + length * cols});
+      StepPlan fork;  // shares pages 5 and 6, owns a copy of the tokens of page 7
+      // A full page is copied too, and its last row computed again: the prompt's logits are wanted.
+      const int32_t first = std::min(length, 47);
+      add_sequence(fork, zeros(48 - first), first, {5, 6, 2});
+      fork.page_copies = {{.source = 7, .target = 2, .num_tokens = num_tokens}};
+      const auto got = rig.step(fork, {qkv.begin() + first * cols, qkv.end()});
+      expect_same_bits(got, {want.begin() + first * 36, want.end()},
+                       "fork behind " + std::to_string(num_tokens) + " tokens of a page");
+    }
+  }
 }
 
 TEST_P(Attention, NonFiniteKeysAndValuesFailTheirSequenceOnly) {
@@ -330,74 +367,6 @@ TEST_P(Attention, NonFiniteKeysAndValuesFailTheirSequenceOnly) {
         expect_same_bits({got.begin() + 40 * 32, got.end()}, {want.begin() + 40 * 32, want.end()},
                          "sequence behind");
       }
-    }
-  }
-}
-
-struct Rope {
-  DType dtype;
-  bool has_norm;
-
-  // Q of 300 rows after norm and rotation.
-  std::vector<float> run(const std::string& backend, const std::vector<float>& qkv,
-                         const std::vector<float>& norm, const std::vector<float>& table,
-                         int64_t rows) const {
-    ModelShape shape = small_shape(dtype);
-    Rig rig(backend, shape);
-    const WeightId id = rig.weight(WeightKind::kVector, {norm}, 1);
-    const Tensor in = rig.tensor(DType::kF32, rows, 4 * shape.K, qkv);
-    const Tensor angles = rig.tensor(DType::kF32, rows, shape.K, table);
-    const Tensor q = rig.tensor(dtype, rows, 2 * shape.K);
-    rig.run(plan_of_rows(rows), [&](Backend& backend) {
-      backend.rope_append({.layer = 0,
-                           .qkv = in,
-                           .rope_table = angles,
-                           .q_norm = has_norm ? id : kNoWeight,
-                           .k_norm = has_norm ? id : kNoWeight,
-                           .norm_epsilon = 1e-6f,
-                           .q = q});
-    });
-    return rig.read(q);
-  }
-};
-
-TEST_P(Attention, RotationStaysWithinTheRoundingOfTwoProducts) {
-  constexpr int64_t kRows = 300, K = 16;
-  Numbers numbers(31);
-  const auto qkv = numbers.vector(kRows * 4 * K, 3.0f);
-  const auto norm = numbers.vector(K);
-  std::vector<float> table(kRows * K);
-  for (int64_t p = 0; p < kRows; ++p) {
-    for (int64_t k = 0; k < K / 2; ++k) {
-      const double angle = static_cast<double>(p) * std::pow(10000.0, -2.0 * k / K);
-      table[p * K + k] = static_cast<float>(std::cos(angle));
-      table[p * K + K / 2 + k] = static_cast<float>(std::sin(angle));
-    }
-  }
-  for (const DType dtype : {DType::kBF16, DType::kF32}) {
-    for (const bool has_norm : {false, true}) {
-      const Rope rope{dtype, has_norm};
-      const auto want = rope.run("reference", qkv, norm, table, kRows);
-      std::vector<double> bound;
-      for (int64_t t = 0; t < kRows; ++t) {
-        for (int64_t i = 0; i < 2 * K; ++i) {
-          const float* head = qkv.data() + t * 4 * K + i / K * K;
-          const int64_t k = i % (K / 2);
-          double squares = 0;
-          for (int64_t n = 0; n < K; ++n) squares += static_cast<double>(head[n]) * head[n];
-          const double scale = has_norm ? 1 / std::sqrt(squares / K + 1e-6) : 1.0;
-          const double low = scale * std::abs(head[k] * (has_norm ? norm[k] : 1.0f));
-          const double high =
-              scale * std::abs(head[k + K / 2] * (has_norm ? norm[k + K / 2] : 1.0f));
-          const double a = std::abs(table[t * K + k]), b = std::abs(table[t * K + K / 2 + k]);
-          const double magnitude = i % K < K / 2 ? low * a + high * b : high * a + low * b;
-          const double roundings = has_norm ? 0.5 * K + 5 + 3 : 3;  // of the norm, of the rotation
-          bound.push_back(1.01 * gamma_of(roundings) * magnitude +
-                          2 * unit_of(dtype) * std::abs(want[t * 2 * K + i]) * 1.01 + kFlush);
-        }
-      }
-      expect_within(rope.run(GetParam(), qkv, norm, table, kRows), want, bound,
-                    has_norm ? "rope with norm" : "rope");
     }
   }
 }

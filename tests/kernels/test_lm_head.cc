@@ -84,50 +84,81 @@ TEST_P(LmHead, ScoresOfExactLogitsStayWithinTheRoundingOfTheirSums) {
   }
 }
 
+struct HeadCase {
+  DType dtype = DType::kBF16;
+  int64_t V = 130, D = 17, rows = 3;
+};
+
+// Every row scored, against the reference within the bound of its own logits.
+void expect_head_conforms(const std::string& backend, const HeadCase& c) {
+  ModelShape shape = small_shape(c.dtype);
+  shape.D = c.D;
+  shape.V = c.V;
+  Numbers numbers(static_cast<uint64_t>(c.V * 1000 + c.D));
+  const auto weight = rounded(numbers.vector(c.V * c.D), c.dtype);
+  const auto in = rounded(numbers.vector(c.rows * c.D), c.dtype);
+  StepPlan plan = plan_of_rows(c.rows);
+  for (int32_t row = 0; row < c.rows; ++row) {
+    plan.scores.push_back({row, static_cast<int32_t>((row * 37 + 3) % c.V), row % 2 ? 0.5f : 1.0f});
+  }
+  const auto run = [&](const std::string& name) {
+    Rig rig(name, shape);
+    const WeightId id = rig.weight(WeightKind::kEmbedding, {weight}, c.D);
+    const Tensor rows = rig.tensor(c.dtype, c.rows, c.D, in);
+    return rig.run(plan, [&](Backend& backend) { backend.lm_head({.weight = id, .in = rows}); });
+  };
+  const StepResult got = run(backend), want = run("reference");
+  for (size_t i = 0; i < plan.scores.size(); ++i) {
+    std::vector<double> x(static_cast<size_t>(c.V));
+    double magnitude = 0;  // the largest sum of magnitudes of any logit of the row
+    for (int64_t v = 0; v < c.V; ++v) {
+      double sum = 0;
+      for (int64_t d = 0; d < c.D; ++d) {
+        const double product = static_cast<double>(in[i * c.D + d]) * weight[v * c.D + d];
+        x[static_cast<size_t>(v)] += product;
+        sum += std::abs(product);
+      }
+      magnitude = std::max(magnitude, sum);
+    }
+    const float inverse = 1.0f / plan.scores[i].temperature;
+    for (double& logit : x) logit *= inverse;
+    const double x_error = inverse * (gamma_of(static_cast<double>(c.D)) + kUnitF32) * magnitude;
+    const Exact bounds = exact_of(x, plan.scores[i].token, x_error);
+    const std::string what = "V " + std::to_string(c.V) + " D " + std::to_string(c.D) + " row " +
+                             std::to_string(i) + " of " + std::to_string(c.rows);
+    expect_near(got.scores[i].scaled_logprob, want.scores[i].scaled_logprob, bounds.bound,
+                what + " scaled_logprob");
+    expect_near(got.scores[i].entropy, want.scores[i].entropy, bounds.entropy_bound,
+                what + " entropy");
+  }
+}
+
 TEST_P(LmHead, ScoresOfRandomRowsConformToTheReference) {
   for (const DType dtype : {DType::kBF16, DType::kF32}) {
     for (const int64_t V : {1000, 1024, 1025, 2500}) {
       for (const int64_t D : {1, 17, 32, 65}) {
-        ModelShape shape = small_shape(dtype);
-        shape.D = D;
-        shape.V = V;
-        Numbers numbers(static_cast<uint64_t>(V * 1000 + D));
-        const auto weight = rounded(numbers.vector(V * D), dtype);
-        const auto in = rounded(numbers.vector(3 * D), dtype);
-        StepPlan plan = plan_of_rows(3);
-        plan.scores = {{0, 3, 1.0f}, {1, 7, 0.5f}, {2, 999, 1.0f}};
-        const auto run = [&](const std::string& name) {
-          Rig rig(name, shape);
-          const WeightId id = rig.weight(WeightKind::kEmbedding, {weight}, D);
-          const Tensor rows = rig.tensor(dtype, 3, D, in);
-          return rig.run(plan,
-                         [&](Backend& backend) { backend.lm_head({.weight = id, .in = rows}); });
-        };
-        const StepResult got = run(GetParam()), want = run("reference");
-        for (size_t i = 0; i < 3; ++i) {
-          std::vector<double> x(static_cast<size_t>(V));
-          double magnitude = 0;  // the largest sum of magnitudes of any logit of the row
-          for (int64_t v = 0; v < V; ++v) {
-            double sum = 0;
-            for (int64_t d = 0; d < D; ++d) {
-              const double product = static_cast<double>(in[i * D + d]) * weight[v * D + d];
-              x[static_cast<size_t>(v)] += product;
-              sum += std::abs(product);
-            }
-            magnitude = std::max(magnitude, sum);
-          }
-          const float inverse = 1.0f / plan.scores[i].temperature;
-          for (double& logit : x) logit *= inverse;
-          const double x_error =
-              inverse * (gamma_of(static_cast<double>(D)) + kUnitF32) * magnitude;
-          const Exact bounds = exact_of(x, plan.scores[i].token, x_error);
-          const std::string what = "V " + std::to_string(V) + " D " + std::to_string(D);
-          expect_near(got.scores[i].scaled_logprob, want.scores[i].scaled_logprob, bounds.bound,
-                      what + " scaled_logprob");
-          expect_near(got.scores[i].entropy, want.scores[i].entropy, bounds.entropy_bound,
-                      what + " entropy");
-        }
+        expect_head_conforms(GetParam(), {.dtype = dtype, .V = V, .D = D});
       }
+    }
+  }
+}
+
+// Around lanes, panels of 64 columns and blocks of 1,024; pairs and steps of D; tiles of rows.
+TEST_P(LmHead, EveryEdgeOfVocabularyWidthAndRowsConformsToTheReference) {
+  for (const DType dtype : {DType::kBF16, DType::kF32}) {
+    for (const int64_t V :
+         {1,  2,  15, 16,  17,  31,  32,  33,  47,   48,   49,   63,   64,   65,
+          79, 80, 81, 127, 128, 129, 191, 193, 1087, 1088, 1089, 2047, 2048, 2049}) {
+      expect_head_conforms(GetParam(), {.dtype = dtype, .V = V});
+    }
+    for (const int64_t D : {2, 3, 15, 16, 31, 33, 63, 64, 127, 128, 129, 255, 256, 257}) {
+      expect_head_conforms(GetParam(), {.dtype = dtype, .D = D});
+    }
+    for (int64_t rows = 1; rows <= 34; ++rows) {
+      expect_head_conforms(GetParam(), {.dtype = dtype, .rows = rows});
+    }
+    for (const int64_t rows : {47, 48, 49, 63, 64, 65, 127, 128, 129, 256, 513}) {
+      expect_head_conforms(GetParam(), {.dtype = dtype, .V = 70, .rows = rows});
     }
   }
 }

@@ -130,6 +130,21 @@ TEST_P(RowOps, LinearStaysWithinTheRoundingOfItsSum) {
   }
 }
 
+// Tiles of a few rows end anywhere: every count of rows up to two tiles of 16, then the edges of
+// larger ones, under each epilogue.
+TEST_P(RowOps, LinearOfEveryFewRowsStaysWithinTheRoundingOfItsSum) {
+  std::vector<int64_t> counts = {47, 48, 49, 63, 64, 65, 70, 95, 96, 97, 127, 128, 129, 513};
+  for (int64_t rows = 1; rows <= 33; ++rows) counts.push_back(rows);
+  for (const DType dtype : {DType::kBF16, DType::kF32}) {
+    for (const int64_t rows : counts) {
+      for (const auto epilogue : {Epilogue::kNone, Epilogue::kGated, Epilogue::kResidual}) {
+        expect_linear_conforms(
+            GetParam(), {.rows = rows, .cols = 66, .in = 11, .epilogue = epilogue, .dtype = dtype});
+      }
+    }
+  }
+}
+
 TEST_P(RowOps, LinearOfAModelsWidthStaysWithinTheRoundingOfItsSum) {
   for (const DType dtype : {DType::kBF16, DType::kF32}) {
     expect_linear_conforms(GetParam(), {.rows = 5, .cols = 130, .in = 4864, .dtype = dtype});
