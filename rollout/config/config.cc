@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <iterator>
 #include <numeric>
 #include <utility>
 
@@ -93,8 +94,40 @@ std::string nearest(std::string_view word, const std::vector<std::string>& names
                .message = nearest(section, sections)});
 }
 
+// Keys by which other stacks choose quantized weights or keys and values, and why there are none.
+struct QuantizationKey {
+  std::string_view name, reason;
+};
+constexpr std::string_view kNoQuantizedWeights =
+    "quantized weights are another policy than the one that is trained, with other "
+    "log-probabilities; remove the key";
+constexpr std::string_view kNoQuantizedCache =
+    "keys and values are held in model.dtype: quantized ones would give other log-probabilities "
+    "than "
+    "the trainer's; remove the key";
+constexpr QuantizationKey kQuantizationKeys[] = {
+    {"kv_cache_dtype", kNoQuantizedCache},     {"kv_cache_quant_algo", kNoQuantizedCache},
+    {"cache_type_k", kNoQuantizedCache},       {"cache_type_v", kNoQuantizedCache},
+    {"kv_cache_precision", kNoQuantizedCache}, {"calculate_kv_scales", kNoQuantizedCache},
+    {"quantization", kNoQuantizedWeights},     {"quantization_config", kNoQuantizedWeights},
+    {"quantize", kNoQuantizedWeights},         {"load_in_8bit", kNoQuantizedWeights},
+    {"load_in_4bit", kNoQuantizedWeights}};
+
+void refuse_quantization(const std::string& section, const std::string& key, const YamlNode& value,
+                         const std::string& origin) {
+  const auto* known = std::ranges::find(kQuantizationKeys, key, &QuantizationKey::name);
+  if (known == std::end(kQuantizationKeys)) return;
+  throw Error({.code = ErrorCode::kUnsupported,
+               .field = fmt::format("{}.{}", section, key),
+               .value = value.shown(),
+               .origin = origin,
+               .allowed = "no quantization",
+               .message = std::string(known->reason)});
+}
+
 [[noreturn]] void fail_key(const std::string& section, const std::string& key,
                            const YamlNode& value, const std::string& origin) {
+  refuse_quantization(section, key, value, origin);
   std::vector<std::string> names;
   std::string elsewhere;
   for (const KnownKey& known : known_keys().keys) {

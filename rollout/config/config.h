@@ -26,7 +26,7 @@ struct ModelSection {
   template <class Self, class Field>
   static void fields(Self& self, Field&& field) {
     field("path", self.path, Text{}, "a Hugging Face folder: config.json and *.safetensors");
-    field("dtype", self.dtype, OneOf{{"bfloat16", "float32"}},
+    field("dtype", self.dtype, ComputeDType{},
           "of weights, matrix products and KV cache; float32 keeps everything in 32 bits");
   }
 };

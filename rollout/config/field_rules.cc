@@ -300,6 +300,24 @@ std::string OneOf::allowed() const {
   return fmt::format("one of {}", fmt::join(choices, ", "));
 }
 
+std::optional<Refusal> ComputeDType::read(const YamlNode& node, std::string& value) const {
+  std::optional<Refusal> refusal = OneOf{{"bfloat16", "float32"}}.read(node, value);
+  const std::string word = lower(node.text);
+  const bool is_quantized =
+      word.find("int8") != std::string::npos || word.find("int4") != std::string::npos ||
+      word.find("fp8") != std::string::npos || word.find("float8") != std::string::npos ||
+      word.find("fp4") != std::string::npos;
+  if (refusal && is_quantized) {
+    return Refusal{.code = ErrorCode::kUnsupported,
+                   .advice = "a quantized policy has other log-probabilities than the trained one"};
+  }
+  return refusal;
+}
+
+std::string ComputeDType::allowed() const {
+  return OneOf{{"bfloat16", "float32"}}.allowed();
+}
+
 std::optional<Refusal> SubsetOf::read(const YamlNode& node, std::vector<std::string>& value) const {
   if (node.kind != Kind::kSequence) return refuse("write [a, b], or [] for none");
   std::vector<std::string> words;

@@ -103,6 +103,14 @@ struct OneOf {
   std::string json(const std::string& value) const { return Text{}.json(value); }
 };
 
+// bfloat16 or float32; the narrower formats that others compute in are refused with the reason.
+struct ComputeDType {
+  std::optional<Refusal> read(const YamlNode& node, std::string& value) const;
+  std::string allowed() const;
+  std::string yaml(const std::string& value) const { return value; }
+  std::string json(const std::string& value) const { return Text{}.json(value); }
+};
+
 // A list of some of a few words, each once.
 struct SubsetOf {
   std::vector<std::string_view> choices;

@@ -15,6 +15,11 @@
 
 namespace rollpack::rollout {
 
+// Why no int8, int4, fp8, GPTQ or AWQ weights are read: what an error says.
+inline constexpr char kNoQuantizedWeights[] =
+    "quantized weights are another policy than the one that is trained, with other "
+    "log-probabilities; dequantize them to bfloat16 first";
+
 struct TensorInfo {
   std::string name;
   DType dtype = DType::kF32;  // kF32, kF16 or kBF16 where is_readable

@@ -13,6 +13,7 @@
 
 #include "kernels/base/error.h"
 #include "rollout/jsonl/strict_json.h"
+#include "rollout/model/checkpoint.h"
 
 namespace rollpack::rollout {
 namespace {
@@ -215,9 +216,16 @@ const Family& read_family(Keys& keys) {
 }
 
 void check_fixed_keys(Keys& keys) {
-  if (const Json* quantization = keys.find("quantization_config")) {
-    keys.fail_unsupported(*quantization, "quantization_config", "none",
-                          "weights must be float32, float16 or bfloat16");
+  // compression_config is what compressed-tensors wrote before transformers had a place for it.
+  for (const std::string key : {"quantization_config", "compression_config"}) {
+    const Json* quantization = keys.find(key);
+    if (quantization == nullptr) continue;
+    const auto method =
+        quantization->is_object() ? quantization->find("quant_method") : quantization->end();
+    if (method == quantization->end()) {
+      keys.fail_unsupported(*quantization, key, "none", kNoQuantizedWeights);
+    }
+    keys.fail_unsupported(*method, key + ".quant_method", "none", kNoQuantizedWeights);
   }
   for (const FixedKey& fixed : kFixedKeys) {
     const Json* value = keys.find(fixed.key);

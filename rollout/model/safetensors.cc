@@ -229,7 +229,7 @@ void SafetensorsFile::read(size_t index, std::vector<std::byte>& buffer) const {
   const TensorInfo& info = tensors_.at(index);
   if (!info.is_readable) {
     fail(ErrorCode::kUnsupported, path_, tensor_field(info.name) + ".dtype", info.file_dtype,
-         "one of F32, F16, BF16", "quantized weights are not built; convert them first");
+         "one of F32, F16, BF16", kNoQuantizedWeights);
   }
   buffer.resize(static_cast<size_t>(info.bytes));
   const size_t got = read_at(fd_, buffer.data(), buffer.size(), offsets_[index], path_);

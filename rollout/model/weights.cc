@@ -187,6 +187,10 @@ void ModelWeights::load(const Checkpoint& checkpoint) {
   begin_staging();
   std::vector<std::byte> buffer;
   const std::vector<TensorInfo>& tensors = checkpoint.tensors();
+  // First, so that a quantized checkpoint is told from one whose names do not fit.
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (!tensors[i].is_readable && !is_derived(tensors[i].name)) checkpoint.read(i, buffer);
+  }
   for (size_t i = 0; i < tensors.size(); ++i) {
     if (is_derived(tensors[i].name)) continue;
     checkpoint.read(i, buffer);

@@ -52,6 +52,42 @@ TEST(Config, EveryKindOfValueIsRead) {
   EXPECT_EQ(config.bridge.slot_bytes, 1000000);
 }
 
+TEST(Config, QuantizationIsRefusedWithTheReason) {
+  const std::string weights =
+      " (f.yaml:2): expected no quantization; quantized weights are another policy than the one "
+      "that is trained, with other log-probabilities; remove the key";
+  const std::string cache =
+      " (f.yaml:2): expected no quantization; keys and values are held in model.dtype: quantized "
+      "ones would give other log-probabilities than the trainer's; remove the key";
+  const std::vector<std::pair<std::string, std::string>> cases = {
+      {"engine.kv_cache_dtype = fp8", cache},      {"engine.kv_cache_dtype = fp8_e4m3", cache},
+      {"engine.kv_cache_dtype = int8", cache},     {"engine.cache_type_k = q8_0", cache},
+      {"rollout.kv_cache_dtype = fp8", cache},     {"engine.quantization = fp8", weights},
+      {"engine.quantization = awq", weights},      {"rollout.quantization = gptq", weights},
+      {"model.quantization = fp8", weights}, {"model.load_in_8bit = true", weights},
+      {"model.load_in_4bit = true", weights}};
+  for (const auto& [assignment, reason] : cases) {
+    const size_t point = assignment.find('.'), equals = assignment.find(" = ");
+    const std::string yaml = "model: {path: m}\n" + assignment.substr(0, point) + ": {" +
+                             assignment.substr(point + 1, equals - point - 1) + ": " +
+                             assignment.substr(equals + 3) + "}\n";
+    if (assignment.starts_with("model.")) {
+      const std::string set = assignment.substr(0, equals) + "=" + assignment.substr(equals + 3);
+      EXPECT_EQ(error_text([&] { parse_config("model: {path: m}\n", "f.yaml", {set}); }),
+                "unsupported: " + assignment + " (--set)" + reason.substr(11));
+    } else {
+      EXPECT_EQ(error_text([&] { parse_config(yaml, "f.yaml"); }),
+                "unsupported: " + assignment + reason);
+    }
+  }
+  for (const std::string dtype : {"int8", "int4", "fp8", "float8_e4m3fn", "nvfp4"}) {
+    EXPECT_EQ(error_text([&] { parse_config("model: {path: m, dtype: " + dtype + "}", "f.yaml"); }),
+              "unsupported: model.dtype = " + dtype +
+                  " (f.yaml:1): expected one of bfloat16, float32; a quantized policy has other "
+                  "log-probabilities than the trained one");
+  }
+}
+
 TEST(Config, TopKOffIsMinusOneZeroOrNull) {
   for (const char* value : {"-1", "0", "null", "~", ""}) {
     EXPECT_EQ(with_rollout(std::string("top_k: ") + value).rollout.top_k, -1) << value;

@@ -231,6 +231,22 @@ TEST(ModelConfig, KeysThatSayNothingAboutLogitsAreAccepted) {
       "no error");
 }
 
+// What the writers of each format put into config.json (fields that say nothing more left out).
+TEST(ModelConfig, QuantizedWeightsAreRefusedWithTheReason) {
+  const std::string reason =
+      " (DIR/config.json): expected none; quantized weights are another policy than the one that "
+      "is trained, with other log-probabilities; dequantize them to bfloat16 first";
+  for (const std::string key : {"quantization_config", "compression_config"}) {
+    for (const std::string method : {"gptq", "awq", "bitsandbytes", "fp8", "compressed-tensors"}) {
+      EXPECT_EQ(error_of(patched(
+                    kLlama, "{\"" + key + R"(": {"bits": 4, "quant_method": ")" + method + "\"}}")),
+                "unsupported: " + key + ".quant_method = \"" + method + "\"" + reason);
+    }
+    EXPECT_EQ(error_of(patched(kLlama, "{\"" + key + R"(": {"load_in_8bit": true}})")),
+              "unsupported: " + key + R"( = {"load_in_8bit":true})" + reason);
+  }
+}
+
 struct BadConfig {
   const char* base;
   std::string patch, error;
@@ -257,9 +273,6 @@ TEST(ModelConfig, WhatIsNotImplementedNamesKeyAndValue) {
       {kLlama, R"({"pretraining_tp": 2})", "pretraining_tp = 2" + config + "1"},
       {kLlama, R"({"partial_rotary_factor": 0.5})", "partial_rotary_factor = 0.5" + config + "1.0"},
       {kLlama, R"({"rope_interleaved": true})", "rope_interleaved = true" + config + "false"},
-      {kLlama, R"({"quantization_config": {"bits": 4}})",
-       "quantization_config = {\"bits\":4}" + config +
-           "none; weights must be float32, float16 or bfloat16"},
       {kLlama, R"({"logit_scale": 0.5})",
        "logit_scale = 0.5" + config + "no such key; what it changes is not built"},
       {kLlama, R"({"sliding_window": 16})",

@@ -73,7 +73,26 @@ TEST(Safetensors, OtherDTypesAreListedButRefusedWhenRead) {
   std::vector<std::byte> buffer;
   EXPECT_EQ(with_replaced(error_text([&] { file.read(0, buffer); }), path, "FILE"),
             "unsupported: tensor \"w\".dtype = F8_E4M3 (FILE): expected one of F32, F16, BF16; "
-            "quantized weights are not built; convert them first");
+            "quantized weights are another policy than the one that is trained, with other "
+            "log-probabilities; dequantize them to bfloat16 first");
+}
+
+TEST(Safetensors, EveryQuantizedDtypeIsRefusedByName) {
+  const TemporaryFolder folder;
+  for (const std::string dtype : {"I8", "U8", "I32", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F4"}) {
+    const std::string bytes = dtype == "I32" ? "8" : dtype == "F4" ? "1" : "2";
+    const std::string path = folder.write(
+        dtype, safetensors_bytes(R"({"w":{"dtype":")" + dtype +
+                                     R"(","shape":[2],"data_offsets":[0,)" + bytes + "]}}",
+                                 std::stoul(bytes)));
+    const SafetensorsFile file(path);
+    std::vector<std::byte> buffer;
+    EXPECT_EQ(with_replaced(error_text([&] { file.read(0, buffer); }), path, "FILE"),
+              "unsupported: tensor \"w\".dtype = " + dtype +
+                  " (FILE): expected one of F32, F16, BF16; quantized weights are another policy "
+                  "than the one that is trained, with other log-probabilities; dequantize them to "
+                  "bfloat16 first");
+  }
 }
 
 TEST(Safetensors, BadFilesNameWhatIsWrong) {
