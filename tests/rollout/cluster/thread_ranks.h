@@ -36,9 +36,9 @@ class KeepingSink : public bridge::SampleSink {
     changed_.notify_all();
   }
   // Samples and failures so far, once there are `count`.
-  bool wait_for(size_t count) {
+  bool wait_for(size_t count, std::chrono::seconds timeout = std::chrono::seconds(30)) {
     std::unique_lock lock(mutex_);
-    return changed_.wait_for(lock, std::chrono::seconds(30),
+    return changed_.wait_for(lock, timeout,
                              [&] { return samples_.size() + failed_.size() >= count; });
   }
   std::map<Name, bridge::Sample> samples() {

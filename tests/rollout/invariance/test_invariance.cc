@@ -8,6 +8,7 @@
 
 #include <array>
 #include <bit>
+#include <chrono>
 #include <cstdlib>
 #include <future>
 #include <iostream>
@@ -30,6 +31,7 @@
 namespace rollpack::rollout {
 namespace {
 
+using namespace std::chrono_literals;
 using kernels::cpu::Isa;
 
 constexpr int kNumShards = 4;  // tests that ctest may run beside each other
@@ -273,7 +275,8 @@ std::vector<Output> run(const Variant& variant, const Task& task) {
       EXPECT_FALSE(error) << format_error(*error);
       scored.set_value(std::move(results));
     });
-    EXPECT_TRUE(ranks.sink.wait_for(static_cast<size_t>(task.requests.num_samples)));
+    // Nine threads of ranks on two busy cores may take their time; only a hang takes minutes.
+    EXPECT_TRUE(ranks.sink.wait_for(static_cast<size_t>(task.requests.num_samples), 300s));
     for (const bridge::FailedSample& failed : ranks.sink.failed()) {
       ADD_FAILURE() << format_error(failed.error);
     }
@@ -288,6 +291,7 @@ void define(Task& task) {
   alone.settings = {"engine.max_num_seqs=1", "engine.max_num_batched_tokens=512",
                     "engine.enable_prefix_caching=false"};
   const Samples samples = run(alone, task).front().samples;
+  ASSERT_EQ(samples.size(), static_cast<size_t>(task.requests.num_samples));
   std::vector<const bridge::Sample*> scored;
   for (const auto& [name, sample] : samples) {
     if (name.second != 0 || task.scores.size() == 6 || sample.temperature == 0) continue;
@@ -299,6 +303,7 @@ void define(Task& task) {
     scored.push_back(&sample);
   }
   task.alone = run(alone, task).front();
+  ASSERT_EQ(task.alone.samples.size(), samples.size());
   for (const auto& [name, sample] : samples) {
     ASSERT_EQ(bytes_of(task.alone.samples.at(name)), bytes_of(sample)) << "beside scores";
   }
