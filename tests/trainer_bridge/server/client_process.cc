@@ -9,10 +9,12 @@
 #include <sys/prctl.h>
 #include <unistd.h>
 
-#include <CLI/CLI.hpp>
 #include <csignal>
 #include <cstdio>
+#include <stdexcept>
 #include <string>
+#include <string_view>
+#include <vector>
 
 #include "tests/trainer_bridge/server/test_client.h"
 
@@ -29,6 +31,34 @@ struct Orders {
   bool forks = false;
   int uid = -1;
 };
+
+// Its tests are the only callers, so this reads no more than they write.
+Orders read_orders(int argc, char** argv) {
+  Orders orders;
+  for (int i = 1; i < argc; ++i) {
+    const std::string_view name = argv[i];
+    if (name == "--fork") {
+      orders.forks = true;
+      continue;
+    }
+    if (i + 1 == argc) throw std::invalid_argument(fmt::format("{} lacks its value", name));
+    const std::string value = argv[++i];
+    if (name == "--socket") {
+      orders.socket = value;
+    } else if (name == "--take") {
+      orders.take = std::stoi(value);
+    } else if (name == "--release") {
+      orders.release = std::stoi(value);
+    } else if (name == "--begin") {
+      orders.begin = std::stoll(value);
+    } else if (name == "--uid") {
+      orders.uid = std::stoi(value);
+    } else {
+      throw std::invalid_argument(fmt::format("{} is not known", name));
+    }
+  }
+  return orders;
+}
 
 std::string carry_out(const Orders& orders, TestClient& client) {
   std::string line = "taken";
@@ -67,17 +97,8 @@ void run(const Orders& orders) {
 
 int main(int argc, char** argv) {
   ::prctl(PR_SET_PDEATHSIG, SIGKILL);  // never outlives its test
-  Orders orders;
-  CLI::App app("A client for tests to kill.");
-  app.add_option("--socket", orders.socket)->required();
-  app.add_option("--take", orders.take);
-  app.add_option("--release", orders.release);
-  app.add_option("--begin", orders.begin);
-  app.add_flag("--fork", orders.forks);
-  app.add_option("--uid", orders.uid);
-  CLI11_PARSE(app, argc, argv);
   try {
-    run(orders);
+    run(read_orders(argc, argv));
   } catch (const std::exception& error) {
     std::printf("error: %s\n", error.what());
     return 1;

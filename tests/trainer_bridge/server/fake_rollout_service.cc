@@ -1,10 +1,17 @@
 // fake_rollout_service: the real server over a fake service (fake_service.h says what it samples),
 // for tests of clients. Says "ready" once hello succeeds; ends at SIGTERM, SIGINT or the shutdown
 // verb.
+//   --socket PATH  --layout packed|padded  --columns a,b  --max-tokens-per-row N  --slots N
+//   --slot-bytes N  --max-held-samples N  --sample-ms N (what each sample takes)
+#include <fmt/format.h>
 #include <unistd.h>
-#include <CLI/CLI.hpp>
+
 #include <csignal>
 #include <cstdio>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <string_view>
 
 #include "tests/trainer_bridge/server/fake_service.h"
 #include "trainer_bridge/server/server.h"
@@ -33,28 +40,53 @@ void serve(const ServerOptions& options, const FakeOptions& fake) {
   server.stop();
 }
 
+struct Arguments {
+  ServerOptions server;
+  FakeOptions fake;
+};
+
+Arguments read_arguments(int argc, char** argv) {
+  Arguments arguments;
+  ServerOptions& server = arguments.server;
+  server.slot_bytes = 1 << 20;
+  for (int i = 1; i < argc; ++i) {
+    const std::string_view name = argv[i];
+    if (i + 1 == argc) throw std::invalid_argument(fmt::format("{} lacks its value", name));
+    const std::string value = argv[++i];
+    if (name == "--socket") {
+      server.socket = value;
+    } else if (name == "--layout") {
+      server.layout.layout = value;
+    } else if (name == "--columns") {
+      std::istringstream words(value);
+      for (std::string word; std::getline(words, word, ',');) {
+        server.layout.columns.push_back(word);
+        arguments.fake.with_entropy |= word == "entropy";
+      }
+    } else if (name == "--max-tokens-per-row") {
+      server.layout.max_tokens_per_row = std::stoi(value);
+    } else if (name == "--slots") {
+      server.slots = std::stoi(value);
+    } else if (name == "--slot-bytes") {
+      server.slot_bytes = std::stoll(value);
+    } else if (name == "--max-held-samples") {
+      server.max_held_samples = std::stoll(value);
+    } else if (name == "--sample-ms") {
+      arguments.fake.sample_time = std::chrono::milliseconds(std::stoll(value));
+    } else {
+      throw std::invalid_argument(fmt::format("{} is not known", name));
+    }
+  }
+  return arguments;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  ServerOptions options;
-  options.slot_bytes = 1 << 20;
-  FakeOptions fake;
-  int64_t sample_ms = 0;
-  CLI::App app("A rollpack server without a model, for tests.");
-  app.add_option("--socket", options.socket)->required();
-  app.add_option("--layout", options.layout.layout)->capture_default_str();
-  app.add_option("--columns", options.layout.columns)->delimiter(',');
-  app.add_option("--max-tokens-per-row", options.layout.max_tokens_per_row)->capture_default_str();
-  app.add_option("--slots", options.slots)->capture_default_str();
-  app.add_option("--slot-bytes", options.slot_bytes)->capture_default_str();
-  app.add_option("--max-held-samples", options.max_held_samples)->capture_default_str();
-  app.add_option("--sample-ms", sample_ms, "time each sample takes")->capture_default_str();
-  CLI11_PARSE(app, argc, argv);
-  fake.sample_time = std::chrono::milliseconds(sample_ms);
-  for (const std::string& column : options.layout.columns) fake.with_entropy |= column == "entropy";
   try {
-    serve(options, fake);
-  } catch (const rollpack::Error& error) {
+    const Arguments arguments = read_arguments(argc, argv);
+    serve(arguments.server, arguments.fake);
+  } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return 1;
   }
