@@ -74,7 +74,7 @@ export LSAN_OPTIONS=suppressions=$PWD/tests/leaks_of_others.txt:print_suppressio
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 export TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1
 for preset in $sanitizers; do
-  build_dir=build-${preset%-ubsan} label=unit targets=()
+  build_dir=build-${preset%-ubsan} label=unit targets=(--target tests/all)
   # Half of the tests share no data between threads: --full runs those too.
   if [ "$preset" = tsan ] && [ "$ROLLPACK_FULL" != 1 ]; then
     label=unit-threads targets=(--target threaded_tests)
