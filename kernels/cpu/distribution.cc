@@ -15,6 +15,11 @@ void RowStats::add_blocks(std::span<const float> maxes, std::span<const double> 
   log_total = log_f64(total);
 }
 
+void RowStats::add_blocks(std::span<const double> sums, std::span<const float> factors) {
+  for (size_t b = 0; b < sums.size(); ++b) total += sums[b] * static_cast<double>(factors[b]);
+  log_total = log_f64(total);
+}
+
 float RowStats::logprob(float x) const {
   return static_cast<float>(static_cast<double>(x) - static_cast<double>(max) - log_total);
 }

@@ -21,6 +21,8 @@ struct RowStats {
   // Sums up the blocks, in order; factors[b] = exp(maxes[b] - max). `max` is set already.
   void add_blocks(std::span<const float> maxes, std::span<const double> sums,
                   std::span<const double> weighted_sums, std::span<const float> factors);
+  // The same of total and log_total alone.
+  void add_blocks(std::span<const double> sums, std::span<const float> factors);
   // log softmax of a logit, which is scaled and rounded already. Rounded once.
   float logprob(float x) const;
   // Nats.

@@ -49,6 +49,24 @@ struct LogitsRow {
   BlockPanels* block = nullptr;
 };
 
+// Columns of a panel as bits: those above a limit, and those equal to it.
+struct PanelMask {
+  uint64_t above = 0;
+  uint64_t equal = 0;
+};
+
+// What a cut keeps of a panel.
+struct PanelKept {
+  uint64_t columns = 0;
+  float mass = 0;
+};
+
+// Entries of a list from some value on.
+struct ListShare {
+  double weight = 0;
+  int64_t count = 0;
+};
+
 // Page blocks that attention reads next: kernels bring `lines_per_call` cache lines of them into L2
 // at each pass over pages, so that reading memory and multiplying overlap.
 struct PagesAhead {
@@ -140,6 +158,15 @@ struct KernelTable {
   void (*panel_stats)(const LogitsRow* rows, int count, int columns, int lane, bool with_weighted);
   // Merges the panels of a block, in order, in f64.
   BlockStats (*merge_panels)(const BlockPanels& panels, bool with_weighted);
+  // Compares logits[c] x scale, c < columns, with a limit. NaN counts as equal.
+  PanelMask (*compare_panel)(const float* logits, int columns, float scale, float limit);
+  // Of the given columns those with p = exp(logits[c] x scale - max) >= min_mass, and the lane sum
+  // of their p. Reads all 64 logits, finite in those columns.
+  PanelKept (*panel_mass)(const float* logits, uint64_t columns, float scale, float max,
+                          float min_mass);
+  // Entries with x[i] >= limit and the sum of their weights, 1 each where `weights` is null: lane
+  // sums over 1024 entries at a time, added in f64 in order.
+  ListShare (*share_from)(const float* x, const float* weights, int64_t n, float limit);
   bool (*all_finite)(const float* x, int64_t n);
   // out[i] = exp(x[i] * scale - max).
   void (*shifted_exp)(const float* x, int64_t n, float scale, float max, float* out);

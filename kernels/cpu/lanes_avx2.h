@@ -63,6 +63,17 @@ inline LaneMask less(Lanes a, Lanes b) {
 inline LaneMask is_nan(Lanes a) {
   return {_mm256_cmp_ps(a.low, a.low, _CMP_UNORD_Q), _mm256_cmp_ps(a.high, a.high, _CMP_UNORD_Q)};
 }
+inline uint32_t bits_of(LaneMask mask) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(mask.low)) |
+         static_cast<uint32_t>(_mm256_movemask_ps(mask.high)) << 8;
+}
+inline LaneMask lanes_of(uint32_t bits) {
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i low = _mm256_set1_epi32(static_cast<int32_t>(bits));
+  const __m256i high = _mm256_set1_epi32(static_cast<int32_t>(bits >> 8));
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(low, lane), lane)),
+          _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(high, lane), lane))};
+}
 inline Lanes select(LaneMask mask, Lanes a, Lanes b) {
   return {_mm256_blendv_ps(b.low, a.low, mask.low), _mm256_blendv_ps(b.high, a.high, mask.high)};
 }

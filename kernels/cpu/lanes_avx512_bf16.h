@@ -35,6 +35,8 @@ inline Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.x, b.x, 
 
 inline LaneMask less(Lanes a, Lanes b) { return _mm512_cmp_ps_mask(a.x, b.x, _CMP_LT_OQ); }
 inline LaneMask is_nan(Lanes a) { return _mm512_cmp_ps_mask(a.x, a.x, _CMP_UNORD_Q); }
+inline uint32_t bits_of(LaneMask mask) { return mask; }
+inline LaneMask lanes_of(uint32_t bits) { return static_cast<LaneMask>(bits); }
 inline Lanes select(LaneMask mask, Lanes a, Lanes b) {
   return {_mm512_mask_blend_ps(mask, b.x, a.x)};
 }

@@ -65,6 +65,8 @@ inline LaneMask is_nan(Lanes a) {
   for (int i = 0; i < 16; ++i) mask |= (a.x[i] != a.x[i] ? 1u : 0u) << i;
   return mask;
 }
+inline uint32_t bits_of(LaneMask mask) { return mask; }
+inline LaneMask lanes_of(uint32_t bits) { return bits & 0xffffu; }
 inline Lanes select(LaneMask mask, Lanes a, Lanes b) {
   return each_lane([&](int i) { return (mask >> i & 1u) != 0 ? a.x[i] : b.x[i]; });
 }

@@ -22,6 +22,9 @@ constexpr KernelTable make_table(Isa isa) {
           .merge_chunk = merge_chunk,
           .panel_stats = panel_stats,
           .merge_panels = merge_panels,
+          .compare_panel = compare_panel,
+          .panel_mass = panel_mass,
+          .share_from = share_from,
           .all_finite = all_finite,
           .shifted_exp = shifted_exp};
 }

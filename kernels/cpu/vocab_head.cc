@@ -56,16 +56,19 @@ void VocabHead<Element>::collect_queries(StepContext& step) {
     const Slot& slot = step.slots[static_cast<size_t>(plan.samples[i].slot)];
     const SamplingParams& sampling = slot.init.sampling;
     const bool is_greedy = sampling.temperature == 0;
+    const bool is_cut = !is_greedy && truncates(sampling, V_);
+    const bool is_top_k = is_cut && is_listed(sampling, V_);
+    const auto num_banned = static_cast<int32_t>(banned_ids(slot).size());
     HeadResult& result = step.result.samples[i];
     result = {.slot = plan.samples[i].slot, .position = slot.next_position};
-    queries_.push_back(
-        {.head_row = step.sample_head_row[i],
-         .slot = plan.samples[i].slot,
-         .scale = is_greedy ? 1.0f : 1.0f / sampling.temperature,
-         .is_greedy = is_greedy,
-         .needs_logits = !banned_ids(slot).empty() || (!is_greedy && truncates(sampling, V_)),
-         .wants_entropy = plan.wants_entropy,
-         .result = &result});
+    queries_.push_back({.head_row = step.sample_head_row[i],
+                        .slot = plan.samples[i].slot,
+                        .scale = is_greedy ? 1.0f : 1.0f / sampling.temperature,
+                        .is_greedy = is_greedy,
+                        .num_candidates = is_top_k ? sampling.top_k + num_banned : 0,
+                        .needs_logits = is_cut && !is_top_k,
+                        .wants_entropy = plan.wants_entropy,
+                        .result = &result});
   }
   for (size_t i = 0; i < plan.scores.size(); ++i) {
     const ScoreRow& score = plan.scores[i];
@@ -102,14 +105,15 @@ std::vector<Distribution> VocabHead<Element>::collect_distributions(int64_t num_
     const Distribution wanted{.head_row = query.head_row, .scale = query.scale};
     const auto found = std::lower_bound(all.begin(), all.end(), wanted, before);
     query.scaled = static_cast<int32_t>(found - all.begin());
-    if (query.slot < 0 || query.needs_logits || found->first_block >= 0) continue;
+    found->num_candidates = std::max(found->num_candidates, query.num_candidates);
+    if (query.slot < 0 || found->first_block >= 0) continue;
     found->first_block = num_kept;
     num_kept += num_blocks;
   }
   return all;
 }
 
-// Plain rows are one group; rows with a truncated sample come in groups.
+// Rows that keep their logits come in groups, the others are one.
 template <class Element>
 void VocabHead<Element>::make_groups(int64_t num_head_rows) {
   std::vector<uint8_t> keeps(static_cast<size_t>(num_head_rows), 0);
@@ -136,7 +140,10 @@ void VocabHead<Element>::make_groups(int64_t num_head_rows) {
 
 template <class Element>
 void VocabHead<Element>::run_group(ThreadPool& pool, const StepContext& step, const Group& group) {
-  if (group.keeps_logits) logits_.resize(group.head_rows.size() * static_cast<size_t>(V_));
+  const int64_t stride = stats_.logits_stride();
+  if (group.keeps_logits) {  // only ever grown: what resize() adds, it fills
+    logits_.resize(std::max(logits_.size(), group.head_rows.size() * static_cast<size_t>(stride)));
+  }
   stats_.compute(pool, group.head_rows, group.keeps_logits ? logits_.data() : nullptr);
   const auto num_queries = static_cast<int64_t>(group.queries.size());
   pool.parallel_for(num_queries, [&](int64_t index, int thread) {
@@ -147,7 +154,7 @@ void VocabHead<Element>::run_group(ThreadPool& pool, const StepContext& step, co
       const auto row =
           std::lower_bound(group.head_rows.begin(), group.head_rows.end(), query.head_row) -
           group.head_rows.begin();
-      logits = logits_.data() + row * V_;
+      logits = logits_.data() + row * stride;
     }
     finish_query(step, query, logits, workspaces_[static_cast<size_t>(thread)]);
   });
@@ -184,34 +191,63 @@ typename VocabHead<Element>::Token VocabHead<Element>::sample(const StepContext&
                                                               const float* logits,
                                                               Workspace& work) const {
   const Slot& slot = step.slots[static_cast<size_t>(query.slot)];
-  const std::span<const float> all(logits, static_cast<size_t>(V_));
   const SlotInit& init = slot.init;
   const double u = sampling_uniform(init.seed, init.prompt_hash, init.sample_index,
                                     static_cast<uint32_t>(slot.next_position));
-  if (query.is_greedy && !query.needs_logits) return stats_.greedy(query.scaled, row);
-  if (!query.needs_logits) {
+  const std::span<const int32_t> banned = banned_ids(slot);
+  const bool is_cut = query.needs_logits || query.num_candidates > 0;
+  if (banned.empty() && !is_cut) {
+    if (query.is_greedy) return stats_.greedy(query.scaled, row);
     const bool is_unit = query.scaled == stats_.first_distribution(query.head_row);
     return stats_.draw(query.scaled, row, is_unit ? work.unit_factors : work.scaled_factors, u);
   }
-
-  TruncatedDraw drawn;
-  if (query.is_greedy) {
-    drawn.token = work.sampler.greedy(all, banned_ids(slot));
-  } else {
-    drawn = work.sampler.draw(kernels_, all, query.scale, init.sampling, banned_ids(slot), u);
-  }
-  if (drawn.token < 0) {
+  if (!banned.empty()) stats_.exclude(query.scaled, banned, work.left);
+  if (!banned.empty() && work.left.row.max == -std::numeric_limits<float>::infinity()) {
     throw Error({.code = ErrorCode::kInvalidArgument,
                  .field = "stop_token_ids",
                  .value = std::to_string(init.stop_token_ids.size()) + " ids",
                  .message = "min_tokens leaves no token of the vocabulary to sample"});
   }
-  if (!query.is_greedy && !drawn.is_whole) {
+  if (query.is_greedy) return stats_.greedy(query.scaled, work.left);
+
+  Token token;
+  TruncatedDraw drawn;
+  if (is_cut) {
+    drawn = draw_truncated(query, init.sampling, row, banned, u, logits, work);
+    token = {drawn.token, stats_.logit(query.head_row, drawn.token)};
+  } else {
+    drawn = {.max = work.left.row.max, .kept = work.left.row.total};
+    token = stats_.draw(query.scaled, work.left, u);
+  }
+  if (!drawn.is_whole) {
     const double shift = static_cast<double>(drawn.max) - static_cast<double>(row.max);
     query.result->support_logmass =
         std::min(0.0f, static_cast<float>(log_f64(drawn.kept) + shift - row.log_total));
   }
-  return {drawn.token, all[static_cast<size_t>(drawn.token)]};
+  return token;
+}
+
+// Of a distribution that `work.left` describes where tokens are banned.
+template <class Element>
+TruncatedDraw VocabHead<Element>::draw_truncated(const Query& query, const SamplingParams& sampling,
+                                                 const RowStats& row,
+                                                 std::span<const int32_t> banned, double u,
+                                                 const float* logits, Workspace& work) const {
+  if (!query.needs_logits) {
+    stats_.collect_candidates(query.scaled, work.sampler.x, work.sampler.ids);
+    return work.sampler.draw_listed(kernels_, sampling, banned, u);
+  }
+  const Exclusion* const left = banned.empty() ? nullptr : &work.left;
+  const RowStats& support = banned.empty() ? row : work.left.row;
+  stats_.panel_maxima(query.scaled, left, work.panel_max);
+  return work.sampler.draw(kernels_,
+                           {.logits = logits,
+                            .V = V_,
+                            .scale = query.scale,
+                            .panel_max = work.panel_max,
+                            .max = support.max,
+                            .total = support.total},
+                           sampling, banned, u);
 }
 
 template <class Element>

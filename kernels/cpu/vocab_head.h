@@ -1,7 +1,8 @@
 // The head: logits of the gathered rows against the vocabulary, reduced to block and panel
 // statistics as they are computed, then the sampled tokens, logprobs and entropies. A token's panel
 // is computed a second time for its logit (one panel of 64 columns), so logits are never kept;
-// only those of rows with a truncated sample are, 32 rows at a time.
+// only those of rows with a sample that top-p, min-p or a large top-k truncates are, 32 rows at a
+// time.
 #pragma once
 
 #include <cstdint>
@@ -37,8 +38,9 @@ class VocabHead {
     int32_t token = -1;  // scored: given; sampled: drawn
     float scale = 1.0f;  // 1 / temperature; 1 where that is 0
     bool is_greedy = false;
-    int32_t scaled = 0;         // its distribution at that scale
-    bool needs_logits = false;  // some tokens are cut from its support
+    int32_t scaled = 0;          // its distribution at that scale
+    int32_t num_candidates = 0;  // of a top-k and the ids that min_tokens takes out of it
+    bool needs_logits = false;   // truncated by more than that
     bool wants_entropy = false;
     HeadResult* result = nullptr;
   };
@@ -53,6 +55,8 @@ class VocabHead {
   struct Workspace {
     std::vector<float> unit_factors, scaled_factors;  // [blocks]
     TruncatedSampler sampler;
+    std::vector<float> panel_max;  // [panels]
+    Exclusion left;
   };
 
   void collect_queries(StepContext& step);
@@ -63,6 +67,9 @@ class VocabHead {
                     Workspace& work) const;
   Token sample(const StepContext& step, const Query& query, const RowStats& row,
                const float* logits, Workspace& work) const;
+  TruncatedDraw draw_truncated(const Query& query, const SamplingParams& sampling,
+                               const RowStats& row, std::span<const int32_t> banned, double u,
+                               const float* logits, Workspace& work) const;
   void advance_slots(StepContext& step);
 
   const KernelTable& kernels_;
@@ -73,7 +80,7 @@ class VocabHead {
   int64_t V_ = 0;
   std::vector<Query> queries_;
   std::vector<Group> groups_;
-  std::vector<float> logits_;  // [rows of a group that keeps them][V]
+  std::vector<float> logits_;  // [rows of a group that keeps them][panels x 64]
 };
 
 extern template class VocabHead<uint16_t>;

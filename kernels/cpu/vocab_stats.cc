@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 #include <utility>
 
 #include "kernels/cpu/panel_shares.h"
@@ -13,13 +14,21 @@ namespace {
 // hand and the next one, and a panel is read from memory once a chunk.
 constexpr int64_t kChunkRows = 256;
 
+// x of a token that has been taken out.
+constexpr float kNoMass = -std::numeric_limits<float>::infinity();
+
 }  // namespace
 
 template <class Element>
 VocabStats<Element>::VocabStats(const KernelTable& kernels, int num_threads)
     : kernels_(kernels),
       of_(kernels.of<Element>()),
-      workspaces_(static_cast<size_t>(num_threads)) {}
+      workspaces_(static_cast<size_t>(num_threads)),
+      candidates_(kernels, num_threads) {
+  for (int thread = 0; thread < num_threads; ++thread) {
+    workspaces_[static_cast<size_t>(thread)].thread = thread;
+  }
+}
 
 template <class Element>
 void VocabStats<Element>::begin(const PackedMatrix& weight, const InputRows<Element>& in,
@@ -30,14 +39,17 @@ void VocabStats<Element>::begin(const PackedMatrix& weight, const InputRows<Elem
   num_blocks_ = (weight.columns + kBlockColumns - 1) / kBlockColumns;
   distributions_ = std::move(distributions);
   first_distribution_.assign(static_cast<size_t>(in.rows) + 1, 0);
+  candidate_counts_.clear();
   int64_t num_kept = 0;
   for (const Distribution& distribution : distributions_) {
+    candidate_counts_.push_back(distribution.num_candidates);
     ++first_distribution_[static_cast<size_t>(distribution.head_row) + 1];
     if (distribution.first_block >= 0) num_kept += num_blocks_;
   }
   for (size_t row = 1; row < first_distribution_.size(); ++row) {
     first_distribution_[row] += first_distribution_[row - 1];
   }
+  candidates_.begin(candidate_counts_);
   const size_t num_sums = distributions_.size() * static_cast<size_t>(num_blocks_);
   panels_.resize(static_cast<size_t>(num_kept));
   block_max_.resize(num_sums);
@@ -99,7 +111,6 @@ void VocabStats<Element>::compute_block(std::span<const int32_t> head_rows, int6
   const RowTiles tiles(last - first);
   alignas(64) float tile[kTileRows * kPanelColumns];
   for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-    const int columns = panel_columns(panel);
     const auto* columns_end =
         reinterpret_cast<const std::byte*>(weight_.panel<Element>(panel)) + weight_.panel_bytes();
     const bool goes_on = panel + 1 < end_panel || has_next;
@@ -117,8 +128,8 @@ void VocabStats<Element>::compute_block(std::span<const int32_t> head_rows, int6
       if (logits == nullptr) continue;
       for (size_t r = 0; r < rows; ++r) {
         std::copy_n(
-            tile + r * kPanelColumns, columns,
-            logits + (row + static_cast<int64_t>(r)) * weight_.columns + panel * kPanelColumns);
+            tile + r * kPanelColumns, kPanelColumns,
+            logits + (row + static_cast<int64_t>(r)) * logits_stride() + panel * kPanelColumns);
       }
     }
   }
@@ -135,6 +146,7 @@ void VocabStats<Element>::reduce_tile(std::span<const int32_t> tile_rows, const 
                                       int64_t panel, int64_t first_index, Workspace& work) {
   const int columns = panel_columns(panel);
   work.rows.clear();
+  work.collecting.clear();
   for (size_t r = 0; r < tile_rows.size(); ++r) {
     const float* logits = tile + r * kPanelColumns;
     const int32_t head_row = tile_rows[r];
@@ -144,13 +156,24 @@ void VocabStats<Element>::reduce_tile(std::span<const int32_t> tile_rows, const 
           .store(1, std::memory_order_relaxed);
     }
     for (int32_t d = first_distribution(head_row); d < first_distribution(head_row + 1); ++d) {
+      const Distribution& distribution = distributions_[static_cast<size_t>(d)];
+      if (distribution.num_candidates > 0) {
+        work.collecting.push_back({.row = static_cast<int32_t>(work.rows.size()), .index = d});
+      }
       work.rows.push_back({.logits = logits,
-                           .scale = distributions_[static_cast<size_t>(d)].scale,
+                           .scale = distribution.scale,
                            .block = &work.panels[static_cast<size_t>(d - first_index)]});
     }
   }
-  kernels_.panel_stats(work.rows.data(), static_cast<int>(work.rows.size()), columns,
-                       static_cast<int>(panel % kBlockPanels), with_entropy_);
+  const auto lane = static_cast<int>(panel % kBlockPanels);
+  kernels_.panel_stats(work.rows.data(), static_cast<int>(work.rows.size()), columns, lane,
+                       with_entropy_);
+  for (const Collecting& at : work.collecting) {
+    const LogitsRow& row = work.rows[static_cast<size_t>(at.row)];
+    if (!candidates_.may_hold(at.index, row.block->max[lane])) continue;
+    candidates_.add(work.thread, at.index, row.logits, columns, row.scale,
+                    static_cast<int32_t>(panel * kPanelColumns));
+  }
 }
 
 template <class Element>
@@ -178,7 +201,13 @@ RowStats VocabStats<Element>::merge(int32_t distribution, std::span<float> facto
 }
 
 template <class Element>
-const BlockPanels& VocabStats<Element>::kept_panels(int32_t distribution, int64_t block) const {
+const BlockPanels& VocabStats<Element>::kept_panels(int32_t distribution, int64_t block,
+                                                    const Exclusion* left) const {
+  if (left != nullptr) {
+    for (const Exclusion::Changed& changed : left->changed) {
+      if (changed.block == block) return changed.panels;
+    }
+  }
   return panels_[static_cast<size_t>(distributions_[static_cast<size_t>(distribution)].first_block +
                                      block)];
 }
@@ -189,6 +218,17 @@ void VocabStats<Element>::panel_logits(int32_t head_row, int64_t panel, float* l
                     weight_.steps(), logits, {});
 }
 
+// -infinity for tokens that are taken out.
+template <class Element>
+void VocabStats<Element>::panel_logits_left(int32_t distribution, int64_t panel,
+                                            const Exclusion* left, float* logits) const {
+  panel_logits(distributions_[static_cast<size_t>(distribution)].head_row, panel, logits);
+  if (left == nullptr) return;
+  const int64_t first = panel * kPanelColumns;
+  auto id = std::lower_bound(left->ids.begin(), left->ids.end(), first);
+  for (; id != left->ids.end() && *id < first + kPanelColumns; ++id) logits[*id - first] = kNoMass;
+}
+
 template <class Element>
 float VocabStats<Element>::logit(int32_t head_row, int32_t token) const {
   alignas(64) float logits[kPanelColumns];
@@ -196,30 +236,80 @@ float VocabStats<Element>::logit(int32_t head_row, int32_t token) const {
   return logits[token % kPanelColumns];
 }
 
+template <class Element>
+void VocabStats<Element>::exclude(int32_t distribution, std::span<const int32_t> ids,
+                                  Exclusion& out) const {
+  const auto at = static_cast<std::ptrdiff_t>(distribution * num_blocks_);
+  out.ids = ids;
+  out.block_max.assign(block_max_.begin() + at, block_max_.begin() + at + num_blocks_);
+  out.block_sum.assign(block_sum_.begin() + at, block_sum_.begin() + at + num_blocks_);
+  out.changed.clear();
+  int64_t last_panel = -1;
+  for (const int32_t id : ids) {
+    const int64_t panel = id / kPanelColumns, block = panel / kBlockPanels;
+    if (panel == last_panel || id >= weight_.columns) continue;
+    last_panel = panel;
+    if (out.changed.empty() || out.changed.back().block != block) {
+      out.changed.push_back({.block = block, .panels = kept_panels(distribution, block, nullptr)});
+    }
+    BlockPanels& panels = out.changed.back().panels;
+    alignas(64) float logits[kPanelColumns];
+    panel_logits_left(distribution, panel, &out, logits);
+    const LogitsRow row = {.logits = logits,
+                           .scale = distributions_[static_cast<size_t>(distribution)].scale,
+                           .block = &panels};
+    const int columns = panel_columns(panel), lane = static_cast<int>(panel % kBlockPanels);
+    kernels_.panel_stats(&row, 1, columns, lane, false);
+    if (panels.max[lane] == kNoMass) panels.sum[lane] = 0;  // infinity - infinity was NaN
+  }
+  for (const Exclusion::Changed& changed : out.changed) {
+    const bool is_left =
+        std::ranges::any_of(changed.panels.max, [](float m) { return m > kNoMass; });
+    const BlockStats stats =
+        is_left ? kernels_.merge_panels(changed.panels, false) : BlockStats{.max = kNoMass};
+    out.block_max[static_cast<size_t>(changed.block)] = stats.max;
+    out.block_sum[static_cast<size_t>(changed.block)] = stats.sum;
+  }
+  out.row = {.max = *std::ranges::max_element(out.block_max)};
+  if (out.row.max == kNoMass) return;
+  out.factors.resize(out.block_max.size());
+  kernels_.shifted_exp(out.block_max.data(), num_blocks_, 1.0f, out.row.max, out.factors.data());
+  out.row.add_blocks(out.block_sum, out.factors);
+}
+
+template <class Element>
+void VocabStats<Element>::panel_maxima(int32_t distribution, const Exclusion* left,
+                                       std::vector<float>& out) const {
+  out.resize(static_cast<size_t>(num_blocks_ * kBlockPanels));
+  for (int64_t block = 0; block < num_blocks_; ++block) {
+    std::copy_n(kept_panels(distribution, block, left).max, kBlockPanels,
+                out.begin() + block * kBlockPanels);
+  }
+  out.resize(static_cast<size_t>(weight_.num_panels()));
+}
+
 // Inverse CDF: block, panel of that block, token of that panel.
 template <class Element>
-typename VocabStats<Element>::Drawn VocabStats<Element>::draw(int32_t distribution,
-                                                              const RowStats& row,
-                                                              std::span<const float> factors,
-                                                              double u) const {
-  const Distribution& drawn = distributions_[static_cast<size_t>(distribution)];
-  const double target = u * row.total;
-  const double* sums = block_sum_.data() + distribution * num_blocks_;
+typename VocabStats<Element>::Drawn VocabStats<Element>::draw_from(int32_t distribution,
+                                                                   const Masses& masses,
+                                                                   double u) const {
+  const double target = u * masses.row.total;
   const Pick block = pick_item(num_blocks_, 0, target, [&](int64_t i) {
-    return sums[i] * static_cast<double>(factors[static_cast<size_t>(i)]);
+    return masses.block_sum[i] * static_cast<double>(masses.factors[i]);
   });
-  const BlockPanels& panels = kept_panels(distribution, block.item);
+  const BlockPanels& panels = kept_panels(distribution, block.item, masses.left);
   float panel_factors[kBlockPanels];
-  kernels_.shifted_exp(panels.max, kBlockPanels, 1.0f, row.max, panel_factors);
+  kernels_.shifted_exp(panels.max, kBlockPanels, 1.0f, masses.row.max, panel_factors);
   const Pick panel = pick_item(kBlockPanels, block.before, target, [&](int64_t i) {
     return static_cast<double>(panels.sum[i]) * static_cast<double>(panel_factors[i]);
   });
   const int64_t index = block.item * kBlockPanels + panel.item;
   alignas(64) float logits[kPanelColumns];
   alignas(64) float mass[kPanelColumns];
-  panel_logits(drawn.head_row, index, logits);
+  panel_logits_left(distribution, index, masses.left, logits);
   const int columns = panel_columns(index);
-  kernels_.shifted_exp(logits, columns, drawn.scale, row.max, mass);
+  kernels_.shifted_exp(logits, columns, distributions_[static_cast<size_t>(distribution)].scale,
+                       masses.row.max, mass);
   const Pick token = pick_item(columns, panel.before, target,
                                [&](int64_t i) { return static_cast<double>(mass[i]); });
   return {.token = static_cast<int32_t>(index * kPanelColumns + token.item),
@@ -227,18 +317,56 @@ typename VocabStats<Element>::Drawn VocabStats<Element>::draw(int32_t distributi
 }
 
 template <class Element>
-typename VocabStats<Element>::Drawn VocabStats<Element>::greedy(int32_t distribution,
-                                                                const RowStats& row) const {
-  const Distribution& drawn = distributions_[static_cast<size_t>(distribution)];
-  const float* maxes = block_max_.data() + distribution * num_blocks_;
-  const int64_t block = std::find(maxes, maxes + num_blocks_, row.max) - maxes;
-  const BlockPanels& panels = kept_panels(distribution, block);
-  const int64_t panel = std::find(panels.max, panels.max + kBlockPanels, row.max) - panels.max;
+typename VocabStats<Element>::Drawn VocabStats<Element>::greedy_from(int32_t distribution,
+                                                                     const Masses& masses) const {
+  const float max = masses.row.max;
+  const int64_t block =
+      std::find(masses.block_max, masses.block_max + num_blocks_, max) - masses.block_max;
+  const BlockPanels& panels = kept_panels(distribution, block, masses.left);
+  const int64_t panel = std::find(panels.max, panels.max + kBlockPanels, max) - panels.max;
   const int64_t index = block * kBlockPanels + panel;
   alignas(64) float logits[kPanelColumns];
-  panel_logits(drawn.head_row, index, logits);
-  const float* best = std::find(logits, logits + kPanelColumns, row.max);
+  panel_logits_left(distribution, index, masses.left, logits);
+  const float* best = std::find(logits, logits + kPanelColumns, max);
   return {.token = static_cast<int32_t>(index * kPanelColumns + (best - logits)), .logit = *best};
+}
+
+template <class Element>
+typename VocabStats<Element>::Drawn VocabStats<Element>::draw(int32_t distribution,
+                                                              const RowStats& row,
+                                                              std::span<const float> factors,
+                                                              double u) const {
+  return draw_from(distribution,
+                   {.row = row,
+                    .block_sum = block_sum_.data() + distribution * num_blocks_,
+                    .factors = factors.data()},
+                   u);
+}
+
+template <class Element>
+typename VocabStats<Element>::Drawn VocabStats<Element>::draw(int32_t distribution,
+                                                              const Exclusion& left,
+                                                              double u) const {
+  return draw_from(distribution,
+                   {.row = left.row,
+                    .block_sum = left.block_sum.data(),
+                    .factors = left.factors.data(),
+                    .left = &left},
+                   u);
+}
+
+template <class Element>
+typename VocabStats<Element>::Drawn VocabStats<Element>::greedy(int32_t distribution,
+                                                                const RowStats& row) const {
+  return greedy_from(distribution,
+                     {.row = row, .block_max = block_max_.data() + distribution * num_blocks_});
+}
+
+template <class Element>
+typename VocabStats<Element>::Drawn VocabStats<Element>::greedy(int32_t distribution,
+                                                                const Exclusion& left) const {
+  return greedy_from(distribution,
+                     {.row = left.row, .block_max = left.block_max.data(), .left = &left});
 }
 
 template class VocabStats<uint16_t>;

@@ -7,6 +7,7 @@
 #include <span>
 #include <vector>
 
+#include "kernels/cpu/candidates.h"
 #include "kernels/cpu/distribution.h"
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/kernel_table.h"
@@ -18,8 +19,22 @@ namespace rollpack::kernels::cpu {
 // The softmax of one head row at one temperature.
 struct Distribution {
   int32_t head_row = 0;
-  float scale = 1.0f;        // 1 / temperature
-  int64_t first_block = -1;  // of its panels, where they are kept: something is drawn from it
+  float scale = 1.0f;          // 1 / temperature
+  int64_t first_block = -1;    // of its panels, where they are kept: something is drawn from it
+  int32_t num_candidates = 0;  // how many of its largest values are collected, for top-k
+};
+
+// The statistics of a row without some of its tokens.
+struct Exclusion {
+  std::span<const int32_t> ids;  // ascending
+  RowStats row;                  // weighted is not set; max is -infinity where no token is left
+  std::vector<float> block_max, factors;  // [blocks]; exp(block max - row max)
+  std::vector<double> block_sum;
+  struct Changed {
+    int64_t block = 0;
+    BlockPanels panels;
+  };
+  std::vector<Changed> changed;  // blocks that lost a token
 };
 
 template <class Element>
@@ -31,9 +46,12 @@ class VocabStats {
   // `in` has one. with_entropy: the weighted sums as well.
   void begin(const PackedMatrix& weight, const InputRows<Element>& in,
              std::vector<Distribution> distributions, bool with_entropy);
-  // Computes the statistics of these rows, ascending. logits: [head_rows.size()][V], or null.
+  // Computes the statistics of these rows, ascending. logits: [head_rows.size()][logits_stride()]
+  // f32, unscaled, columns past V of no meaning; or null.
   void compute(ThreadPool& pool, std::span<const int32_t> head_rows, float* logits);
 
+  // V, rounded up to whole panels.
+  int64_t logits_stride() const { return weight_.num_panels() * kPanelColumns; }
   int64_t num_blocks() const { return num_blocks_; }
   // Index of the row's distribution of scale 1; those of the next row begin where its own end.
   int32_t first_distribution(int32_t head_row) const {
@@ -53,14 +71,43 @@ class VocabStats {
              double u) const;
   // The lowest id of the row's largest logit.
   Drawn greedy(int32_t distribution, const RowStats& row) const;
+  // Takes tokens out of a row: their panels are computed once more without them, so they have no
+  // mass at all. ids ascend; those past V mean nothing.
+  void exclude(int32_t distribution, std::span<const int32_t> ids, Exclusion& out) const;
+  // The same draws from what an exclusion left, which is not nothing.
+  Drawn draw(int32_t distribution, const Exclusion& left, double u) const;
+  Drawn greedy(int32_t distribution, const Exclusion& left) const;
+  // The largest value of each panel, of all tokens or of those that are left.
+  void panel_maxima(int32_t distribution, const Exclusion* left, std::vector<float>& out) const;
+  // The row's collected candidates, in no particular order: the num_candidates largest by
+  // (x descending, id ascending), and some more.
+  void collect_candidates(int32_t distribution, std::vector<float>& x,
+                          std::vector<int32_t>& ids) const {
+    candidates_.collect(distribution, x, ids);
+  }
   // One logit, computed once more.
   float logit(int32_t head_row, int32_t token) const;
 
  private:
+  // A row of a tile whose largest values are collected.
+  struct Collecting {
+    int32_t row = 0;    // of the tile
+    int32_t index = 0;  // of the distribution
+  };
   // One thread's memory.
   struct Workspace {
+    int thread = 0;
     std::vector<BlockPanels> panels;  // [distributions of a chunk of rows]
     std::vector<LogitsRow> rows;      // of one tile
+    std::vector<Collecting> collecting;
+  };
+  // Where a draw finds the masses of a row.
+  struct Masses {
+    RowStats row;
+    const float* block_max = nullptr;
+    const double* block_sum = nullptr;
+    const float* factors = nullptr;
+    const Exclusion* left = nullptr;
   };
 
   void gather(std::span<const int32_t> head_rows);
@@ -71,11 +118,16 @@ class VocabStats {
   void finish_block(int32_t distribution, int64_t block, const BlockPanels& panels);
   void panel_logits(int32_t head_row, int64_t panel, float* logits) const;
   int panel_columns(int64_t panel) const;
-  const BlockPanels& kept_panels(int32_t distribution, int64_t block) const;
+  const BlockPanels& kept_panels(int32_t distribution, int64_t block, const Exclusion* left) const;
+  void panel_logits_left(int32_t distribution, int64_t panel, const Exclusion* left,
+                         float* logits) const;
+  Drawn draw_from(int32_t distribution, const Masses& masses, double u) const;
+  Drawn greedy_from(int32_t distribution, const Masses& masses) const;
 
   const KernelTable& kernels_;
   const ElementKernels<Element>& of_;
   std::vector<Workspace> workspaces_;
+  CandidateLists candidates_;
 
   // Of the step at hand.
   PackedMatrix weight_;
@@ -84,6 +136,7 @@ class VocabStats {
   int64_t num_blocks_ = 0;
   std::vector<Distribution> distributions_;
   std::vector<int32_t> first_distribution_;  // [head rows + 1]
+  std::vector<int32_t> candidate_counts_;    // [distributions]
   std::vector<BlockPanels> panels_;          // [drawn distributions][blocks]
   std::vector<float> block_max_;             // [distributions][blocks]
   std::vector<double> block_sum_, block_weighted_;

@@ -359,6 +359,70 @@ TEST(VocabularyKernels, MergedPanelsAreTheSumsInOrder) {
   }
 }
 
+TEST(VocabularyKernels, PanelsAreCutAsTokenByToken) {
+  const FlushSubnormalsScope flush;
+  Numbers numbers(14);
+  for (int columns = 1; columns <= kPanelColumns; ++columns) {
+    auto logits = numbers.vector(kPanelColumns, 5.0f);
+    const float scale = 0.7f, limit = logits[static_cast<size_t>(numbers.below(columns))] * scale;
+    logits[static_cast<size_t>(numbers.below(columns))] = limit / scale;
+    const float max = *std::max_element(logits.begin(), logits.end()) * scale;
+    PanelMask want;
+    uint64_t heavy = 0;
+    for (int c = 0; c < columns; ++c) {
+      const float x = logits[static_cast<size_t>(c)] * scale;
+      want.above |= static_cast<uint64_t>(x > limit) << c;
+      want.equal |= static_cast<uint64_t>(x == limit) << c;
+      heavy |= static_cast<uint64_t>(exp_f32(x - max) >= 0.01f) << c;
+    }
+    const uint64_t some = numbers.next() & (want.above | want.equal);
+    const PanelKept portable =
+        kernel_table(Isa::kPortable).panel_mass(logits.data(), some, scale, max, 0.01f);
+    double mass = 0;
+    for (int c = 0; c < columns; ++c) {
+      if ((some & heavy) >> c & 1) mass += exp_f32(logits[static_cast<size_t>(c)] * scale - max);
+    }
+    EXPECT_NEAR(portable.mass, mass, 1e-6 * mass);
+    for (const Isa isa : supported_isas()) {
+      const PanelMask mask = kernel_table(isa).compare_panel(logits.data(), columns, scale, limit);
+      EXPECT_EQ(mask.above, want.above) << isa_name(isa) << ", " << columns;
+      EXPECT_EQ(mask.equal, want.equal) << isa_name(isa) << ", " << columns;
+      const PanelKept kept = kernel_table(isa).panel_mass(logits.data(), some, scale, max, 0.01f);
+      EXPECT_EQ(kept.columns, some & heavy) << isa_name(isa) << ", " << columns;
+      EXPECT_EQ(kept.mass, portable.mass) << isa_name(isa) << ", " << columns;
+    }
+  }
+}
+
+TEST(VocabularyKernels, SharesOfAListAgreeForEveryLength) {
+  const FlushSubnormalsScope flush;
+  Numbers numbers(15);
+  for (const int64_t n : {0, 1, 15, 16, 17, 1023, 1024, 1025, 1040, 3000}) {
+    const auto x = numbers.vector(n, 2.0f);
+    auto weights = numbers.vector(n, 1.0f);
+    for (float& weight : weights) weight = std::abs(weight);
+    const float limit = 0.25f;
+    int64_t count = 0;
+    double weight = 0;
+    for (size_t i = 0; i < x.size(); ++i) {
+      if (x[i] < limit) continue;
+      ++count;
+      weight += static_cast<double>(weights[i]);
+    }
+    const ListShare want =
+        kernel_table(Isa::kPortable).share_from(x.data(), weights.data(), n, limit);
+    EXPECT_NEAR(want.weight, weight, 1e-5 * weight);
+    for (const Isa isa : supported_isas()) {
+      const ListShare ones = kernel_table(isa).share_from(x.data(), nullptr, n, limit);
+      const ListShare got = kernel_table(isa).share_from(x.data(), weights.data(), n, limit);
+      EXPECT_EQ(ones.count, count);
+      EXPECT_EQ(ones.weight, static_cast<double>(count));
+      EXPECT_EQ(got.count, count);
+      EXPECT_EQ(got.weight, want.weight) << isa_name(isa) << ", n = " << n;
+    }
+  }
+}
+
 TEST(VocabularyKernels, AnyNonFiniteLogitIsSeenAndNoneBeyondTheWidth) {
   for (const Isa isa : supported_isas()) {
     for (const float bad :

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/base/dtype.h"
+#include "kernels/base/error.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/philox.h"
 #include "toy_model.h"
@@ -270,6 +271,36 @@ TEST(VocabHead, MinTokensTakesStopIdsOutOfTheSupport) {
   greedy.min_position = 9;
   EXPECT_EQ(sample_one(logits, greedy).token, 1);
   EXPECT_EQ(sample_one(logits, greedy).finish, SlotFinish::kStop);
+}
+
+TEST(VocabHead, GreedySkipsBannedIdsAndSaysWhenNoneIsLeft) {
+  std::vector<float> logits(1100, -7.0f);
+  logits[0] = 3;
+  logits[70] = 5;
+  logits[1090] = 5;
+  logits[1099] = -0.0f;
+  const auto token_without = [&](std::vector<int32_t> banned) {
+    SlotInit greedy = slot_of(0, {.temperature = 0});
+    greedy.min_position = 10;
+    greedy.stop_token_ids = std::move(banned);
+    return sample_one(logits, greedy).token;
+  };
+  EXPECT_EQ(token_without({}), 70);
+  EXPECT_EQ(token_without({70}), 1090);
+  EXPECT_EQ(token_without({0, 70, 1090}), 1099);
+  std::vector<int32_t> last_block;  // nothing is left of a block and its panels
+  for (int32_t id = 1024; id < 1100; ++id) last_block.push_back(id);
+  EXPECT_EQ(token_without(last_block), 70);
+  std::vector<int32_t> all;
+  for (int32_t id = 0; id < 1100; ++id) all.push_back(id);
+  const std::vector<SamplingParams> kinds = {
+      {.temperature = 0}, {}, {.top_k = 3}, {.top_p = 0.5f}};
+  for (const SamplingParams& sampling : kinds) {
+    SlotInit none = slot_of(0, sampling);
+    none.min_position = 10;
+    none.stop_token_ids = all;
+    EXPECT_THROW(sample_one(logits, none), Error);
+  }
 }
 
 TEST(VocabHead, TopPOnALongTailKeepsTheSmallestSufficientSet) {
