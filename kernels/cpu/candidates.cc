@@ -6,6 +6,11 @@
 #include <limits>
 
 namespace rollpack::kernels::cpu {
+namespace {
+
+constexpr float kNoLimit = std::numeric_limits<float>::infinity();
+
+}  // namespace
 
 CandidateLists::CandidateLists(const KernelTable& kernels, int num_threads)
     : kernels_(kernels), threads_(static_cast<size_t>(num_threads)) {}
@@ -16,7 +21,7 @@ void CandidateLists::begin(std::span<const int32_t> counts) {
   for (size_t d = 0; d < counts.size(); ++d) {
     begins_[d + 1] = begins_[d] + static_cast<size_t>(capacity(counts[d]));
   }
-  limits_.assign(counts.size(), -std::numeric_limits<float>::infinity());
+  limits_.assign(counts.size(), -kNoLimit);
   for (Lists& lists : threads_) {
     // Only ever grown: what a list held before is overwritten before it is read.
     lists.x.resize(std::max(lists.x.size(), begins_.back()));
@@ -65,7 +70,7 @@ void CandidateLists::cut_back(Lists& lists, int32_t distribution) {
   const std::span<float> x(lists.x.data() + begins_[d], static_cast<size_t>(lists.sizes[d]));
   const std::span<int32_t> ids(lists.ids.data() + begins_[d], x.size());
   const int32_t count = counts_[d];
-  const Bracket bracket = bisect(kernels_, x, {}, count, kPanelColumns / 2 + count / 8);
+  const Bracket bracket = bisect(kernels_, x, {}, count, kPanelColumns / 2 + count / 8, kNoLimit);
   Cut cut = {.x = bracket.low};
   if (bracket.num_from_low > count + count / 2) {  // many equal values: told apart by their ids
     bool is_reached = false;

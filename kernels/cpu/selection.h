@@ -24,6 +24,7 @@ struct Candidates {
   std::span<const float> x;
   std::span<const int32_t> ids;
   std::span<const float> weights;
+  float top = std::numeric_limits<float>::infinity();  // no x is larger
 };
 
 // The weight of values >= low reaches a target, that of values >= high does not: `above`.
@@ -36,9 +37,10 @@ struct Bracket {
 };
 
 // Halves the floats between low and high until at most max_between values are left there, or one
-// float. x has no NaN. Empty weights: 1 each.
+// float. x has no NaN. Empty weights: 1 each. top: no x is larger; infinity where that is not
+// known.
 Bracket bisect(const KernelTable& kernels, std::span<const float> x, std::span<const float> weights,
-               double target, int64_t max_between);
+               double target, int64_t max_between, float top);
 
 // Moves the entries of x and ids that the cut keeps to the front, in their order; how many they
 // are.

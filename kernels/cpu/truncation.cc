@@ -182,25 +182,27 @@ TruncatedSampler::Limits TruncatedSampler::sample_limits(const KernelTable& kern
   Limits limits = {-kInfinity, kInfinity};
   const int64_t stride = static_cast<int64_t>(row.panel_max.size()) / kSampledPanels;
   if (stride <= 1) return limits;
-  sample_.clear();
+  // In logits, not in x: the order is the same.
+  sample_.resize((kSampledPanels * 2 + 1) * kPanelColumns);
+  int64_t count = 0;
   for (int64_t panel = 0; panel < static_cast<int64_t>(row.panel_max.size()); panel += stride) {
-    const float* const logits = row.logits + panel * kPanelColumns;
-    for (int column = 0; column < columns_of(row, panel); ++column) {
-      sample_.push_back(logits[column] * row.scale);
-    }
+    std::copy_n(row.logits + panel * kPanelColumns, columns_of(row, panel), sample_.data() + count);
+    count += columns_of(row, panel);
   }
-  const auto count = static_cast<int64_t>(sample_.size());
+  sample_.resize(static_cast<size_t>(count));
   double total = static_cast<double>(count);
   sample_mass_.clear();
   if (weight == Weight::kMass) {
     sample_mass_.resize(sample_.size());
-    kernels.shifted_exp(sample_.data(), count, 1.0f, row.max, sample_mass_.data());
+    kernels.shifted_exp(sample_.data(), count, row.scale, row.max, sample_mass_.data());
     total = kernels.share_from(sample_.data(), sample_mass_.data(), count, -kInfinity).weight;
   }
-  limits.low = bisect(kernels, sample_, sample_mass_, (share + kShareMargin) * total, kCoarse).low;
-  if (share <= kShareMargin) return limits;
-  limits.high =
-      bisect(kernels, sample_, sample_mass_, (share - kShareMargin) * total, kCoarse).high;
+  const float top = *std::ranges::max_element(sample_);
+  const auto limit_at = [&](double part) {
+    return bisect(kernels, sample_, sample_mass_, part * total, kCoarse, top);
+  };
+  limits.low = limit_at(share + kShareMargin).low * row.scale;
+  if (share > kShareMargin) limits.high = limit_at(share - kShareMargin).high * row.scale;
   return limits;
 }
 
@@ -212,7 +214,7 @@ Cut TruncatedSampler::find_cut(const KernelTable& kernels, const LogitsOfRow& ro
   // is not below that value: in peaked rows few panels are left.
   const std::span<const float> tops =
       weight == Weight::kMass ? std::span<const float>(panel_top_) : std::span<const float>();
-  const Bracket bound = bisect(kernels, row.panel_max, tops, target, kCoarse);
+  const Bracket bound = bisect(kernels, row.panel_max, tops, target, kCoarse, row.max);
   Limits limits = bound.is_reached ? Limits{bound.low, kInfinity}
                                    : sample_limits(kernels, row, weight, target / total);
   for (;;) {
@@ -229,8 +231,8 @@ Cut TruncatedSampler::find_cut(const KernelTable& kernels, const LogitsOfRow& ro
       mass_.clear();
     }
     bool is_reached = false;
-    const Cut cut =
-        finder_.find(kernels, {.x = x, .ids = ids, .weights = mass_}, above, target, is_reached);
+    const Cut cut = finder_.find(kernels, {.x = x, .ids = ids, .weights = mass_, .top = row.max},
+                                 above, target, is_reached);
     if (is_reached) return cut;
     // Another order of the same sum fell short of the target by its rounding: keep all of it.
     if (is_above || limits.low == -kInfinity) return {.x = limits.low};
