@@ -228,6 +228,11 @@ std::vector<std::vector<float>> long_rows() {
   auto few = Numbers(23).vector(kV, 0.5f);
   for (size_t i = 0; i < 700; ++i) few[30'017 + i] += 5.0f;  // 11 panels of the 626
   rows.push_back(few);
+  auto misleading = Numbers(25).vector(kV, 1.0f);  // the panels of the sample are all larger
+  for (size_t i = 0; i < misleading.size(); ++i) {
+    if (i / kPanelColumns % 4 == 0) misleading[i] += 1.5f;
+  }
+  rows.push_back(misleading);
   auto steps = Numbers(24).vector(kV, 1.0f);
   for (float& value : steps) value = std::round(value * 4.0f) / 4.0f;
   rows.push_back(steps);
