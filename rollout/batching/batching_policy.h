@@ -14,6 +14,11 @@ class BatchingPolicy {
  public:
   virtual ~BatchingPolicy() = default;
 
+  // Samples to have at hand, running and waiting, so that the engine stays full: half as many again
+  // as can run, and no slot is empty for a round trip to rank 0.
+  virtual int32_t num_wanted(const EngineLimits& limits) const {
+    return limits.max_num_seqs + (limits.max_num_seqs + 1) / 2;
+  }
   // Admits waiting sequences and fills `batch` with the rows of the next step; leaves it empty when
   // there is nothing to compute.
   virtual void plan(EngineState& state, StepBatch& batch) = 0;
@@ -25,7 +30,8 @@ class BatchingPolicy {
   virtual void drop_kv(EngineState& state) = 0;
 };
 
-// "continuous" or "left_padded". Errors: unsupported, naming engine.batching.
+// "continuous", "prepacked", "left_padded" or "length_sorted".
+// Errors: invalid_argument, naming engine.batching.
 std::unique_ptr<BatchingPolicy> make_batching_policy(std::string_view name);
 
 }  // namespace rollpack::rollout

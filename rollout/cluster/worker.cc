@@ -113,11 +113,9 @@ bool Worker::take_commands() {
   return !is_stopped_;
 }
 
-// Enough samples at hand that the engine is full, and half as many again so that none of its slots
-// stays empty for a round trip to rank 0.
 void Worker::tell_capacity() {
-  const int32_t wanted = replica_.limits().max_num_seqs + (replica_.limits().max_num_seqs + 1) / 2;
-  const auto missing = wanted - static_cast<int32_t>(engine_.num_open()) - num_pulled_;
+  const auto missing =
+      engine_.num_wanted() - static_cast<int32_t>(engine_.num_open()) - num_pulled_;
   if (missing <= 0) return;
   num_pulled_ += missing;
   emit_(Pull{.num_samples = missing});

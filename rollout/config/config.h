@@ -92,7 +92,8 @@ struct EngineSection {
   static void fields(Self& self, Field&& field) {
     field("backend", self.backend, OneOf{{"auto", "cpu", "reference"}},
           "what computes; auto takes the best this machine runs");
-    field("batching", self.batching, OneOf{{"continuous", "left_padded"}, {"prepacked"}},
+    field("batching", self.batching,
+          OneOf{{"continuous", "prepacked", "left_padded", "length_sorted"}},
           "how sequences form steps; the results are the same bits");
     field("max_num_seqs", self.max_num_seqs, Between{1, 65536}, "sequences running at once");
     field("max_num_batched_tokens", self.max_num_batched_tokens, Between{1, 1 << 20},

@@ -287,10 +287,6 @@ std::string Text::json(const std::string& value) const {
 
 std::optional<Refusal> OneOf::read(const YamlNode& node, std::string& value) const {
   if (node.kind != Kind::kScalar) return refuse();
-  if (std::find(not_built.begin(), not_built.end(), node.text) != not_built.end()) {
-    return Refusal{.code = ErrorCode::kUnsupported,
-                   .advice = fmt::format("{} is not built yet", node.text)};
-  }
   if (std::find(choices.begin(), choices.end(), node.text) == choices.end()) return refuse();
   value = node.text;
   return std::nullopt;

@@ -96,7 +96,6 @@ struct Text {
 // One of a few words. `not_built` are words that users know from elsewhere: refused by name.
 struct OneOf {
   std::vector<std::string_view> choices;
-  std::vector<std::string_view> not_built = {};
   std::optional<Refusal> read(const YamlNode& node, std::string& value) const;
   std::string allowed() const;
   std::string yaml(const std::string& value) const { return Text{}.yaml(value); }

@@ -42,6 +42,8 @@ class Engine {
 
   bool has_work() const { return !state_.running.empty() || !state_.waiting.empty(); }
   int64_t num_open() const;  // samples and sequences waiting or running
+  // Samples to have open so that the engine stays full.
+  int32_t num_wanted() const { return policy_->num_wanted(state_.limits); }
   // Whether some sample has tokens and is not finished, running or preempted.
   bool has_started_work() const;
   enum class StepOutcome : uint8_t { kDone, kNothingToDo, kInterrupted };

@@ -46,6 +46,10 @@ CASES = [
     _case("two-ranks-private-weights", num_ranks=2, share_weights="off"),
     _case("left-padded", batching="left_padded", num_threads=2),
     _case("left-padded-few-seqs-two-ranks", num_ranks=2, batching="left_padded", max_num_seqs=7),
+    _case("length-sorted-few-tokens", batching="length_sorted", max_num_batched_tokens=70),
+    _case("prepacked", batching="prepacked", num_threads=2),
+    _case("prepacked-few-seqs-few-tokens-two-ranks", num_ranks=2, batching="prepacked",
+          max_num_seqs=7, max_num_batched_tokens=20),
 ]
 if IS_FULL:
     CASES += [
@@ -53,7 +57,7 @@ if IS_FULL:
               batching=batching, max_num_seqs=seqs, max_num_batched_tokens=tokens,
               num_threads=threads)
         for batching, seqs, tokens, threads, ranks in itertools.product(
-            ("continuous", "left_padded"), (1, 7, 64), (64, 2048), (1, 2), (1, 2, 3))]
+            ("continuous", "prepacked", "left_padded"), (1, 7, 64), (64, 2048), (1, 2), (1, 2, 3))]
 
 
 def _prompts() -> list[dict[str, Any]]:
@@ -107,7 +111,8 @@ def test_generation_gives_the_same_file(engine: dict[str, Any], num_ranks: int,
 @pytest.mark.parametrize(("engine", "num_ranks"), [
     _case("few-tokens", max_num_batched_tokens=64, num_threads=2),
     _case("two-ranks", num_ranks=2),
-    _case("left-padded", batching="left_padded", max_num_seqs=7)])
+    _case("left-padded", batching="left_padded", max_num_seqs=7),
+    _case("prepacked", batching="prepacked", max_num_seqs=7, max_num_batched_tokens=64)])
 def test_scores_are_the_bits_of_generation(engine: dict[str, Any], num_ranks: int,
                                            expected: pathlib.Path, tmp_path: pathlib.Path) -> None:
     by_id = {prompt["prompt_id"]: prompt for prompt in _prompts()}

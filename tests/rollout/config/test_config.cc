@@ -262,9 +262,9 @@ TEST(Config, BadFilesNameLineAndReason) {
       {"model: {path: m}\nengine: {kv_cache_memory: 100}",
        "invalid_argument: engine.kv_cache_memory = 100 (f.yaml:2): expected bytes from 4KiB to "
        "64TiB, as 64MiB, 2GiB or a plain number"},
-      {"model: {path: m}\nengine: {batching: prepacked}",
-       "unsupported: engine.batching = prepacked (f.yaml:2): expected one of continuous, "
-       "left_padded; prepacked is not built yet"},
+      {"model: {path: m}\nengine: {batching: packed}",
+       "invalid_argument: engine.batching = packed (f.yaml:2): expected one of continuous, "
+       "prepacked, left_padded, length_sorted"},
       {"model: {path: m}\nengine: {tensor_model_parallel_size: 2}",
        "unsupported: engine.tensor_model_parallel_size = 2 (f.yaml:2): expected 1; tensor "
        "parallelism is not built yet; further ranks become replicas"},

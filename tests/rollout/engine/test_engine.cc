@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <random>
 
 #include "tests/rollout/engine/rig.h"
@@ -11,11 +12,14 @@
 namespace rollpack::rollout {
 namespace {
 
+constexpr std::array kPolicies = {"continuous", "left_padded", "continuous",
+                                  "prepacked",  "continuous",  "length_sorted"};
+
 TEST(Engine, GivesEverySampleAsIfAloneOverRandomSchedules) {
   for (uint32_t seed = 0; seed < 600; ++seed) {
     SCOPED_TRACE(seed);
     std::mt19937 random(seed);
-    const RigOptions options{.batching = seed % 3 == 0 ? "left_padded" : "continuous",
+    const RigOptions options{.batching = kPolicies[seed % kPolicies.size()],
                              .num_pages = static_cast<int32_t>(11 + random() % 40),
                              .max_num_seqs = static_cast<int32_t>(1 + random() % 9),
                              .max_num_batched_tokens = static_cast<int32_t>(1 + random() % 40),
@@ -60,6 +64,60 @@ TEST(Engine, LeftPaddedComputesEveryColumnOfEveryRow) {
   EXPECT_EQ(rig.engine.state().counters.num_pad_rows, 2 * 7 + 2 * 4);
 }
 
+GroupRequest plain_group(int64_t id, int32_t num_prompt, int32_t num_response) {
+  GroupRequest group;
+  group.key = {.request_id = id, .prompt_id = {.text = std::to_string(id)}, .group_size = 1};
+  group.prompt_ids = std::make_shared<const std::vector<int32_t>>(num_prompt, 9);
+  group.sampling = {.response_length = num_response};
+  return group;
+}
+
+TEST(Engine, PrepackedComputesPackedRowsThenLiveRows) {
+  for (const int32_t budget : {64, 7, 2}) {
+    Rig rig({.batching = "prepacked", .max_num_seqs = 4, .max_num_batched_tokens = budget});
+    // Two rows of 10 columns hold 10 | 6 + 3; the last wave's single prompt fills its row.
+    const std::vector<std::pair<int32_t, int32_t>> lengths = {{6, 3}, {10, 1}, {3, 5}, {8, 2}};
+    const bool is_one_wave = budget >= 3;
+    for (size_t i = 0; i < lengths.size() - is_one_wave; ++i) {
+      rig.engine.add(plain_group(static_cast<int64_t>(i), lengths[i].first, lengths[i].second));
+    }
+    ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
+    const int64_t expected = is_one_wave ? 2 * 10 + (2 + 0 + 4)     // decoding: no finished row
+                                         : 10 * 2 + 2 + 8 * 2 + 5;  // {6, 10}, then {3, 8}
+    EXPECT_EQ(rig.backend.num_rows_run(), expected) << "budget " << budget;
+  }
+}
+
+TEST(Engine, LengthSortedPutsLikeLengthsInOneWaveAndLetsNoneStarve) {
+  Rig rig({.batching = "length_sorted", .max_num_seqs = 2});
+  for (int64_t id = 0; id < 4; ++id) rig.engine.add(plain_group(id, id % 2 == 0 ? 12 : 3, 1));
+  rig.engine.step(1s);  // the two short ones
+  // Shorter prompts that come later do not overtake those already sorted.
+  for (int64_t id = 4; id < 8; ++id) rig.engine.add(plain_group(id, 1, 1));
+  EXPECT_EQ(rig.backend.num_rows_run(), 2 * 3);
+  rig.engine.step(1s);
+  EXPECT_EQ(rig.backend.num_rows_run(), 2 * 3 + 2 * 12);
+  ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
+  EXPECT_EQ(rig.engine.state().counters.num_pad_rows, 0);
+}
+
+TEST(Engine, LeftPaddedCacheIsOneRectangleOfConsecutivePages) {
+  Rig rig({.batching = "left_padded", .num_pages = 40, .max_num_seqs = 3});
+  for (int64_t id = 0; id < 7; ++id) {
+    const auto length = static_cast<int32_t>(2 + 3 * id);
+    rig.engine.add(plain_group(id, length, static_cast<int32_t>(1 + id % 4)));
+  }
+  while (rig.engine.has_work()) {
+    rig.engine.step(1s);
+    int32_t previous = -1;
+    for (const auto& sequence : rig.engine.state().running) {
+      for (const int32_t page : sequence->pages) EXPECT_EQ(page, ++previous);
+      EXPECT_EQ(sequence->pages.size(), rig.engine.state().running.front()->pages.size());
+    }
+  }
+  rig.expect_nothing_held();
+}
+
 TEST(Engine, PreemptsWhenPagesRunOutAndStillGivesTheSameTokens) {
   Rig rig({.num_pages = 12, .max_num_seqs = 8});
   std::mt19937 random(2);
@@ -80,7 +138,7 @@ TEST(Engine, AbortHandsOutPartialSamplesAndHoldsNothing) {
   for (uint32_t seed = 0; seed < 300; ++seed) {
     SCOPED_TRACE(seed);
     std::mt19937 random(seed);
-    Rig rig({.batching = seed % 3 == 0 ? "left_padded" : "continuous",
+    Rig rig({.batching = kPolicies[seed % kPolicies.size()],
              .num_pages = static_cast<int32_t>(11 + random() % 20),
              .max_num_seqs = static_cast<int32_t>(1 + random() % 9)});
     std::vector<GroupRequest> groups;
@@ -132,7 +190,7 @@ TEST(Engine, KeepsSamplesOverAWeightSwitchAndStampsTheirVersions) {
   for (uint32_t seed = 0; seed < 200; ++seed) {
     SCOPED_TRACE(seed);
     std::mt19937 random(seed);
-    Rig rig({.batching = seed % 3 == 0 ? "left_padded" : "continuous",
+    Rig rig({.batching = kPolicies[seed % kPolicies.size()],
              .num_pages = static_cast<int32_t>(14 + random() % 30)});
     std::vector<GroupRequest> groups;
     for (int64_t id = 0; id < 4; ++id) {
@@ -155,7 +213,7 @@ TEST(Engine, KeepsSamplesOverAWeightSwitchAndStampsTheirVersions) {
 }
 
 TEST(Engine, ScoresGivenResponsesWithTheNumbersOfGeneration) {
-  for (const char* batching : {"continuous", "left_padded"}) {
+  for (const char* batching : {"continuous", "left_padded", "prepacked", "length_sorted"}) {
     for (const int32_t budget : {1, 3, 32}) {
       std::mt19937 random(11);
       Rig rig({.batching = batching, .num_pages = 24, .max_num_batched_tokens = budget});
