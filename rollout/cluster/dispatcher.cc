@@ -16,6 +16,8 @@ namespace {
 // once.
 constexpr int64_t kMaxOpenSamples = 65536;
 constexpr int32_t kMaxGroupSize = 65536;
+// A frame has at most 16 MiB: a message is full after 4 MiB of groups.
+constexpr size_t kMaxGroupBytes = size_t{4} << 20;
 
 bridge::Sample empty_sample(const GroupRequest& request, int32_t sample_index) {
   bridge::Sample sample{.key = request.key,
@@ -29,6 +31,13 @@ bridge::Sample empty_sample(const GroupRequest& request, int32_t sample_index) {
 bridge::PromptId id_of(const bridge::PromptRequest& prompt, size_t index) {
   if (prompt.prompt_id) return *prompt.prompt_id;
   return {.text = std::to_string(index), .is_integer = true};
+}
+
+// Its lists, and about what its keys and numbers take.
+size_t bytes_in_message(const GroupRequest& group) {
+  return 4 * (group.prompt_ids->size() + group.response_lengths.size() +
+              group.sampling.stop_token_ids.size()) +
+         group.key.prompt_id.text.size() + 512;
 }
 
 std::string origin_of(const bridge::PromptRequest& prompt, size_t index) {
@@ -269,20 +278,30 @@ void Dispatcher::resume() {
   for (const WorkerState& worker : workers_) worker.link->send(Resume{});
 }
 
-// Gives queued groups to workers that asked, each to the one with the least work at hand.
+// Gives queued groups to workers that asked, each to the one with the least work at hand. A worker
+// gets its share in one message, so that what was submitted at once can start at once.
 void Dispatcher::dispatch() {
+  std::map<int32_t, AddGroups> shares;
+  std::map<int32_t, size_t> num_bytes;
   while (!askers_.empty()) {
     const std::optional<Ledger::GroupKey> key = ledger_.next();
-    if (!key) return;
+    if (!key) break;
     const int32_t index = askers_.begin()->second;
     askers_.erase(askers_.begin());
     WorkerState& worker = workers_[index];
     worker.num_outstanding += ledger_.expected_tokens(*key);
-    AddGroups command;
-    command.groups.push_back(ledger_.assign(*key, index));
-    worker.num_wanted -= command.groups.back().key.group_size;
-    worker.link->send(std::move(command));
+    GroupRequest group = ledger_.assign(*key, index);
+    worker.num_wanted -= group.key.group_size;
     if (worker.num_wanted > 0) askers_.emplace(worker.num_outstanding, index);
+    AddGroups& share = shares[index];
+    num_bytes[index] += bytes_in_message(group);
+    share.groups.push_back(std::move(group));
+    if (num_bytes[index] < kMaxGroupBytes) continue;
+    worker.link->send(std::exchange(share, {}));
+    num_bytes[index] = 0;
+  }
+  for (auto& [index, share] : shares) {
+    if (!share.groups.empty()) workers_[index].link->send(std::move(share));
   }
 }
 
