@@ -22,6 +22,7 @@ using rollpack::Error;
 using rollpack::rollout::CommandLine;
 using rollpack::rollout::Config;
 using rollpack::rollout::Job;
+using rollpack::rollout::JobOptions;
 using rollpack::rollout::Launch;
 
 constexpr int kUsageStatus = 2;
@@ -58,6 +59,11 @@ void add_commands(CLI::App& app, Parsed& parsed) {
   command = add_command(app, parsed, "bench", "time a workload of fixed lengths", bench);
   command->add_option("--workload", line.input, "JSONL of lengths")->required();
   command->add_option("--repeat", line.repeat, "passes, cold first")->check(CLI::Range(1, 1000));
+  command
+      ->add_option("--compare", line.compare, "batching modes to run side by side, comma-separated")
+      ->delimiter(',')
+      ->check(CLI::IsMember({"left_padded", "length_sorted", "prepacked", "continuous"}));
+  command->add_flag("--profile", line.profile, "share of time and of the machine's limits by op");
   command = add_command(app, parsed, "config", "print the resolved configuration", {});
   command->footer(config_help());
 }
@@ -69,9 +75,10 @@ void print_error(const Error& error) {
 }
 
 [[noreturn]] void run_rank(const Parsed& parsed, const Config& config, Launch& launch) {
-  if (launch.placement().rank > 0) rollpack::rollout::run_worker_rank(config, launch);
+  const JobOptions options{.profiles = parsed.line.profile};
+  if (launch.placement().rank > 0) rollpack::rollout::run_worker_rank(config, launch, options);
   fmt::print(stderr, "{}", rollpack::rollout::config_yaml(config));
-  Job job(config, launch);
+  Job job(config, launch, options);
   // Left without destructors: a step under way may take seconds, and nobody waits for its result.
   launch.exit(parsed.run(job, parsed.line));
 }

@@ -50,6 +50,12 @@ class Dispatcher : public bridge::RolloutService {
   // Fixed-length groups of a benchmark; sampling and limits as given. Returns the request id.
   int64_t submit_groups(std::vector<GroupRequest> groups);
 
+  // Measuring, for benchmarks: every worker schedules by `batching` from now on ("": as before) and
+  // measures its steps; take_measurement() sums what all of them measured since it was last called.
+  void measure(const std::string& batching, bridge::OutcomeCallback done);
+  using MeasurementCallback = std::function<void(bridge::Outcome, Measurement)>;
+  void take_measurement(MeasurementCallback done);
+
   // RolloutService
   bridge::ServiceInfo info() const override;
   int64_t submit(std::vector<bridge::PromptRequest> prompts) override;
@@ -90,6 +96,11 @@ class Dispatcher : public bridge::RolloutService {
     bridge::Outcome error;
     std::function<void(bridge::Outcome, std::vector<bridge::ScoredSequence>)> done;
   };
+  struct MeasurementSum {
+    Measurement sum;
+    size_t num_missing = 0;
+    MeasurementCallback done;
+  };
   // Calls out of the dispatcher, made after its lock is dropped.
   using Effects = std::vector<std::function<void()>>;
   using MakeCommand = std::function<Command(uint64_t ticket)>;
@@ -118,6 +129,7 @@ class Dispatcher : public bridge::RolloutService {
   void on_event(int32_t worker, Scored& event, Effects& effects);
   void on_event(int32_t worker, Ack& event, Effects& effects);
   void on_event(int32_t worker, WorkerStats& event, Effects& effects);
+  void on_event(int32_t worker, Measured& event, Effects& effects);
   void on_event(int32_t worker, WorkerStopped& event, Effects& effects);
   void on_event(int32_t worker, WorkerFailed& event, Effects& effects);
 
@@ -138,6 +150,7 @@ class Dispatcher : public bridge::RolloutService {
   uint64_t num_tickets_ = 0;
   std::map<uint64_t, std::shared_ptr<Collection>> collections_;  // by ticket
   std::map<uint64_t, std::pair<std::shared_ptr<ScoreBatch>, size_t>> scores_;
+  std::map<uint64_t, std::shared_ptr<MeasurementSum>> measurements_;
   std::optional<int64_t> update_version_;  // of the weight update under way
   bool is_switching_ = false;              // workers were told to commit
   int64_t weight_version_ = 0;

@@ -54,6 +54,10 @@ void Dispatcher::end_with(ErrorInfo error, Effects& effects) {
     if (!batch.done) continue;
     effects.push_back([done = std::exchange(batch.done, nullptr), error] { done(error, {}); });
   }
+  for (auto& [ticket, sum] : std::exchange(measurements_, {})) {
+    if (!sum->done) continue;
+    effects.push_back([done = std::exchange(sum->done, nullptr), error] { done(error, {}); });
+  }
   if (!std::exchange(is_ending_, true) && on_end_) effects.push_back(on_end_);
 }
 
@@ -176,6 +180,38 @@ void Dispatcher::on_event(int32_t, Ack& event, Effects& effects) {
 
 void Dispatcher::on_event(int32_t worker, WorkerStats& event, Effects&) {
   for (const auto& [name, value] : event.values) workers_[worker].stats[name] = value;
+}
+
+void Dispatcher::measure(const std::string& batching, bridge::OutcomeCallback done) {
+  const std::lock_guard lock(mutex_);
+  broadcast(
+      all_workers(),
+      [&](uint64_t ticket) {
+        return Measure{ticket, batching};
+      },
+      [done = std::move(done)](bridge::Outcome error, int) { done(std::move(error)); });
+}
+
+void Dispatcher::take_measurement(MeasurementCallback done) {
+  const std::lock_guard lock(mutex_);
+  auto sum = std::make_shared<MeasurementSum>();
+  sum->num_missing = workers_.size();
+  sum->done = std::move(done);
+  for (const WorkerState& worker : workers_) {
+    const uint64_t ticket = ++num_tickets_;
+    measurements_[ticket] = sum;
+    worker.link->send(TakeMeasurement{ticket});
+  }
+}
+
+void Dispatcher::on_event(int32_t, Measured& event, Effects& effects) {
+  const auto found = measurements_.find(event.ticket);
+  if (found == measurements_.end()) return;
+  const std::shared_ptr<MeasurementSum> sum = found->second;
+  measurements_.erase(found);
+  sum->sum.add(event.measurement);
+  if (--sum->num_missing > 0) return;
+  effects.push_back([sum] { sum->done(std::nullopt, std::move(sum->sum)); });
 }
 
 void Dispatcher::on_event(int32_t worker, WorkerStopped&, Effects&) {

@@ -51,7 +51,7 @@ DType compute_dtype(const Config& config) {
 
 }  // namespace
 
-Job::Job(const Config& config, Launch& launch)
+Job::Job(const Config& config, Launch& launch, const JobOptions& options)
     : config_(config),
       placement_(launch.placement()),
       num_threads_(threads_per_rank(config.engine, launch.placement().num_ranks)) {
@@ -67,9 +67,10 @@ Job::Job(const Config& config, Launch& launch)
   }
   // One line that every rank needs: the socket, and whether its weights come through it.
   launch.meet((shares_weights_ ? "shared:" : "private:") + socket);
-  replica_ = std::make_unique<Replica>(
-      config, model,
-      ReplicaOptions{.num_threads = num_threads_, .shared_weights = shares_weights_});
+  replica_ = std::make_unique<Replica>(config, model,
+                                       ReplicaOptions{.num_threads = num_threads_,
+                                                      .shared_weights = shares_weights_,
+                                                      .profiles = options.profiles});
   const kernels::BackendInfo& info = replica_->backend().info();
   spdlog::info("{}; {} ranks, {} threads each; {} KV pages of {} tokens; weights {} ({})",
                info.description, num_ranks(), num_threads_, info.kv.num_pages, info.kv.page_tokens,
@@ -109,7 +110,7 @@ void Job::stop(bool hand_back) {
   dispatcher_->stop(hand_back, Clock::now() + kStopTimeout);
 }
 
-void run_worker_rank(const Config& config, Launch& launch) {
+void run_worker_rank(const Config& config, Launch& launch, const JobOptions& options) {
   const int rank = launch.placement().rank;
   const std::string line = launch.meet("");
   const size_t colon = line.find(':');
@@ -125,7 +126,8 @@ void run_worker_rank(const Config& config, Launch& launch) {
   try {
     Replica replica(config, read_model_config(config.model.path),
                     {.num_threads = threads_per_rank(config.engine, launch.placement().num_ranks),
-                     .shared_weights = is_shared});
+                     .shared_weights = is_shared,
+                     .profiles = options.profiles});
     if (!is_shared) {
       replica.load_checkpoint();
       replica.backend().commit_weights();

@@ -14,11 +14,15 @@
 
 namespace rollpack::rollout {
 
+struct JobOptions {
+  bool profiles = false;  // every rank times its ops
+};
+
 // Rank 0.
 class Job {
  public:
   // Loads the model; other ranks load theirs meanwhile.
-  Job(const Config& config, Launch& launch);
+  Job(const Config& config, Launch& launch, const JobOptions& options);
   ~Job();
 
   // Starts the workers and waits until every rank is ready. The dispatcher's sink must be set.
@@ -47,6 +51,6 @@ class Job {
 };
 
 // Any other rank: works until rank 0 says stop, or is gone, then leaves the process.
-[[noreturn]] void run_worker_rank(const Config& config, Launch& launch);
+[[noreturn]] void run_worker_rank(const Config& config, Launch& launch, const JobOptions& options);
 
 }  // namespace rollpack::rollout

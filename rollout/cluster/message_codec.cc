@@ -183,6 +183,46 @@ std::shared_ptr<const bridge::WeightChunk> decode_chunk(const json& map, const O
   return {owned, &owned->chunk};
 }
 
+json encode_measurement(const Measurement& m) {
+  json ops = json::array();
+  for (const kernels::OpProfile& op : m.profile.ops) {
+    ops.push_back(
+        json::array({op.name, op.num_calls, op.num_rows, op.seconds, op.flops, op.bytes}));
+  }
+  return {{"step_flops", to_bin(m.step_flops)},
+          {"step_bytes", to_bin(m.step_bytes)},
+          {"compute_s", m.compute_s},
+          {"largest_step_rows", m.largest_step_rows},
+          {"peak_pages", m.peak_pages},
+          {"first_token_times_s", m.first_token_times_s},
+          {"token_gaps_s", to_bin(m.token_gaps_s)},
+          {"num_steps", m.profile.num_steps},
+          {"program_s", m.profile.program_s},
+          {"ops", ops},
+          {"stats", m.stats}};
+}
+
+Measurement decode_measurement(const json& map) {
+  Measurement m{.step_flops = from_bin<float>(map.at("step_flops")),
+                .step_bytes = from_bin<float>(map.at("step_bytes")),
+                .compute_s = map.at("compute_s"),
+                .largest_step_rows = map.at("largest_step_rows"),
+                .peak_pages = map.at("peak_pages"),
+                .first_token_times_s = map.at("first_token_times_s"),
+                .token_gaps_s = from_bin<float>(map.at("token_gaps_s")),
+                .profile = {.num_steps = map.at("num_steps"), .program_s = map.at("program_s")},
+                .stats = map.at("stats")};
+  for (const json& op : map.at("ops")) {
+    m.profile.ops.push_back({.name = op.at(0),
+                             .num_calls = op.at(1),
+                             .num_rows = op.at(2),
+                             .seconds = op.at(3),
+                             .flops = op.at(4),
+                             .bytes = op.at(5)});
+  }
+  return m;
+}
+
 json in_flight(bridge::InFlight mode) {
   return static_cast<int>(mode);
 }
@@ -234,6 +274,12 @@ struct CommandEncoder {
             {"in_flight", in_flight(m.in_flight)}};
   }
   json operator()(const DiscardWeights&) const { return {{"type", "discard_weights"}}; }
+  json operator()(const Measure& m) const {
+    return {{"type", "measure"}, {"ticket", m.ticket}, {"batching", m.batching}};
+  }
+  json operator()(const TakeMeasurement& m) const {
+    return {{"type", "take_measurement"}, {"ticket", m.ticket}};
+  }
   json operator()(const Stop& m) const { return {{"type", "stop"}, {"hand_back", m.hand_back}}; }
 };
 
@@ -269,6 +315,8 @@ Command decode_known_command(const json& map, std::vector<OwnedFd>& fds) {
     return CommitWeights{ticket(), map.at("version").get<int64_t>(), in_flight(map)};
   }
   if (type == "discard_weights") return DiscardWeights{};
+  if (type == "measure") return Measure{ticket(), map.at("batching").get<std::string>()};
+  if (type == "take_measurement") return TakeMeasurement{ticket()};
   if (type == "stop") return Stop{map.at("hand_back").get<bool>()};
   fail_invariant("unknown command " + type);
 }
@@ -305,6 +353,11 @@ struct EventEncoder {
     return {{"type", "ack"}, {"ticket", m.ticket}, {"error", encode_outcome(m.error)}};
   }
   json operator()(const WorkerStats& m) const { return {{"type", "stats"}, {"values", m.values}}; }
+  json operator()(const Measured& m) const {
+    return {{"type", "measured"},
+            {"ticket", m.ticket},
+            {"measurement", encode_measurement(m.measurement)}};
+  }
   json operator()(const WorkerStopped&) const { return {{"type", "stopped"}}; }
   json operator()(const WorkerFailed& m) const {
     return {{"type", "worker_failed"}, {"error", error_to_map(m.error)}};
@@ -331,6 +384,10 @@ Event decode_known_event(const json& map) {
   if (type == "ack")
     return Ack{.ticket = map.at("ticket"), .error = decode_outcome(map.at("error"))};
   if (type == "stats") return WorkerStats{map.at("values")};
+  if (type == "measured") {
+    return Measured{.ticket = map.at("ticket"),
+                    .measurement = decode_measurement(map.at("measurement"))};
+  }
   if (type == "stopped") return WorkerStopped{};
   if (type == "worker_failed") return WorkerFailed{error_from_map(map.at("error"))};
   fail_invariant("unknown event " + type);

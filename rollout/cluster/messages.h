@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "rollout/engine/request.h"
+#include "rollout/measurement/measurement.h"
 #include "trainer_bridge/contract/rollout_service.h"
 #include "trainer_bridge/wire/owned_fd.h"
 
@@ -56,13 +57,22 @@ struct CommitWeights {
   bridge::InFlight in_flight = bridge::InFlight::kKeep;
 };
 struct DiscardWeights {};
+// Schedule by `batching` from now on ("": as before) and measure every step.
+struct Measure {
+  uint64_t ticket = 0;
+  std::string batching;
+};
+// Answered by Measured: what was measured since the command before.
+struct TakeMeasurement {
+  uint64_t ticket = 0;
+};
 struct Stop {
   bool hand_back = true;  // open samples come back as partial samples first
 };
 
-using Command =
-    std::variant<AddGroups, AddScores, AbortSamples, Pause, Resume, BeginWeights, StageWeights,
-                 FinishWeights, ExportWeights, AdoptWeights, CommitWeights, DiscardWeights, Stop>;
+using Command = std::variant<AddGroups, AddScores, AbortSamples, Pause, Resume, BeginWeights,
+                             StageWeights, FinishWeights, ExportWeights, AdoptWeights,
+                             CommitWeights, DiscardWeights, Measure, TakeMeasurement, Stop>;
 
 // ---- from a worker
 // --------------------------------------------------------------------------------
@@ -93,13 +103,17 @@ struct Ack {
 struct WorkerStats {
   std::vector<std::pair<std::string, double>> values;
 };
+struct Measured {
+  uint64_t ticket = 0;
+  Measurement measurement;
+};
 struct WorkerStopped {};
 struct WorkerFailed {  // the worker can do no more work
   ErrorInfo error;
 };
 
 using Event = std::variant<WorkerReady, Pull, SampleDone, SampleFailed, Scored, Ack, WorkerStats,
-                           WorkerStopped, WorkerFailed>;
+                           Measured, WorkerStopped, WorkerFailed>;
 
 // Where commands for one worker go: a mailbox beside us or a socket. Never blocks.
 class WorkerLink {

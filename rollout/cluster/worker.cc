@@ -125,26 +125,30 @@ void Worker::tell_stats(bool now) {
   const auto time = std::chrono::steady_clock::now();
   if (!now && time < stats_due_) return;
   stats_due_ = time + kStatsInterval;
+  emit_(WorkerStats{stats()});
+}
+
+std::vector<std::pair<std::string, double>> Worker::stats() const {
   const EngineState& state = engine_.state();
   const EngineCounters& counters = state.counters;
   const auto used = state.pool.num_pages() - state.pool.num_available();
-  emit_(WorkerStats{{{"num_running_seqs", static_cast<double>(state.running.size())},
-                     {"num_waiting_seqs", static_cast<double>(state.waiting.size())},
-                     {"num_kv_pages", state.pool.num_pages()},
-                     {"num_kv_pages_used", used},
-                     {"num_kv_pages_cached", state.pool.num_idle()},
-                     {"num_steps", static_cast<double>(counters.num_steps)},
-                     {"num_preemptions", static_cast<double>(counters.num_preemptions)},
-                     {"num_rows_computed", static_cast<double>(counters.num_rows_computed)},
-                     {"num_pad_rows", static_cast<double>(counters.num_pad_rows)},
-                     {"num_tokens_generated", static_cast<double>(counters.num_tokens_generated)},
-                     {"num_samples", static_cast<double>(counters.num_samples)},
-                     {"num_tokens_recomputed", static_cast<double>(counters.num_tokens_recomputed)},
-                     {"prefix_cache_queries", static_cast<double>(counters.prefix_cache_queries)},
-                     {"prefix_cache_hits", static_cast<double>(counters.prefix_cache_hits)},
-                     {"steps_s", counters.steps_s},
-                     {"scheduling_s", counters.scheduling_s},
-                     {"peak_memory_bytes", peak_memory_bytes()}}});
+  return {{"num_running_seqs", static_cast<double>(state.running.size())},
+          {"num_waiting_seqs", static_cast<double>(state.waiting.size())},
+          {"num_kv_pages", state.pool.num_pages()},
+          {"num_kv_pages_used", used},
+          {"num_kv_pages_cached", state.pool.num_idle()},
+          {"num_steps", static_cast<double>(counters.num_steps)},
+          {"num_preemptions", static_cast<double>(counters.num_preemptions)},
+          {"num_rows_computed", static_cast<double>(counters.num_rows_computed)},
+          {"num_pad_rows", static_cast<double>(counters.num_pad_rows)},
+          {"num_tokens_generated", static_cast<double>(counters.num_tokens_generated)},
+          {"num_samples", static_cast<double>(counters.num_samples)},
+          {"num_tokens_recomputed", static_cast<double>(counters.num_tokens_recomputed)},
+          {"prefix_cache_queries", static_cast<double>(counters.prefix_cache_queries)},
+          {"prefix_cache_hits", static_cast<double>(counters.prefix_cache_hits)},
+          {"steps_s", counters.steps_s},
+          {"scheduling_s", counters.scheduling_s},
+          {"peak_memory_bytes", peak_memory_bytes()}};
 }
 
 // Carries out what waited for running samples to finish.
@@ -255,6 +259,22 @@ void Worker::handle(CommitWeights& command) {
 
 void Worker::handle(DiscardWeights&) {
   replica_.backend().discard_weights();
+}
+
+void Worker::handle(Measure& command) {
+  acknowledge(command.ticket, [&] {
+    if (!command.batching.empty()) engine_.set_policy(make_batching_policy(command.batching));
+    meter_.emplace(replica_.model(), replica_.dtype(), replica_.backend().info().kv);
+    engine_.set_observer(&*meter_);
+  });
+}
+
+void Worker::handle(TakeMeasurement& command) {
+  Measured event{.ticket = command.ticket};
+  if (meter_) event.measurement = meter_->take();
+  event.measurement.profile = replica_.take_profile();
+  for (const auto& [name, value] : stats()) event.measurement.stats[name] = value;
+  emit_(std::move(event));
 }
 
 void Worker::handle(Stop& command) {

@@ -13,6 +13,7 @@
 #include "rollout/cluster/messages.h"
 #include "rollout/engine/engine.h"
 #include "rollout/engine/replica.h"
+#include "rollout/measurement/step_meter.h"
 
 namespace rollpack::rollout {
 
@@ -37,6 +38,7 @@ class Worker : public WorkerLink, private EngineOutput {
   bool take_commands();  // false: stopped
   void tell_capacity();
   void tell_stats(bool now);
+  std::vector<std::pair<std::string, double>> stats() const;
   void finish_switch();
 
   void handle(AddGroups& command);
@@ -51,6 +53,8 @@ class Worker : public WorkerLink, private EngineOutput {
   void handle(AdoptWeights& command);
   void handle(CommitWeights& command);
   void handle(DiscardWeights& command);
+  void handle(Measure& command);
+  void handle(TakeMeasurement& command);
   void handle(Stop& command);
   void acknowledge(uint64_t ticket, const std::function<void()>& action);
 
@@ -61,8 +65,9 @@ class Worker : public WorkerLink, private EngineOutput {
   Replica& replica_;
   const std::function<void(Event)> emit_;
   Engine engine_;
-  int32_t num_pulled_ = 0;  // samples asked for and not yet given
-  bool is_paused_ = false;  // no steps at all
+  std::optional<StepMeter> meter_;  // while steps are measured
+  int32_t num_pulled_ = 0;          // samples asked for and not yet given
+  bool is_paused_ = false;          // no steps at all
   bool is_stopped_ = false;
   std::optional<Pause> pending_pause_;           // waits for running samples to finish
   std::optional<CommitWeights> pending_commit_;  // likewise

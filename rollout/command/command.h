@@ -15,6 +15,8 @@ struct CommandLine {
   std::string input;                   // prompts, sequences or workload, JSONL
   std::string output;                  // JSONL; "-" is standard output
   int repeat = 1;                      // bench: passes over the workload
+  std::vector<std::string> compare;    // bench: batching modes to run side by side
+  bool profile = false;                // bench: time every op
 };
 
 // Serves trainers over the bridge until a signal, a shutdown request or a lost rank.

@@ -121,11 +121,13 @@ Engine::StepOutcome Engine::step(std::chrono::milliseconds timeout,
     state_.counters.num_pad_rows -= entry.num_tokens;
   }
   state_.counters.num_pad_rows += batch_.num_rows();
+  work_.num_rows = batch_.num_rows();
   const auto submitted = Clock::now();
   const kernels::StepHandle handle = backend_.submit(std::move(batch_.plan));
   const std::optional<kernels::StepResult> result = wait(handle, timeout, is_interrupted);
   if (!result) return StepOutcome::kInterrupted;
   const auto computed = Clock::now();
+  work_.compute_s = std::chrono::duration<double>(computed - submitted).count();
   apply(*result);
   const std::chrono::duration<double> all = Clock::now() - started, backend = computed - submitted;
   state_.counters.steps_s += all.count();
@@ -171,7 +173,14 @@ void Engine::apply(const kernels::StepResult& result) {
   for (const StepBatch::Entry& entry : batch_.entries) {
     if (entry.sequence != nullptr && entry.sequence->is_score()) append_scores(entry, result);
   }
+  if (observer_ != nullptr) tell_observer();
   policy_->retire(state_);
+}
+
+void Engine::tell_observer() {
+  work_.num_pages_used = state_.pool.num_pages() - state_.pool.num_available();
+  describe_step(batch_, work_);
+  observer_->on_step(work_);
 }
 
 void Engine::append_token(Sequence& sequence, const kernels::HeadResult& result) {
@@ -247,6 +256,12 @@ void Engine::fail(Sequence& sequence, ErrorInfo error) {
   } else {
     output_.on_failed({.key = key_of(sequence), .error = std::move(error)});
   }
+}
+
+void Engine::set_policy(std::unique_ptr<BatchingPolicy> policy) {
+  policy_->drop_kv(state_);
+  state_.index.begin_version(state_.weight_version);
+  policy_ = std::move(policy);
 }
 
 void Engine::switch_version(int64_t version) {

@@ -14,6 +14,7 @@
 #include "rollout/batching/batching_policy.h"
 #include "rollout/engine/engine_state.h"
 #include "rollout/engine/request.h"
+#include "rollout/engine/step_work.h"
 #include "trainer_bridge/contract/rollout_service.h"
 
 namespace rollpack::rollout {
@@ -60,6 +61,12 @@ class Engine {
   // Weights changed: keys and values are forgotten, tokens kept; later tokens carry `version`.
   void switch_version(int64_t version);
 
+  // Schedules by `policy` from now on: keys and values, cached ones too, are forgotten, tokens
+  // kept.
+  void set_policy(std::unique_ptr<BatchingPolicy> policy);
+  // Tells `observer` of every step from now on; null: nobody.
+  void set_observer(StepObserver* observer) { observer_ = observer; }
+
   const EngineState& state() const { return state_; }
   int64_t weight_version() const { return state_.weight_version; }
 
@@ -68,6 +75,7 @@ class Engine {
                                           std::chrono::milliseconds timeout,
                                           const std::function<bool()>& is_interrupted);
   void apply(const kernels::StepResult& result);
+  void tell_observer();
   void append_token(Sequence& sequence, const kernels::HeadResult& result);
   void append_scores(const StepBatch::Entry& entry, const kernels::StepResult& result);
   void emit(Sequence& sequence);
@@ -79,6 +87,8 @@ class Engine {
   kernels::Backend& backend_;
   EngineOutput& output_;
   StepBatch batch_;
+  StepObserver* observer_ = nullptr;
+  StepWork work_;  // of the step under way
   uint64_t num_arrivals_ = 0;
 };
 

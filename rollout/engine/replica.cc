@@ -16,12 +16,15 @@ DType compute_dtype(const Config& config) {
 std::unique_ptr<kernels::Backend> configured_backend(const Config& config, const ModelConfig& model,
                                                      const ReplicaOptions& options) {
   const EngineSection& engine = config.engine;
-  return kernels::make_backend(engine.backend, model.shape(compute_dtype(config)),
-                               {.num_threads = options.num_threads,
-                                .kv_cache_bytes = engine.kv_cache_memory,
-                                .max_num_seqs = engine.max_num_seqs,
-                                .max_num_batched_tokens = engine.max_num_batched_tokens,
-                                .shared_weights = options.shared_weights});
+  const kernels::ModelShape shape = model.shape(compute_dtype(config));
+  auto backend = kernels::make_backend(engine.backend, shape,
+                                       {.num_threads = options.num_threads,
+                                        .kv_cache_bytes = engine.kv_cache_memory,
+                                        .max_num_seqs = engine.max_num_seqs,
+                                        .max_num_batched_tokens = engine.max_num_batched_tokens,
+                                        .shared_weights = options.shared_weights});
+  if (!options.profiles) return backend;
+  return std::make_unique<kernels::ProfiledBackend>(std::move(backend), shape);
 }
 
 }  // namespace
@@ -31,7 +34,10 @@ Replica::Replica(const Config& config, const ModelConfig& model, const ReplicaOp
 
 Replica::Replica(const Config& config, const ModelConfig& model,
                  std::unique_ptr<kernels::Backend> backend)
-    : config_(config), model_(model), backend_(std::move(backend)) {
+    : config_(config),
+      model_(model),
+      backend_(std::move(backend)),
+      profiled_(dynamic_cast<kernels::ProfiledBackend*>(backend_.get())) {
   const EngineSection& engine = config.engine;
   const kernels::KvLayout& kv = backend_->info().kv;
   const auto& columns = config.bridge.columns;
@@ -51,6 +57,14 @@ Replica::Replica(const Config& config, const ModelConfig& model,
   transformer_ = std::make_shared<Transformer>(model_, *weights_, *backend_, compute_dtype(config),
                                                engine.max_num_batched_tokens, num_positions);
   backend_->set_program(transformer_);
+}
+
+DType Replica::dtype() const {
+  return compute_dtype(config_);
+}
+
+kernels::StepProfile Replica::take_profile() {
+  return profiled_ == nullptr ? kernels::StepProfile{} : profiled_->take();
 }
 
 void Replica::load_checkpoint() {

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "kernels/backend.h"
+#include "kernels/profile/profiled_backend.h"
 #include "rollout/config/config.h"
 #include "rollout/engine/engine_state.h"
 #include "rollout/model/model_config.h"
@@ -18,6 +19,7 @@ namespace rollpack::rollout {
 struct ReplicaOptions {
   int32_t num_threads = 1;
   bool shared_weights = false;
+  bool profiles = false;  // times every op; see take_profile()
 };
 
 class Replica {
@@ -33,9 +35,13 @@ class Replica {
 
   const Config& config() const { return config_; }
   const ModelConfig& model() const { return model_; }
+  DType dtype() const;  // of weights, matrix products and KV cache
   const EngineLimits& limits() const { return limits_; }
-  const std::string& backend_description() const { return backend_->info().description; }
+  const kernels::BackendInfo& backend_info() const { return backend_->info(); }
+  const std::string& backend_description() const { return backend_info().description; }
   kernels::Backend& backend() { return *backend_; }
+  // Where the time of steps went since the last call; empty unless options.profiles.
+  kernels::StepProfile take_profile();
   ModelWeights& weights() { return *weights_; }
 
  private:
@@ -43,6 +49,7 @@ class Replica {
   const ModelConfig model_;
   EngineLimits limits_;
   std::unique_ptr<kernels::Backend> backend_;
+  kernels::ProfiledBackend* profiled_ = nullptr;  // backend_, where ops are timed
   std::unique_ptr<ModelWeights> weights_;
   // The program uses backend and weights: declared last, gone first.
   std::shared_ptr<Transformer> transformer_;

@@ -18,6 +18,7 @@ struct Group {
   // Prompt prefill, done once for all siblings: the leader computes, followers wait without pages.
   Sequence* leader = nullptr;
   std::vector<Sequence*> followers;
+  int32_t num_told_rows = 0;  // prompt tokens that some StepWork has told of
 };
 
 struct Sequence {
@@ -44,6 +45,10 @@ struct Sequence {
   bool was_preempted = false;
   int32_t promised_end = 0;
   int32_t num_lost = 0;  // computed tokens that its last preemption took away
+
+  // Tokens whose rows, and response tokens whose draws, some StepWork has told of.
+  int32_t num_told_rows = 0;
+  int32_t num_told_draws = 0;
 
   // One entry a response token (generated or scored).
   std::vector<float> logprobs, scaled_logprobs, support_logmass, entropy;

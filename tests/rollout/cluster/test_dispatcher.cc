@@ -320,5 +320,38 @@ TEST(Dispatcher, EndsTheJobWhenARankIsLostAndFailsWhatWaits) {
             "unavailable: rank 1 = gone");
 }
 
+TEST(Dispatcher, MeasuresStepsOnAllRanksAndChangesTheirBatching) {
+  ThreadRanks ranks(2);
+  Dispatcher& dispatcher = ranks.dispatcher();
+  Waiter refused;
+  dispatcher.measure("shuffled", refused.callback());
+  const bridge::Outcome error = refused.wait();
+  ASSERT_TRUE(error);
+  EXPECT_EQ(error->field, "engine.batching");
+
+  for (const char* batching : {"continuous", "left_padded"}) {
+    Waiter measuring;
+    dispatcher.measure(batching, measuring.callback());
+    ASSERT_FALSE(measuring.wait());
+    std::vector<bridge::PromptRequest> prompts = numbered_prompts(8);
+    for (auto& prompt : prompts) prompt.prompt_id->text += batching;
+    dispatcher.submit(prompts);
+    const size_t num_samples = batching == std::string("continuous") ? 24 : 48;
+    ASSERT_TRUE(ranks.sink.wait_for(num_samples));
+    std::promise<Measurement> promise;
+    dispatcher.take_measurement([&](bridge::Outcome, Measurement measured) {
+      promise.set_value(std::move(measured));
+    });
+    const Measurement measured = promise.get_future().get();
+    EXPECT_EQ(measured.first_token_times_s.size(), 24u) << batching;
+    EXPECT_FALSE(measured.step_flops.empty());
+    EXPECT_EQ(measured.step_flops.size(), measured.step_bytes.size());
+    EXPECT_GT(measured.compute_s, 0);
+    EXPECT_GT(measured.stats.at("num_steps"), 0);
+    // Of the modes only left_padded computes pads.
+    EXPECT_EQ(measured.stats.at("num_pad_rows") > 0, batching == std::string("left_padded"));
+  }
+}
+
 }  // namespace
 }  // namespace rollpack::rollout

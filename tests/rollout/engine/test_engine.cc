@@ -212,6 +212,25 @@ TEST(Engine, KeepsSamplesOverAWeightSwitchAndStampsTheirVersions) {
   }
 }
 
+TEST(Engine, ChangesItsPolicyUnderLiveSamplesWithoutChangingThem) {
+  for (uint32_t seed = 0; seed < 100; ++seed) {
+    SCOPED_TRACE(seed);
+    std::mt19937 random(seed);
+    Rig rig({.batching = kPolicies[seed % kPolicies.size()]});
+    std::vector<GroupRequest> groups;
+    for (int64_t id = 0; id < 5; ++id) {
+      groups.push_back(random_group(random, id));
+      rig.engine.add(groups.back());
+    }
+    for (int change = 0; change < 3; ++change) {
+      for (int steps = static_cast<int>(random() % 8); steps > 0; --steps) rig.engine.step(1s);
+      rig.engine.set_policy(make_batching_policy(kPolicies[random() % kPolicies.size()]));
+    }
+    ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
+    for (const GroupRequest& group : groups) expect_alone(rig.collected, group);
+  }
+}
+
 TEST(Engine, ScoresGivenResponsesWithTheNumbersOfGeneration) {
   for (const char* batching : {"continuous", "left_padded", "prepacked", "length_sorted"}) {
     for (const int32_t budget : {1, 3, 32}) {
