@@ -65,8 +65,7 @@ def _check_report(report: dict[str, Any], num_passes: int) -> None:
     for key in ("time_to_first_token_s", "inter_token_latency_s"):
         assert 0 < report[key]["p50"] <= report[key]["p99"] < report["wall_s"]
     assert report["peak_kv_bytes"] > 0
-    # The GiB that measuring bandwidth takes is not the engine's.
-    assert report["peak_memory_bytes"] < report["num_ranks"] * (700 << 20)
+    assert report["peak_memory_bytes"] > report["weight_bytes"] + report["peak_kv_bytes"]
 
 
 @pytest.mark.parametrize("num_ranks", [0, 2])
