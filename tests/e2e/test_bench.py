@@ -82,9 +82,10 @@ def test_bench_measures_one_mode_and_profiles_its_ops(
     assert all(share >= 0 for share in rest)
     assert sum(shares.values()) + sum(rest) == pytest.approx(1)
     assert "linear gate_up" in text and "outside of steps" in text
-    # No pad, a prompt once a group, and the last token of a sample is not computed.
-    samples = sum(map(len, RESPONSES))
-    assert report["tokens_computed"] == sum(PROMPTS) + report["response_tokens"] - samples
+    # No pad, a prompt once a group, and the last token of a sample is not computed. A sample that
+    # starts after its siblings computes the prompt's last token once more.
+    least = sum(PROMPTS) + report["response_tokens"] - sum(map(len, RESPONSES))
+    assert least <= report["tokens_computed"] <= least + len(RESPONSES)
 
 
 def test_bench_compares_batching_modes(files: tuple[pathlib.Path, pathlib.Path]) -> None:
