@@ -30,6 +30,12 @@ class BatchingPolicy {
   virtual void drop_kv(EngineState& state) = 0;
 };
 
+// Whether a mode profits from longest groups first. Modes that work in waves are defined over the
+// order of submission: like lengths side by side would be another mode (length_sorted).
+inline bool wants_longest_first(std::string_view batching) {
+  return batching == "continuous";
+}
+
 // "continuous", "prepacked", "left_padded" or "length_sorted".
 // Errors: invalid_argument, naming engine.batching.
 std::unique_ptr<BatchingPolicy> make_batching_policy(std::string_view name);

@@ -52,7 +52,9 @@ Dispatcher::Dispatcher(const Config& config, const ModelConfig& model, const Eng
       model_(model),
       limits_(limits),
       fingerprint_(std::move(fingerprint)),
-      shares_weights_(shares_weights) {}
+      shares_weights_(shares_weights) {
+  ledger_.set_longest_first(wants_longest_first(config.engine.batching));
+}
 
 bridge::ServiceInfo Dispatcher::info() const {
   const auto& eos = model_.eos_token_ids;

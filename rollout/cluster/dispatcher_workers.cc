@@ -8,6 +8,7 @@
 #include <spdlog/spdlog.h>
 
 #include "kernels/base/error.h"
+#include "rollout/batching/batching_policy.h"
 #include "rollout/cluster/dispatcher.h"
 
 namespace rollpack::rollout {
@@ -184,6 +185,7 @@ void Dispatcher::on_event(int32_t worker, WorkerStats& event, Effects&) {
 
 void Dispatcher::measure(const std::string& batching, bridge::OutcomeCallback done) {
   const std::lock_guard lock(mutex_);
+  if (!batching.empty()) ledger_.set_longest_first(wants_longest_first(batching));
   broadcast(
       all_workers(),
       [&](uint64_t ticket) {

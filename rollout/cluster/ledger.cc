@@ -11,6 +11,7 @@ void Ledger::accept(GroupRequest request, std::string origin) {
   if (!entry.origin.empty()) live_prompt_ids_[request.key.prompt_id.text] = entry.origin;
   entry.request = std::move(request);
   num_open_samples_ += size;
+  entry.precedence = longest_first_ ? entry.expected_tokens : 0;
   queue_.insert(queue_key(key, entry));
   entries_.emplace(key, std::move(entry));
 }

@@ -22,12 +22,17 @@ class Ledger {
   // The name of a group: its submit and its place in it.
   using GroupKey = std::pair<int64_t, int32_t>;
 
+  // Whether groups accepted from now on go longest first, which shortens the tail of a submit, or
+  // in the order they were submitted in, which is what modes that work in waves are defined over.
+  void set_longest_first(bool longest_first) { longest_first_ = longest_first; }
+
   // Queues a group. `origin` names an explicit prompt_id's place for errors; empty: id by default.
   void accept(GroupRequest request, std::string origin);
   // Origin of the live group that carries this explicit prompt_id, if there is one.
   std::optional<std::string> live_origin(const std::string& prompt_id) const;
 
-  // The queued group to run next: the oldest submit's longest expected. nullopt: none is queued.
+  // The queued group to run next: of the oldest submit the longest expected, or the first
+  // (see set_longest_first). nullopt: none is queued.
   std::optional<GroupKey> next() const;
   // Marks a queued group as running on `worker` and returns the request to send.
   GroupRequest assign(const GroupKey& key, int32_t worker);
@@ -50,18 +55,20 @@ class Ledger {
     GroupRequest request;
     std::string origin;
     int64_t expected_tokens = 0;
-    int32_t worker = -1;  // -1: queued
+    int64_t precedence = 0;  // within its submit the largest goes first
+    int32_t worker = -1;     // -1: queued
     int32_t num_left = 0;
     std::vector<bool> is_done;  // [group_size]
   };
-  // (request, -expected tokens, prompt): oldest submit first, in it the longest.
+  // (request, -precedence, prompt): oldest submit first.
   using QueueKey = std::tuple<int64_t, int64_t, int32_t>;
 
   void erase(std::map<GroupKey, Entry>::iterator entry);
   static QueueKey queue_key(const GroupKey& key, const Entry& entry) {
-    return {key.first, -entry.expected_tokens, key.second};
+    return {key.first, -entry.precedence, key.second};
   }
 
+  bool longest_first_ = true;
   std::map<GroupKey, Entry> entries_;
   std::set<QueueKey> queue_;
   std::unordered_map<std::string, std::string> live_prompt_ids_;  // explicit ids -> origin

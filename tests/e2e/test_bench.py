@@ -83,7 +83,8 @@ def test_bench_measures_one_mode_and_profiles_its_ops(
     assert sum(shares.values()) + sum(rest) == pytest.approx(1)
     assert "linear gate_up" in text and "outside of steps" in text
     # No pad, a prompt once a group, and the last token of a sample is not computed. A sample that
-    # starts after its siblings computes the prompt's last token once more; a warm pass finds prompts.
+    # starts after its siblings computes the prompt's last token once more, and a warm pass finds
+    # prompts again.
     needed = sum(PROMPTS) + report["response_tokens"] - sum(map(len, RESPONSES))
     found = report["counters"]["prefix_cache_hits"]
     assert report["tokens_computed"] <= needed + len(RESPONSES)
@@ -112,7 +113,8 @@ def test_bench_compares_batching_modes(files: tuple[pathlib.Path, pathlib.Path])
     computed = [line["tokens_computed"] for line in report["comparison"]]
     assert computed[0] > computed[1] > computed[3] and computed[0] > computed[2] > computed[3]
     assert report["comparison"][0]["over_left_padded"]["gain"] == 1
-    assert report["modes"][3]["counters"]["prefix_cache_hits"] == 0, "no mode may find another's"
+    # Caches are emptied between modes: only tokens that prompts begin with in common are found.
+    assert report["modes"][3]["counters"]["prefix_cache_hits"] < len(PROMPTS)
 
 
 def test_bench_refuses_a_mode_it_does_not_know(

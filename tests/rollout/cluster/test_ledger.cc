@@ -29,6 +29,16 @@ TEST(Ledger, TakesTheOldestSubmitsLongestGroupFirst) {
   EXPECT_EQ(order, (std::vector<Ledger::GroupKey>{{0, 1}, {0, 0}, {1, 0}}));
 }
 
+TEST(Ledger, TakesGroupsAsSubmittedWhereLongestFirstIsOff) {
+  Ledger ledger;
+  ledger.set_longest_first(false);
+  for (const int32_t index : {0, 1, 2}) ledger.accept(group(0, index, 5 + index), "");
+  for (const int32_t index : {0, 1, 2}) {
+    ASSERT_EQ(ledger.next(), (Ledger::GroupKey{0, index}));
+    ledger.assign({0, index}, 0);
+  }
+}
+
 TEST(Ledger, CountsEachSampleOnceAndOnlyFromItsWorker) {
   Ledger ledger;
   ledger.accept(group(0, 0, 5), "here");
