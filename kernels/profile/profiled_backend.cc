@@ -59,11 +59,11 @@ class ProfiledBackend::ProfiledProgram final : public StepProgram {
 };
 
 ProfiledBackend::ProfiledBackend(std::unique_ptr<Backend> inner, const ModelShape& shape)
-    : shape_(shape), inner_(std::move(inner)) {}
+    : ForwardingBackend(std::move(inner)), shape_(shape) {}
 
 ProfiledBackend::~ProfiledBackend() {
-  inner_->sync();
-  inner_->set_program(nullptr);  // while this is whole: a program may free its buffers here
+  inner().sync();                // steps use the members, which go before the inner backend does
+  inner().set_program(nullptr);  // while this is whole: a program may free its buffers here
 }
 
 StepProfile ProfiledBackend::take() {
@@ -72,7 +72,7 @@ StepProfile ProfiledBackend::take() {
 }
 
 WeightId ProfiledBackend::declare_weight(const WeightSpec& spec) {
-  const WeightId id = inner_->declare_weight(spec);
+  const WeightId id = inner().declare_weight(spec);
   if (static_cast<size_t>(id) >= weights_.size()) weights_.resize(static_cast<size_t>(id) + 1);
   const int64_t rows = std::accumulate(spec.part_rows.begin(), spec.part_rows.end(), int64_t{0});
   weights_[static_cast<size_t>(id)] = {.name = without_layer(spec.name),
@@ -81,18 +81,18 @@ WeightId ProfiledBackend::declare_weight(const WeightSpec& spec) {
 }
 
 void ProfiledBackend::set_program(std::shared_ptr<StepProgram> program) {
-  inner_->set_program(std::make_shared<ProfiledProgram>(*this, std::move(program)));
+  inner().set_program(std::make_shared<ProfiledProgram>(*this, std::move(program)));
 }
 
 StepHandle ProfiledBackend::submit(StepPlan plan) {
   StepRows rows{.positions = plan.positions,
-                .num_pages = count_pages(plan, inner_->info().kv.page_tokens)};
+                .num_pages = count_pages(plan, inner().info().kv.page_tokens)};
   {
     const std::lock_guard lock(mutex_);
     steps_.push_back(std::move(rows));  // before the step can start
   }
   try {
-    return inner_->submit(std::move(plan));
+    return inner().submit(std::move(plan));
   } catch (...) {
     const std::lock_guard lock(mutex_);
     steps_.pop_back();
@@ -131,14 +131,14 @@ double ProfiledBackend::visible_pairs(int32_t window) {
 void ProfiledBackend::embed(const EmbedArgs& args) {
   const auto elements = static_cast<double>(args.out.num_elements());
   timed("embed", {.num_rows = args.out.rows(), .bytes = elements * (element_bytes() + 4)},
-        [&] { inner_->embed(args); });
+        [&] { inner().embed(args); });
 }
 
 void ProfiledBackend::rms_norm(const RmsNormArgs& args) {
   timed("rms_norm",
         {.num_rows = args.in.rows(),
          .bytes = static_cast<double>(args.in.bytes() + args.out.bytes())},
-        [&] { inner_->rms_norm(args); });
+        [&] { inner().rms_norm(args); });
 }
 
 void ProfiledBackend::linear(const LinearArgs& args) {
@@ -147,7 +147,7 @@ void ProfiledBackend::linear(const LinearArgs& args) {
         {.num_rows = args.in.rows(),
          .flops = 2 * weight.num_elements * static_cast<double>(args.in.rows()),
          .bytes = weight.num_elements * element_bytes()},
-        [&] { inner_->linear(args); });
+        [&] { inner().linear(args); });
 }
 
 void ProfiledBackend::rope_append(const RopeAppendArgs& args) {
@@ -155,7 +155,7 @@ void ProfiledBackend::rope_append(const RopeAppendArgs& args) {
   timed("rope_append",
         {.num_rows = args.qkv.rows(),
          .bytes = static_cast<double>(args.qkv.bytes() + args.q.bytes()) + cache * element_bytes()},
-        [&] { inner_->rope_append(args); });
+        [&] { inner().rope_append(args); });
 }
 
 void ProfiledBackend::attention(const AttentionArgs& args) {
@@ -165,18 +165,18 @@ void ProfiledBackend::attention(const AttentionArgs& args) {
     num_pages = steps_.front().num_pages;
   }
   const auto L = static_cast<double>(shape_.L);
-  const double cache = static_cast<double>(num_pages * inner_->info().kv.page_bytes) / L;
+  const double cache = static_cast<double>(num_pages * inner().info().kv.page_bytes) / L;
   timed("attention",
         {.num_rows = args.q.rows(),
          .flops = 4 * static_cast<double>(shape_.H * shape_.K) * visible_pairs(args.window),
          .bytes = cache + static_cast<double>(args.q.bytes() + args.out.bytes())},
-        [&] { inner_->attention(args); });
+        [&] { inner().attention(args); });
 }
 
 void ProfiledBackend::gather_head_rows(const GatherHeadRowsArgs& args) {
   timed("gather_head_rows",
         {.num_rows = args.out.rows(), .bytes = 2 * static_cast<double>(args.out.bytes())},
-        [&] { inner_->gather_head_rows(args); });
+        [&] { inner().gather_head_rows(args); });
 }
 
 void ProfiledBackend::lm_head(const LmHeadArgs& args) {
@@ -185,7 +185,7 @@ void ProfiledBackend::lm_head(const LmHeadArgs& args) {
         {.num_rows = args.in.rows(),
          .flops = 2 * elements * static_cast<double>(args.in.rows()),
          .bytes = elements * element_bytes()},
-        [&] { inner_->lm_head(args); });
+        [&] { inner().lm_head(args); });
 }
 
 }  // namespace rollpack::kernels

@@ -11,12 +11,12 @@
 #include <string>
 #include <vector>
 
-#include "kernels/backend.h"
+#include "kernels/forwarding_backend.h"
 #include "kernels/profile/op_profile.h"
 
 namespace rollpack::kernels {
 
-class ProfiledBackend final : public Backend {
+class ProfiledBackend final : public ForwardingBackend {
  public:
   ProfiledBackend(std::unique_ptr<Backend> inner, const ModelShape& shape);
   ~ProfiledBackend() override;
@@ -24,36 +24,9 @@ class ProfiledBackend final : public Backend {
   // What was profiled since the last call. Thread-safe; a step under way is counted in part.
   StepProfile take();
 
-  const BackendInfo& info() const override { return inner_->info(); }
-  Buffer alloc(int64_t bytes) override { return inner_->alloc(bytes); }
-  void free(Buffer buffer) override { inner_->free(buffer); }
-  void upload(Buffer target, const void* source, int64_t bytes) override {
-    inner_->upload(target, source, bytes);
-  }
-  void download(void* target, Buffer source, int64_t bytes) override {
-    inner_->download(target, source, bytes);
-  }
-  void sync() override { inner_->sync(); }
   WeightId declare_weight(const WeightSpec& spec) override;
-  void begin_staging() override { inner_->begin_staging(); }
-  void load_weight(WeightId id, int32_t part, const ConstTensor& source,
-                   ShardRange shard) override {
-    inner_->load_weight(id, part, source, shard);
-  }
-  void copy_committed_to_staged() override { inner_->copy_committed_to_staged(); }
-  void commit_weights() override { inner_->commit_weights(); }
-  void discard_weights() override { inner_->discard_weights(); }
-  uint64_t weights_hash() override { return inner_->weights_hash(); }
-  int export_staged_weights() override { return inner_->export_staged_weights(); }
-  void adopt_staged_weights(int fd) override { inner_->adopt_staged_weights(fd); }
-  void sleep(const std::vector<std::string>& tags) override { inner_->sleep(tags); }
-  void wake_up(const std::vector<std::string>& tags) override { inner_->wake_up(tags); }
   void set_program(std::shared_ptr<StepProgram> program) override;
   StepHandle submit(StepPlan plan) override;
-  bool poll(StepHandle handle) override { return inner_->poll(handle); }
-  StepResult wait(StepHandle handle, Deadline deadline) override {
-    return inner_->wait(handle, deadline);
-  }
 
   void embed(const EmbedArgs& args) override;
   void rms_norm(const RmsNormArgs& args) override;
@@ -91,7 +64,6 @@ class ProfiledBackend final : public Backend {
   std::mutex mutex_;             // of the members below
   std::deque<StepRows> steps_;   // submitted and not run to their end, oldest first
   StepProfile profile_;
-  std::unique_ptr<Backend> inner_;
 };
 
 }  // namespace rollpack::kernels

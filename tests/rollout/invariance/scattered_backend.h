@@ -5,15 +5,14 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <memory>
 #include <numeric>
 #include <random>
-#include <string>
 #include <utility>
 #include <vector>
 
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/kv_pages.h"
+#include "kernels/forwarding_backend.h"
 
 namespace rollpack::rollout {
 
@@ -54,21 +53,13 @@ void poison_unused_slots(const kernels::StepPlan& plan, const kernels::cpu::KvPa
   }
 }
 
-class ScatteredBackend : public kernels::Backend {
+class ScatteredBackend : public kernels::ForwardingBackend {
  public:
   ScatteredBackend(const kernels::ModelShape& shape, const kernels::BackendOptions& options,
-                   kernels::CpuOptions cpu_options, uint32_t seed) {
-    cpu_options.before_rows = [shape](const kernels::StepPlan& plan,
-                                      const kernels::cpu::KvPages& pages) {
-      constexpr int32_t kPageTokens = 16;
-      if (shape.dtype == DType::kBF16) {
-        poison_unused_slots<uint16_t>(plan, pages, shape, kPageTokens);
-      } else {
-        poison_unused_slots<float>(plan, pages, shape, kPageTokens);
-      }
-    };
-    inner_ = kernels::make_cpu_backend(shape, options, cpu_options);
-    places_.resize(static_cast<size_t>(inner_->info().kv.num_pages));
+                   const kernels::CpuOptions& cpu_options, uint32_t seed)
+      : ForwardingBackend(
+            kernels::make_cpu_backend(shape, options, poisoning(shape, cpu_options))) {
+    places_.resize(static_cast<size_t>(info().kv.num_pages));
     std::iota(places_.begin(), places_.end(), 0);
     std::ranges::shuffle(places_, std::mt19937(seed));
   }
@@ -80,56 +71,24 @@ class ScatteredBackend : public kernels::Backend {
       copy.target = place(copy.target);
     }
     for (int32_t& page : plan.page_tables) page = place(page);
-    return inner_->submit(std::move(plan));
+    return inner().submit(std::move(plan));
   }
-  bool poll(kernels::StepHandle handle) override { return inner_->poll(handle); }
-  kernels::StepResult wait(kernels::StepHandle handle, kernels::Deadline deadline) override {
-    return inner_->wait(handle, deadline);
-  }
-  void set_program(std::shared_ptr<kernels::StepProgram> program) override {
-    inner_->set_program(std::move(program));
-  }
-  const kernels::BackendInfo& info() const override { return inner_->info(); }
-
-  kernels::Buffer alloc(int64_t bytes) override { return inner_->alloc(bytes); }
-  void free(kernels::Buffer buffer) override { inner_->free(buffer); }
-  void upload(kernels::Buffer target, const void* source, int64_t bytes) override {
-    inner_->upload(target, source, bytes);
-  }
-  void download(void* target, kernels::Buffer source, int64_t bytes) override {
-    inner_->download(target, source, bytes);
-  }
-  void sync() override { inner_->sync(); }
-
-  kernels::WeightId declare_weight(const kernels::WeightSpec& spec) override {
-    return inner_->declare_weight(spec);
-  }
-  void begin_staging() override { inner_->begin_staging(); }
-  void load_weight(kernels::WeightId id, int32_t part, const kernels::ConstTensor& source,
-                   kernels::ShardRange shard) override {
-    inner_->load_weight(id, part, source, shard);
-  }
-  void copy_committed_to_staged() override { inner_->copy_committed_to_staged(); }
-  void commit_weights() override { inner_->commit_weights(); }
-  void discard_weights() override { inner_->discard_weights(); }
-  uint64_t weights_hash() override { return inner_->weights_hash(); }
-  int export_staged_weights() override { return inner_->export_staged_weights(); }
-  void adopt_staged_weights(int fd) override { inner_->adopt_staged_weights(fd); }
-  void sleep(const std::vector<std::string>& tags) override { inner_->sleep(tags); }
-  void wake_up(const std::vector<std::string>& tags) override { inner_->wake_up(tags); }
-
-  void embed(const kernels::EmbedArgs& args) override { inner_->embed(args); }
-  void rms_norm(const kernels::RmsNormArgs& args) override { inner_->rms_norm(args); }
-  void linear(const kernels::LinearArgs& args) override { inner_->linear(args); }
-  void rope_append(const kernels::RopeAppendArgs& args) override { inner_->rope_append(args); }
-  void attention(const kernels::AttentionArgs& args) override { inner_->attention(args); }
-  void gather_head_rows(const kernels::GatherHeadRowsArgs& args) override {
-    inner_->gather_head_rows(args);
-  }
-  void lm_head(const kernels::LmHeadArgs& args) override { inner_->lm_head(args); }
 
  private:
-  std::unique_ptr<kernels::Backend> inner_;
+  static kernels::CpuOptions poisoning(const kernels::ModelShape& shape,
+                                       kernels::CpuOptions options) {
+    options.before_rows = [shape](const kernels::StepPlan& plan,
+                                  const kernels::cpu::KvPages& pages) {
+      constexpr int32_t kPageTokens = 16;
+      if (shape.dtype == DType::kBF16) {
+        poison_unused_slots<uint16_t>(plan, pages, shape, kPageTokens);
+      } else {
+        poison_unused_slots<float>(plan, pages, shape, kPageTokens);
+      }
+    };
+    return options;
+  }
+
   std::vector<int32_t> places_;  // engine's page -> where it lies
 };
 
