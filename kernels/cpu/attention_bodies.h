@@ -99,14 +99,7 @@ inline __attribute__((always_inline)) void weigh_values(const typename Step::Ele
                                                         int64_t num_columns, bool continues,
                                                         float* out, PagesAhead& ahead) {
   Accumulators<kRows, kVectors> acc;
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      acc.at[r][v] =
-          continues ? load(out + r * num_columns + first_column + 16 * v) : broadcast(0.0f);
-    }
-  }
+  load_or_clear(acc, continues, out + first_column, num_columns);
   for (int page = 0; page < num_pages; ++page) {
     if (page % 4 == 0) ahead.advance();
     const typename Step::Element* columns[kVectors];

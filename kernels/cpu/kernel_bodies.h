@@ -74,6 +74,20 @@ inline __attribute__((always_inline)) void clear(Accumulators<kRows, kVectors>& 
   }
 }
 
+// Where a sum that goes on is taken up again: row r, vector v of it lies at sums + r stride + 16 v.
+template <int kRows, int kVectors>
+inline __attribute__((always_inline)) void load_or_clear(Accumulators<kRows, kVectors>& acc,
+                                                         bool continues, const float* sums,
+                                                         int64_t stride) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      acc.at[r][v] = continues ? load(sums + r * stride + v * 16) : broadcast(0.0f);
+    }
+  }
+}
+
 // Calls body.template operator()<n>(first_row) over rows in passes of at most kRowsPerPass, as
 // equal as possible: 7 rows are 4 + 3, since a pass of 1 waits longer for its chains than one of 3.
 template <class Body>
@@ -125,14 +139,7 @@ void panel_product(const typename Step::Element* a, int64_t a_stride, int rows,
         for (int v0 = 0; v0 < kPanelColumns / 16; v0 += kVectors) {
           float* const sums = tile + first * kPanelColumns + v0 * 16;
           Accumulators<kRows, kVectors> acc;
-#pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-            for (int v = 0; v < kVectors; ++v) {
-              acc.at[r][v] =
-                  pass.continues ? load(sums + r * kPanelColumns + v * 16) : broadcast(0.0f);
-            }
-          }
+          load_or_clear(acc, pass.continues, sums, kPanelColumns);
           for (int64_t begin = 0; begin < steps; begin += kStepsPerLook) {
             for (int64_t line = 0; line < lines_per_look && ahead < ahead_end;
                  ++line, ahead += 64) {
