@@ -110,6 +110,8 @@ void VocabStats<Element>::compute_block(std::span<const int32_t> head_rows, int6
   }
   const RowTiles tiles(last - first);
   alignas(64) float tile[kTileRows * kPanelColumns];
+  list_rows(head_rows.subspan(static_cast<size_t>(first), static_cast<size_t>(last - first)), tiles,
+            tile, first_index, work);
   for (int64_t panel = first_panel; panel < end_panel; ++panel) {
     const auto* columns_end =
         reinterpret_cast<const std::byte*>(weight_.panel<Element>(panel)) + weight_.panel_bytes();
@@ -123,8 +125,8 @@ void VocabStats<Element>::compute_block(std::span<const int32_t> head_rows, int6
       }
       of_.panel_product(group_.data + row * group_.stride, group_.stride, static_cast<int>(rows),
                         weight_.panel<Element>(panel), weight_.steps(), tile, pass);
-      reduce_tile(head_rows.subspan(static_cast<size_t>(row), rows), tile, panel, first_index,
-                  work);
+      reduce_tile(head_rows.subspan(static_cast<size_t>(row), rows), tile, panel,
+                  work.tiles[static_cast<size_t>(t)], work);
       if (logits == nullptr) continue;
       for (size_t r = 0; r < rows; ++r) {
         std::copy_n(
@@ -141,34 +143,50 @@ void VocabStats<Element>::compute_block(std::span<const int32_t> head_rows, int6
   }
 }
 
+// What to reduce of each tile of a chunk; the same for every panel of a block, since all tiles are
+// computed into the one buffer `tile`.
 template <class Element>
-void VocabStats<Element>::reduce_tile(std::span<const int32_t> tile_rows, const float* tile,
-                                      int64_t panel, int64_t first_index, Workspace& work) {
-  const int columns = panel_columns(panel);
+void VocabStats<Element>::list_rows(std::span<const int32_t> chunk_rows, const RowTiles& tiles,
+                                    const float* tile, int64_t first_index, Workspace& work) const {
   work.rows.clear();
   work.collecting.clear();
-  for (size_t r = 0; r < tile_rows.size(); ++r) {
-    const float* logits = tile + r * kPanelColumns;
-    const int32_t head_row = tile_rows[r];
-    if (!kernels_.all_finite(logits, columns)) {
-      // Relaxed: several threads store the same value, read after the loop's end.
-      std::atomic_ref<uint8_t>(row_not_finite_[static_cast<size_t>(head_row)])
-          .store(1, std::memory_order_relaxed);
-    }
-    for (int32_t d = first_distribution(head_row); d < first_distribution(head_row + 1); ++d) {
-      const Distribution& distribution = distributions_[static_cast<size_t>(d)];
-      if (distribution.num_candidates > 0) {
-        work.collecting.push_back({.row = static_cast<int32_t>(work.rows.size()), .index = d});
+  work.tiles.clear();
+  for (int64_t t = 0; t < tiles.count; ++t) {
+    TileRows listed{.first_row = work.rows.size(), .first_collecting = work.collecting.size()};
+    for (int64_t row = tiles.begin(t); row < tiles.begin(t + 1); ++row) {
+      const int32_t head_row = chunk_rows[static_cast<size_t>(row)];
+      for (int32_t d = first_distribution(head_row); d < first_distribution(head_row + 1); ++d) {
+        const Distribution& distribution = distributions_[static_cast<size_t>(d)];
+        if (distribution.num_candidates > 0) {
+          work.collecting.push_back({.row = static_cast<int32_t>(work.rows.size()), .index = d});
+        }
+        work.rows.push_back({.logits = tile + (row - tiles.begin(t)) * kPanelColumns,
+                             .scale = distribution.scale,
+                             .block = &work.panels[static_cast<size_t>(d - first_index)]});
       }
-      work.rows.push_back({.logits = logits,
-                           .scale = distribution.scale,
-                           .block = &work.panels[static_cast<size_t>(d - first_index)]});
     }
+    listed.end_row = work.rows.size();
+    listed.end_collecting = work.collecting.size();
+    work.tiles.push_back(listed);
+  }
+}
+
+template <class Element>
+void VocabStats<Element>::reduce_tile(std::span<const int32_t> tile_rows, const float* tile,
+                                      int64_t panel, const TileRows& listed, Workspace& work) {
+  const int columns = panel_columns(panel);
+  for (size_t r = 0; r < tile_rows.size(); ++r) {
+    if (kernels_.all_finite(tile + r * kPanelColumns, columns)) continue;
+    // Relaxed: several threads store the same value, read after the loop's end.
+    std::atomic_ref<uint8_t>(row_not_finite_[static_cast<size_t>(tile_rows[r])])
+        .store(1, std::memory_order_relaxed);
   }
   const auto lane = static_cast<int>(panel % kBlockPanels);
-  kernels_.panel_stats(work.rows.data(), static_cast<int>(work.rows.size()), columns, lane,
+  kernels_.panel_stats(work.rows.data() + listed.first_row,
+                       static_cast<int>(listed.end_row - listed.first_row), columns, lane,
                        with_entropy_);
-  for (const Collecting& at : work.collecting) {
+  for (size_t i = listed.first_collecting; i < listed.end_collecting; ++i) {
+    const Collecting& at = work.collecting[i];
     const LogitsRow& row = work.rows[static_cast<size_t>(at.row)];
     if (!candidates_.may_hold(at.index, row.block->max[lane])) continue;
     candidates_.add(work.thread, at.index, row.logits, columns, row.scale,

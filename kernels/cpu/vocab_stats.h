@@ -91,15 +91,22 @@ class VocabStats {
  private:
   // A row of a tile whose largest values are collected.
   struct Collecting {
-    int32_t row = 0;    // of the tile
+    int32_t row = 0;    // of Workspace::rows
     int32_t index = 0;  // of the distribution
+  };
+  // What a tile has of Workspace::rows and Workspace::collecting: [first, end).
+  struct TileRows {
+    size_t first_row = 0, end_row = 0;
+    size_t first_collecting = 0, end_collecting = 0;
   };
   // One thread's memory.
   struct Workspace {
     int thread = 0;
     std::vector<BlockPanels> panels;  // [distributions of a chunk of rows]
-    std::vector<LogitsRow> rows;      // of one tile
+    // Of all tiles of the chunk, one after the other: every panel of a block is reduced by them.
+    std::vector<LogitsRow> rows;
     std::vector<Collecting> collecting;
+    std::vector<TileRows> tiles;
   };
   // Where a draw finds the masses of a row.
   struct Masses {
@@ -113,8 +120,10 @@ class VocabStats {
   void gather(std::span<const int32_t> head_rows);
   void compute_block(std::span<const int32_t> head_rows, int64_t first, int64_t last, int64_t block,
                      bool has_next, float* logits, Workspace& work);
+  void list_rows(std::span<const int32_t> chunk_rows, const RowTiles& tiles, const float* tile,
+                 int64_t first_index, Workspace& work) const;
   void reduce_tile(std::span<const int32_t> tile_rows, const float* tile, int64_t panel,
-                   int64_t first_index, Workspace& work);
+                   const TileRows& listed, Workspace& work);
   void finish_block(int32_t distribution, int64_t block, const BlockPanels& panels);
   void panel_logits(int32_t head_row, int64_t panel, float* logits) const;
   int panel_columns(int64_t panel) const;
