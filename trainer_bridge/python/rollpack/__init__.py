@@ -29,6 +29,7 @@ from rollpack.generation import SamplesFailed
 from rollpack.launcher import launch
 from rollpack.prompts import Prompt, Sampling, ScoredSequence, ScoreSequence
 from rollpack.samples import Sample
+from rollpack.views import LayoutView
 
 __all__ = [
     "Batch",
@@ -40,6 +41,7 @@ __all__ = [
     "FailedSample",
     "Internal",
     "InvalidArgument",
+    "LayoutView",
     "NoSuchColumn",
     "NonFinite",
     "NotFound",

@@ -17,6 +17,7 @@ from rollpack.errors import DataLoss, FailedPrecondition, RollpackError, Unsuppo
 from rollpack.samples import Sample, read_samples
 from rollpack.schema import Array, Column, check_crc32, read_columns, read_header
 from rollpack.slots import Lease
+from rollpack.views import LayoutView, Padding, Source, make_view
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,7 @@ class Row:
         columns: per-token columns cut to the row's t tokens, per-sample ones to its s samples.
         cu_seqlens: i32 [s + 1], from 0, as flash-attention's varlen call takes it.
         max_seqlen: tokens of its longest sample.
+        pad_token_id: what `view` writes into pads unless told otherwise.
     """
 
     index: int
@@ -55,6 +57,7 @@ class Row:
     columns: Columns
     cu_seqlens: Array
     max_seqlen: int
+    pad_token_id: int = 0
 
     def __getitem__(self, name: str) -> Array:
         """A column of the row, read-only."""
@@ -70,6 +73,21 @@ class Row:
         tensors["cu_seqlens"] = Columns({"cu_seqlens": self.cu_seqlens}).torch("cu_seqlens")
         return tensors
 
+    def view(
+        self,
+        name: str,
+        *,
+        pad_to_multiple_of: int = 1,
+        prompt_width: int | None = None,
+        response_width: int | None = None,
+        width: int | None = None,
+        pad_token_id: int | None = None,
+    ) -> LayoutView:
+        """The row as another trainer lays out a micro-batch; as Batch.view."""
+        pad = self.pad_token_id if pad_token_id is None else pad_token_id
+        padding = Padding(pad_to_multiple_of, prompt_width, response_width, width, pad)
+        return make_view(name, Source(self.columns.writable, self.cu_seqlens), padding)
+
 
 class Batch:
     """A batch on a slot of shared memory; made by Client.next_batch.
@@ -84,17 +102,26 @@ class Batch:
         num_groups: whole groups in it, those that failed included.
         failed: samples that ended in an error, none of which has tokens here.
         num_bytes: size in the slot.
+        pad_token_id: what `view` writes into pads unless told otherwise.
     """
 
     _lease: Lease | None = None
 
-    def __init__(self, reply: dict[str, Any], lease: Lease | None, *, verify: bool) -> None:
+    def __init__(
+        self,
+        reply: dict[str, Any],
+        lease: Lease | None,
+        *,
+        verify: bool,
+        pad_token_id: int = 0,
+    ) -> None:
         """Check and open a delivered batch.
 
         Args:
             reply: the fields of a next_batch reply.
             lease: what holds its slot; None where the reply only lists failures.
             verify: compare the checksum, at about 1 GB/s.
+            pad_token_id: what `view` writes into pads unless told otherwise.
 
         Raises:
             DataLoss: header, table or checksum contradict the reply or each other.
@@ -105,6 +132,7 @@ class Batch:
         self.num_groups = int(reply.get("num_groups") or 0)
         self.failed: Sequence[FailedSample] = tuple(map(_failed_sample, reply.get("failed") or ()))
         self.num_bytes = int(reply.get("bytes") or 0) if lease else 0
+        self.pad_token_id = pad_token_id
         self._name = f"batch {self.batch_seq}"
         self._columns: dict[str, Column] | None = {}
         if lease is not None:
@@ -219,7 +247,48 @@ class Batch:
             columns=Columns(columns),
             cu_seqlens=cu_seqlens - cu_seqlens[0],
             max_seqlen=int(lengths.max(initial=0)),
+            pad_token_id=self.pad_token_id,
         )
+
+    def view(
+        self,
+        name: str,
+        *,
+        pad_to_multiple_of: int = 1,
+        prompt_width: int | None = None,
+        response_width: int | None = None,
+        width: int | None = None,
+        pad_token_id: int | None = None,
+    ) -> LayoutView:
+        """The batch under the names, shapes and paddings that another trainer expects.
+
+        Rows are samples, in the batch's order, so that its other columns ("finish_reason",
+        "prompt_index", ..) fit them. What lies in the slot as the view wants it is handed out on
+        shared memory, the rest is a copy: `view.copied` names those. The whole table is in
+        trainer_bridge/README.md.
+
+        Args:
+            name: "verl", "trl", "openrlhf", "nemo_rl" or "flash_attn_varlen".
+            pad_to_multiple_of: widths that are not fixed are rounded up to a multiple of this.
+            prompt_width: columns P of prompts (verl, trl); None takes the longest prompt, or those
+                that the padded layout has.
+            response_width: columns R of responses, likewise.
+            width: columns of whole sequences (openrlhf, nemo_rl); None takes the longest.
+            pad_token_id: written into pads; None takes the server's.
+
+        Raises:
+            InvalidArgument: there is no such view; an option that it does not have; a width that
+                the longest does not fit.
+            FailedPrecondition: the batch was released, or has no samples.
+        """
+        columns = {each: column.array for each, column in self._opened().items()}
+        if not self.num_samples:
+            raise FailedPrecondition(
+                field=self._name, value="0 samples", allowed="a batch with samples"
+            )
+        pad = self.pad_token_id if pad_token_id is None else pad_token_id
+        padding = Padding(pad_to_multiple_of, prompt_width, response_width, width, pad)
+        return make_view(name, Source(columns, columns.get("cu_seqlens")), padding)
 
     def samples(self, *, copy: bool = False) -> Iterator[Sample]:
         """Yield the samples one by one, in the batch's order.

@@ -98,7 +98,12 @@ class Client:
         try:
             self.info, slots = self._say_hello(timeout_s)
             self._inbox = Inbox(
-                self._connection, slots, self.info.slot_bytes, leases, self._explain
+                self._connection,
+                slots,
+                self.info.slot_bytes,
+                self.info.pad_token_id,
+                leases,
+                self._explain,
             )
         except BaseException:
             self.close()

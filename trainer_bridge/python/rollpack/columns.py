@@ -62,6 +62,11 @@ class Columns(Mapping[str, Array]):
             return torch.from_numpy(self._find(name))
         return {each: torch.from_numpy(array) for each, array in self._writable.items()}
 
+    @property
+    def writable(self) -> dict[str, Array]:
+        """The arrays as tensors share them: a write stays in this process."""
+        return self._writable
+
     def _find(self, name: str) -> Array:
         try:
             return self._writable[name]

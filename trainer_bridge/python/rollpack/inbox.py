@@ -27,6 +27,7 @@ class Inbox:
         connection: Connection,
         slots: list[Slot],
         slot_bytes: int,
+        pad_token_id: int,
         leases: weakref.WeakSet[Lease],
         explain: Callable[[Unavailable], Unavailable],
     ) -> None:
@@ -36,12 +37,14 @@ class Inbox:
             connection: where batches are asked for.
             slots: the server's, by index.
             slot_bytes: size of each.
+            pad_token_id: for the views of batches that pad.
             leases: receives the lease of every batch, for `end_connection`.
             explain: adds to the error of a connection that broke.
         """
         self._connection = connection
         self._slots = slots
         self._slot_bytes = slot_bytes
+        self._pad_token_id = pad_token_id
         self._leases = leases
         self._explain = explain
         self._undelivered: deque[Reply | Batch] = deque()
@@ -93,7 +96,7 @@ class Inbox:
     def _open(self, reply: Reply, verify: bool) -> Batch:
         fields = reply.fields
         if fields.get("slot") is None:
-            return Batch(fields, None, verify=verify)
+            return Batch(fields, None, verify=verify, pad_token_id=self._pad_token_id)
         index = fields["slot"]
         if not 0 <= index < len(self._slots) or not 0 < fields["bytes"] <= self._slot_bytes:
             raise DataLoss(
@@ -109,7 +112,7 @@ class Inbox:
             _release_message(self._connection, handed_over),
         )
         self._leases.add(lease)
-        return Batch(fields, lease, verify=verify)
+        return Batch(fields, lease, verify=verify, pad_token_id=self._pad_token_id)
 
 
 def end_connection(connection: Connection, leases: weakref.WeakSet[Lease]) -> None:
