@@ -71,10 +71,12 @@ double burst_scalar(float* sink) {
   return double{kRounds} * 8 * 2;
 }
 
-double (*pick_burst(DType dtype))(float*) {
+double (*pick_burst(DType dtype, RegisterWidth width))(float*) {
+  const bool has_ymm = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (width == RegisterWidth::kYmm && has_ymm) return burst_avx2;
   if (dtype == DType::kBF16 && __builtin_cpu_supports("avx512bf16")) return burst_avx512_bf16;
   if (__builtin_cpu_supports("avx512f")) return burst_avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return burst_avx2;
+  if (has_ymm) return burst_avx2;
   return burst_scalar;
 }
 
@@ -135,8 +137,10 @@ void on_threads(int32_t num_threads, const std::function<void(int32_t)>& body) {
   for (int32_t i = 0; i < num_threads; ++i) threads.emplace_back(body, i);
 }
 
-double measure_peak(DType dtype, int32_t num_threads) {
-  double (*const burst)(float*) = pick_burst(dtype);
+}  // namespace
+
+double measure_peak_flops(DType dtype, int32_t num_threads, RegisterWidth width) {
+  double (*const burst)(float*) = pick_burst(dtype, width);
   double best = 0;
   for (int attempt = 0; attempt < kNumBursts; ++attempt) {
     std::vector<double> rates(num_threads);
@@ -178,10 +182,8 @@ double measure_read_bandwidth(int32_t num_threads) {
   return best;
 }
 
-}  // namespace
-
 MachineLimits measure_machine_limits(DType dtype, int32_t num_threads) {
-  return {.peak_flops = measure_peak(dtype, num_threads),
+  return {.peak_flops = measure_peak_flops(dtype, num_threads),
           .read_bandwidth_bytes_per_s = measure_read_bandwidth(num_threads)};
 }
 
