@@ -63,10 +63,9 @@ class GemmRig {
     const int64_t bytes = product.weight_columns() * product.K_in * dtype_bytes(c.dtype);
     num_weights_ = is_smoke() ? 2 : static_cast<int>((kCycledBytes + bytes - 1) / bytes);
     for (int i = 0; i < num_weights_; ++i) {
-      weights_.push_back(
-          product.is_gated()
-              ? rig_.weight(WeightKind::kGated, {product.N, product.N}, product.K_in)
-              : rig_.weight(WeightKind::kLinear, {product.N}, product.K_in));
+      weights_.push_back(product.is_gated()
+                             ? rig_.weight(WeightKind::kGated, {product.N, product.N}, product.K_in)
+                             : rig_.weight(WeightKind::kLinear, {product.N}, product.K_in));
     }
     rig_.commit();
     in_ = rig_.tensor(c.dtype, kMaxRows, product.K_in);
@@ -128,8 +127,8 @@ class Rivals {
       split_k_ = std::make_unique<SplitKGemm>(N, K_in, weight, rig.num_weights(), c.num_threads);
     }
 #ifdef ROLLPACK_BENCH_ONEDNN
-    one_dnn_ = std::make_unique<OneDnnGemm>(rows, N, K_in, weight, rig.num_weights(),
-                                            c.num_threads);
+    one_dnn_ =
+        std::make_unique<OneDnnGemm>(rows, N, K_in, weight, rig.num_weights(), c.num_threads);
 #endif
   }
 
@@ -243,6 +242,5 @@ void add_gemm_benchmarks() {
         is_smoke() ? std::vector<int64_t>{16} : std::vector<int64_t>{1, 16, 128}, {2});
   }
 }
-
 
 }  // namespace rollpack::bench

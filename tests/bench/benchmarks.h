@@ -4,5 +4,6 @@
 namespace rollpack::bench {
 
 void add_gemm_benchmarks();
+void add_op_benchmarks();
 
 }  // namespace rollpack::bench

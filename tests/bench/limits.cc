@@ -19,11 +19,14 @@ std::map<std::pair<Limit, int>, double>& measured() {
 
 double measure(Limit limit, int num_threads) {
   switch (limit) {
-    case Limit::kBF16Peak: return kernels::measure_peak_flops(DType::kBF16, num_threads);
-    case Limit::kF32Peak: return kernels::measure_peak_flops(DType::kF32, num_threads);
+    case Limit::kBF16Peak:
+      return kernels::measure_peak_flops(DType::kBF16, num_threads);
+    case Limit::kF32Peak:
+      return kernels::measure_peak_flops(DType::kF32, num_threads);
     case Limit::kYmmPeak:
       return kernels::measure_peak_flops(DType::kF32, num_threads, RegisterWidth::kYmm);
-    case Limit::kReadBandwidth: return kernels::measure_read_bandwidth(num_threads);
+    case Limit::kReadBandwidth:
+      return kernels::measure_read_bandwidth(num_threads);
   }
   return 0;
 }
@@ -32,10 +35,14 @@ double measure(Limit limit, int num_threads) {
 
 const char* limit_name(Limit limit) {
   switch (limit) {
-    case Limit::kBF16Peak: return "bf16 peak";
-    case Limit::kF32Peak: return "f32 peak";
-    case Limit::kYmmPeak: return "ymm peak";
-    case Limit::kReadBandwidth: return "read";
+    case Limit::kBF16Peak:
+      return "bf16 peak";
+    case Limit::kF32Peak:
+      return "f32 peak";
+    case Limit::kYmmPeak:
+      return "ymm peak";
+    case Limit::kReadBandwidth:
+      return "read";
   }
   return "";
 }

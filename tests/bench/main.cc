@@ -1,6 +1,6 @@
-// bench_kernels [--smoke] [Google Benchmark's options]: runs the benchmarks between two measurements
-// of the machine's limits and prints one table. Where the two are more than 3 % apart, something
-// else used the machine, and all of it is repeated, at most twice.
+// bench_kernels [--smoke] [Google Benchmark's options]: runs the benchmarks between two
+// measurements of the machine's limits and prints one table. Where the two are more than 3 % apart,
+// something else used the machine, and all of it is repeated, at most twice.
 #include <benchmark/benchmark.h>
 #include <fmt/format.h>
 
@@ -39,6 +39,7 @@ int main(int argc, char** argv) {
   if (benchmark::ReportUnrecognizedArguments(num_arguments, arguments.data())) return 2;
 
   rollpack::bench::add_gemm_benchmarks();
+  rollpack::bench::add_op_benchmarks();
 
   rollpack::bench::TableReporter reporter;
   for (int attempt = 1;; ++attempt) {

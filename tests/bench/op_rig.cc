@@ -66,9 +66,10 @@ std::unique_ptr<Backend> make_backend(const RigOptions& options) {
   constexpr int64_t kAnyPage = int64_t{64} << 20;  // larger than a page of any model here
   const int64_t page_bytes =
       kernels::make_cpu_backend(options.shape, backend_options(options, kAnyPage), cpu)
-          ->info().kv.page_bytes;
-  return kernels::make_cpu_backend(
-      options.shape, backend_options(options, page_bytes * options.num_pages), cpu);
+          ->info()
+          .kv.page_bytes;
+  return kernels::make_cpu_backend(options.shape,
+                                   backend_options(options, page_bytes * options.num_pages), cpu);
 }
 
 std::vector<uint16_t> random_bf16(int64_t count, float scale) {

@@ -48,6 +48,7 @@ class OpRig {
   OpRig& operator=(const OpRig&) = delete;
 
   const RigOptions& options() const { return options_; }
+  kernels::Backend& backend() { return *backend_; }
 
   // Weights first, then commit(), then steps.
   kernels::WeightId weight(kernels::WeightKind kind, std::vector<int64_t> part_rows, int64_t cols);

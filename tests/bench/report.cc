@@ -50,9 +50,8 @@ std::string further_columns(const std::vector<Run>& runs) {
           runs, [&name = name](const Run& run) { return counter(run, name) / seconds_of(run); });
       text += fmt::format("  {:.2f} x {}", ratio, name.substr(kRival.size()));
     } else if (!name.starts_with('_')) {
-      const double value = median(runs, [&name = name](const Run& run) {
-        return counter(run, name);
-      });
+      const double value =
+          median(runs, [&name = name](const Run& run) { return counter(run, name); });
       text += fmt::format("  {} {:.3g}", name, value);
     }
   }
@@ -69,9 +68,10 @@ void print_line(const std::vector<Run>& runs) {
   const double at_bandwidth = bytes > 0 ? bytes / limit_of(Limit::kReadBandwidth, num_threads) : 0;
   const Limit binding = at_peak >= at_bandwidth ? peak : Limit::kReadBandwidth;
   const std::string share =
-      is_smoke() ? "" : fmt::format("{:>5.1f} % of {:<9}",
-                                    100 * std::max(at_peak, at_bandwidth) / seconds,
-                                    limit_name(binding));
+      is_smoke()
+          ? ""
+          : fmt::format("{:>5.1f} % of {:<9}", 100 * std::max(at_peak, at_bandwidth) / seconds,
+                        limit_name(binding));
   const std::string& args = first.run_name.args;
   fmt::print("{:<56} {:>10} {:>8} {:>7}  {}{}\n",
              first.run_name.function_name + (args.empty() ? "" : "/" + args), time_text(seconds),

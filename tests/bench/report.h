@@ -16,8 +16,8 @@ void set_smoke(bool value);
 
 // Of one iteration.
 struct Work {
-  double flops = 0;             // 2 a multiply-add; 0: only bytes are counted
-  double bytes = 0;             // distinct bytes read; 0: only FLOPs are counted
+  double flops = 0;  // 2 a multiply-add; 0: only bytes are counted
+  double bytes = 0;  // distinct bytes read; 0: only FLOPs are counted
   Limit peak = Limit::kBF16Peak;
   int num_threads = 1;
 };

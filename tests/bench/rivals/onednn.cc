@@ -32,8 +32,7 @@ OneDnnGemm::OneDnnGemm(int64_t rows, int64_t N, int64_t K_in, const std::vector<
   const memory::desc in({rows, K_in}, memory::data_type::bf16, memory::format_tag::ab);
   const memory::desc any({K_in, N}, memory::data_type::bf16, memory::format_tag::any);
   const memory::desc out({rows, N}, memory::data_type::f32, memory::format_tag::ab);
-  state.description =
-      dnnl::matmul::primitive_desc(dnnl::matmul::desc(in, any, out), state.engine);
+  state.description = dnnl::matmul::primitive_desc(dnnl::matmul::desc(in, any, out), state.engine);
   state.product = dnnl::matmul(state.description);
   const memory::desc plain({K_in, N}, memory::data_type::bf16, memory::format_tag::ba);
   memory source(plain, state.engine, const_cast<uint16_t*>(weight.data()));
@@ -53,9 +52,8 @@ double OneDnnGemm::run(const uint16_t* in, float* out) {
   memory target(state.description.dst_desc(), state.engine, out);
   const auto start = Clock::now();
   for (memory& weight : state.weights) {
-    state.product.execute(state.stream, {{DNNL_ARG_SRC, source},
-                                         {DNNL_ARG_WEIGHTS, weight},
-                                         {DNNL_ARG_DST, target}});
+    state.product.execute(
+        state.stream, {{DNNL_ARG_SRC, source}, {DNNL_ARG_WEIGHTS, weight}, {DNNL_ARG_DST, target}});
   }
   state.stream.wait();
   return std::chrono::duration<double>(Clock::now() - start).count();

@@ -13,16 +13,18 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr int64_t kColumns = 64;    // of a panel: four registers
-constexpr int64_t kTileRows = 6;    // 24 sums, 4 weights, 1 input of 32 registers
-constexpr int64_t kSlices = 2;      // of K: one a thread of a machine like this
+constexpr int64_t kColumns = 64;  // of a panel: four registers
+constexpr int64_t kTileRows = 6;  // 24 sums, 4 weights, 1 input of 32 registers
+constexpr int64_t kSlices = 2;    // of K: one a thread of a machine like this
 constexpr int64_t kHugePage = int64_t{2} << 20;
 
 // out[r][n] = sum over `steps` pairs of in and panel, n < 64.
 template <int kRows>
-__attribute__((target("avx512f,avx512bw,avx512bf16"))) void tile_product(
-    const uint16_t* in, int64_t in_stride, const uint16_t* panel, int64_t steps, float* out,
-    int64_t out_stride) {
+__attribute__((target("avx512f,avx512bw,avx512bf16"))) void tile_product(const uint16_t* in,
+                                                                         int64_t in_stride,
+                                                                         const uint16_t* panel,
+                                                                         int64_t steps, float* out,
+                                                                         int64_t out_stride) {
   __m512 sums[kRows][4];
   for (auto& row : sums) {
     for (auto& sum : row) sum = _mm512_setzero_ps();

@@ -1,0 +1,270 @@
+#include "tests/bench/model_rig.h"
+
+#include <algorithm>
+#include <chrono>
+#include <string>
+#include <utility>
+
+namespace rollpack::bench {
+namespace {
+
+using kernels::Backend;
+using kernels::Buffer;
+using kernels::ModelShape;
+using kernels::StepHandle;
+using kernels::StepPlan;
+using kernels::StepResult;
+using kernels::Tensor;
+using kernels::WeightId;
+using Clock = std::chrono::steady_clock;
+
+constexpr int32_t kPageTokens = 16;  // of the cpu backend
+constexpr auto kLongestStep = std::chrono::minutes(5);
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+int32_t pages_for(int32_t tokens) {
+  return (tokens + kPageTokens - 1) / kPageTokens;
+}
+
+rollout::ModelConfig config_of(const ModelShape& shape, int64_t num_positions) {
+  rollout::ModelConfig config;
+  config.architecture = "LlamaForCausalLM";
+  config.hidden_size = shape.D;
+  config.num_attention_heads = shape.H;
+  config.num_key_value_heads = shape.G;
+  config.head_dim = shape.K;
+  config.intermediate_size = shape.F;
+  config.vocab_size = shape.V;
+  config.num_hidden_layers = shape.L;
+  config.max_position_embeddings = num_positions;
+  config.tie_word_embeddings = true;
+  config.layer_windows.assign(static_cast<size_t>(shape.L), 0);
+  return config;
+}
+
+// Pages of a group's prompt and of sample `member`'s own tokens, in the order of positions.
+std::vector<int32_t> page_table(const DecodeShape& shape, int32_t group, int32_t member) {
+  const int32_t shared = pages_for(shape.prompt_tokens), own = pages_for(shape.own_tokens);
+  const int32_t first = group * (shared + shape.group_size * own);
+  std::vector<int32_t> pages = page_range(first, shared);
+  for (const int32_t page : page_range(first + shared + member * own, own)) pages.push_back(page);
+  return pages;
+}
+
+// Plans of at most max_rows rows that together cover every token of the shape once.
+std::vector<StepPlan> fill_plans(const DecodeShape& shape, int32_t max_rows) {
+  std::vector<StepPlan> plans;
+  const auto add = [&](int32_t begin, int32_t end, const std::vector<int32_t>& pages) {
+    for (int32_t at = begin; at < end; at += max_rows) {
+      plans.emplace_back();
+      add_sequence(plans.back(), std::min(max_rows, end - at), at, pages);
+    }
+  };
+  for (int32_t group = 0; group < shape.num_groups; ++group) {
+    add(0, shape.prompt_tokens, page_table(shape, group, 0));
+    for (int32_t member = 0; member < shape.group_size; ++member) {
+      add(shape.prompt_tokens, shape.prompt_tokens + shape.own_tokens,
+          page_table(shape, group, member));
+    }
+  }
+  return plans;
+}
+
+// Keys and values from the same random rows in every step.
+class FillProgram final : public kernels::StepProgram {
+ public:
+  FillProgram(Backend& backend, const RigOptions& options, const DecodeShape& shape)
+      : backend_(backend), model_(options.shape) {
+    qkv_ = random_tensor(options.max_rows, (model_.H + 2 * model_.G) * model_.K);
+    table_ = random_tensor(shape.prompt_tokens + shape.own_tokens, model_.K);
+    q_ = {.dtype = model_.dtype, .shape = {options.max_rows, model_.H * model_.K}};
+    q_.data = backend.alloc(q_.bytes()).data;
+  }
+  void free() {
+    for (const Tensor& tensor : {qkv_, table_, q_}) backend_.free({tensor.data, tensor.bytes()});
+  }
+  void run(Backend& backend, int64_t num_rows, int64_t) override {
+    Tensor qkv = qkv_, q = q_;
+    qkv.shape[0] = q.shape[0] = num_rows;
+    for (int32_t layer = 0; layer < model_.L; ++layer) {
+      backend.rope_append({.layer = layer, .qkv = qkv, .rope_table = table_, .q = q});
+    }
+  }
+
+ private:
+  Tensor random_tensor(int64_t rows, int64_t cols) {
+    Tensor tensor{.dtype = DType::kF32, .shape = {rows, cols}};
+    tensor.data = backend_.alloc(tensor.bytes()).data;
+    const std::vector<uint16_t> values = random_bf16(rows * cols, 1.0f);
+    for (size_t i = 0; i < values.size(); ++i) tensor.as<float>()[i] = bf16_to_f32(values[i]);
+    return tensor;
+  }
+
+  Backend& backend_;
+  const ModelShape model_;
+  Tensor qkv_, table_, q_;
+};
+
+}  // namespace
+
+// Forwards every call; the ops are timed.
+class ModelRig::TimedBackend final : public Backend {
+ public:
+  explicit TimedBackend(Backend& inner) : inner_(inner) {}
+
+  StepTime time;
+  std::vector<kernels::WeightSpec> specs;
+
+  const kernels::BackendInfo& info() const override { return inner_.info(); }
+  Buffer alloc(int64_t bytes) override { return inner_.alloc(bytes); }
+  void free(Buffer buffer) override { inner_.free(buffer); }
+  void upload(Buffer target, const void* source, int64_t bytes) override {
+    inner_.upload(target, source, bytes);
+  }
+  void download(void* target, Buffer source, int64_t bytes) override {
+    inner_.download(target, source, bytes);
+  }
+  void sync() override { inner_.sync(); }
+  WeightId declare_weight(const kernels::WeightSpec& spec) override {
+    specs.push_back(spec);
+    return inner_.declare_weight(spec);
+  }
+  void begin_staging() override { inner_.begin_staging(); }
+  void load_weight(WeightId id, int32_t part, const kernels::ConstTensor& source,
+                   kernels::ShardRange shard) override {
+    inner_.load_weight(id, part, source, shard);
+  }
+  void copy_committed_to_staged() override { inner_.copy_committed_to_staged(); }
+  void commit_weights() override { inner_.commit_weights(); }
+  void discard_weights() override { inner_.discard_weights(); }
+  uint64_t weights_hash() override { return inner_.weights_hash(); }
+  int export_staged_weights() override { return inner_.export_staged_weights(); }
+  void adopt_staged_weights(int fd) override { inner_.adopt_staged_weights(fd); }
+  void sleep(const std::vector<std::string>& tags) override { inner_.sleep(tags); }
+  void wake_up(const std::vector<std::string>& tags) override { inner_.wake_up(tags); }
+  void set_program(std::shared_ptr<kernels::StepProgram> program) override {
+    inner_.set_program(std::move(program));
+  }
+  StepHandle submit(StepPlan plan) override { return inner_.submit(std::move(plan)); }
+  bool poll(StepHandle handle) override { return inner_.poll(handle); }
+  StepResult wait(StepHandle handle, kernels::Deadline deadline) override {
+    return inner_.wait(handle, deadline);
+  }
+
+  void embed(const kernels::EmbedArgs& args) override {
+    timed(Op::kEmbed, [&] { inner_.embed(args); });
+  }
+  void rms_norm(const kernels::RmsNormArgs& args) override {
+    timed(Op::kNorm, [&] { inner_.rms_norm(args); });
+  }
+  void linear(const kernels::LinearArgs& args) override {
+    timed(Op::kLinear, [&] { inner_.linear(args); });
+  }
+  void rope_append(const kernels::RopeAppendArgs& args) override {
+    timed(Op::kRopeAppend, [&] { inner_.rope_append(args); });
+  }
+  void attention(const kernels::AttentionArgs& args) override {
+    timed(Op::kAttention, [&] { inner_.attention(args); });
+  }
+  void gather_head_rows(const kernels::GatherHeadRowsArgs& args) override {
+    timed(Op::kGather, [&] { inner_.gather_head_rows(args); });
+  }
+  void lm_head(const kernels::LmHeadArgs& args) override {
+    timed(Op::kHead, [&] { inner_.lm_head(args); });
+  }
+
+ private:
+  template <class Call>
+  void timed(Op op, Call call) {
+    const auto start = Clock::now();
+    call();
+    time.ops[static_cast<size_t>(op)] += seconds_since(start);
+  }
+
+  Backend& inner_;
+};
+
+// The forward pass over the timed backend instead of the one that runs the step.
+class ModelRig::Program final : public kernels::StepProgram {
+ public:
+  Program(const RigOptions& options, const rollout::ModelConfig& config,
+          const rollout::ModelWeights& weights, TimedBackend& timed)
+      : timed_(timed),
+        transformer_(config, weights, timed, options.shape.dtype, options.max_rows,
+                     config.max_position_embeddings) {}
+  void run(Backend&, int64_t num_rows, int64_t num_head_rows) override {
+    transformer_.run(timed_, num_rows, num_head_rows);
+  }
+
+ private:
+  TimedBackend& timed_;
+  rollout::Transformer transformer_;
+};
+
+ModelRig::ModelRig(const RigOptions& options, int64_t num_positions)
+    : options_(options),
+      backend_(make_backend(options)),
+      timed_(std::make_unique<TimedBackend>(*backend_)) {
+  const rollout::ModelConfig config = config_of(options.shape, num_positions);
+  weights_ = std::make_unique<rollout::ModelWeights>(config, *timed_);
+  load_random_weights(*timed_, timed_->specs);
+  program_ = std::make_shared<Program>(options, config, *weights_, *timed_);
+}
+
+ModelRig::~ModelRig() {
+  backend_->set_program(nullptr);  // its destructor frees buffers through the timed backend
+}
+
+StepTime ModelRig::run(StepPlan plan) {
+  backend_->set_program(program_);
+  timed_->time = {};
+  const auto start = Clock::now();
+  backend_->wait(backend_->submit(std::move(plan)), Clock::now() + kLongestStep);
+  timed_->time.wall = seconds_since(start);
+  return timed_->time;
+}
+
+int32_t DecodeShape::num_pages() const {
+  return num_groups * (pages_for(prompt_tokens) + group_size * pages_for(own_tokens));
+}
+
+StepPlan decode_plan(const DecodeShape& shape) {
+  StepPlan plan;
+  const int32_t position = shape.prompt_tokens + shape.own_tokens - 1;
+  for (int32_t row = 0; row < shape.num_rows(); ++row) {
+    add_sequence(plan, 1, position,
+                 page_table(shape, row / shape.group_size, row % shape.group_size), row);
+    if (shape.temperature < 0) continue;
+    plan.slot_inits.push_back({.slot = row,
+                               .sampling = {.temperature = shape.temperature},
+                               .sample_index = static_cast<uint32_t>(row),
+                               .next_position = position + 1,
+                               .end_position = position + 2});
+    plan.samples.push_back({.row = row, .slot = row});
+  }
+  return plan;
+}
+
+void fill_cache(Backend& backend, const RigOptions& options, const DecodeShape& shape) {
+  const auto program = std::make_shared<FillProgram>(backend, options, shape);
+  backend.set_program(program);
+  for (StepPlan& plan : fill_plans(shape, options.max_rows)) {
+    backend.wait(backend.submit(std::move(plan)), Clock::now() + kLongestStep);
+  }
+  program->free();
+}
+
+StepFlops decode_flops(const ModelShape& model, const DecodeShape& shape) {
+  const auto rows = static_cast<double>(shape.num_rows());
+  const double keys = shape.prompt_tokens + shape.own_tokens;
+  const auto layer =
+      static_cast<double>((2 * model.H + 2 * model.G) * model.K * model.D + 3 * model.D * model.F);
+  return {.linear = 2 * rows * static_cast<double>(model.L) * layer,
+          .attention = 4 * rows * keys * static_cast<double>(model.L * model.H * model.K),
+          .head = shape.temperature < 0 ? 0 : 2 * rows * static_cast<double>(model.D * model.V)};
+}
+
+}  // namespace rollpack::bench
