@@ -35,11 +35,14 @@ pip_of() {
   "$peers_dir/$name/bin/python" -m pip install --quiet "$@"
 }
 
+purelib_of() {
+  "$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+}
+
 install_openvino() {
   if new_environment openvino; then
     # Only the export needs torch, and the project's own will do.
-    "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-      >"$("$peers_dir/openvino/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"
+    purelib_of "$python" >"$(purelib_of "$peers_dir/openvino/bin/python")/torch.pth"
     pip_of openvino openvino-genai optimum-intel
     touch "$peers_dir/openvino/complete"
   fi
