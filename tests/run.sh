@@ -61,6 +61,7 @@ if [ "$ROLLPACK_FULL" = 1 ]; then
 else
   ctest_stage ctest build 600 -LE "slow|perf"
 fi
+stage bench 300 tests/bench/run.sh --smoke
 stage model 300 "$python" examples/export_smollm2.py --output "$ROLLPACK_MODEL"
 stage pytest $((ROLLPACK_FULL ? 5400 : 900)) "$python" -m pytest tests -q \
   --junit-xml "$results/pytest.xml"

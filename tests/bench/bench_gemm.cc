@@ -4,10 +4,12 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "tests/bench/benchmarks.h"
@@ -30,6 +32,12 @@ using kernels::cpu::Isa;
 
 constexpr int64_t kCycledBytes = 400'000'000;
 constexpr int32_t kMaxRows = 256;
+
+// Each implementation has threads of its own, which spin for a while after their last task: on the
+// cores that the next one needs.
+void let_other_pools_sleep() {
+  if (!is_smoke()) std::this_thread::sleep_for(std::chrono::milliseconds(20));
+}
 
 // One product of a layer; gated: N is of gate and up each.
 struct Product {
@@ -74,6 +82,7 @@ class GemmRig {
 
   // Seconds of one product, the mean over a cycle of weights.
   double run(int64_t rows) {
+    let_other_pools_sleep();
     Tensor in = in_, out = out_;
     in.shape[0] = out.shape[0] = rows;
     const double seconds = rig_.run(plan_of_rows(rows), [&](Backend& backend) {
@@ -147,8 +156,10 @@ class Rivals {
 
   void run() {
     ++num_runs_;
+    let_other_pools_sleep();
     if (split_k_) split_k_s_ += split_k_->run(rig_.in(), rows_, rig_.out()) / rig_.num_weights();
 #ifdef ROLLPACK_BENCH_ONEDNN
+    let_other_pools_sleep();
     one_dnn_s_ += one_dnn_->run(rig_.in(), rig_.out()) / rig_.num_weights();
 #endif
   }
@@ -215,7 +226,8 @@ void add(const GemmCase& c, bool has_rivals, const std::vector<int64_t>& rows,
   for (const int64_t num_threads : threads) {
     for (const int64_t num_rows : rows) added->Args({num_rows, num_threads});
   }
-  if (!is_smoke()) added->MinTime(0.1)->Repetitions(5);
+  // An iteration is a cycle of weights, though its time is that of one product.
+  if (!is_smoke()) added->Iterations(3)->Repetitions(5);
 }
 
 }  // namespace

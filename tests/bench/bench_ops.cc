@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 
@@ -164,22 +165,25 @@ void run_step(benchmark::State& state, float temperature) {
   const StepFlops flops = decode_flops(rig.options().shape, shape);
   set_work(state, {.flops = flops.total(), .peak = peak_here(), .num_threads = num_threads});
   const StepPlan plan = decode_plan(shape);
-  StepTime sum;
+  kernels::StepProfile profile;
+  double wall_s = 0;
   rig.run(plan);
   for (auto _ : state) {
     const StepTime time = rig.run(plan);
-    state.SetIterationTime(time.wall);
-    sum.wall += time.wall;
-    for (size_t op = 0; op < sum.ops.size(); ++op) sum.ops[op] += time.ops[op];
+    state.SetIterationTime(time.wall_s);
+    wall_s += time.wall_s;
+    profile.add(time.profile);
   }
-  double in_ops = 0;
-  for (size_t op = 0; op < sum.ops.size(); ++op) {
-    in_ops += sum.ops[op];
-    set_note(state, std::string("% ") + kOpNames[op], 100 * sum.ops[op] / sum.wall);
+  std::map<std::string, double> ops_s;  // linear layers together
+  double in_ops_s = 0;
+  for (const kernels::OpProfile& op : profile.ops) {
+    ops_s[op.name.starts_with("linear ") ? "linear" : op.name] += op.seconds;
+    in_ops_s += op.seconds;
   }
-  const double product = sum.of(Op::kLinear) * flops.head / flops.linear;
-  set_note(state, "% sampling", 100 * (sum.of(Op::kHead) - product) / sum.wall);
-  set_note(state, "% outside of ops", 100 * (sum.wall - in_ops) / sum.wall);
+  for (const auto& [name, seconds] : ops_s) set_note(state, "% " + name, 100 * seconds / wall_s);
+  const double product_s = ops_s["linear"] * flops.head / flops.linear;
+  set_note(state, "% sampling", 100 * (ops_s["lm_head"] - product_s) / wall_s);
+  set_note(state, "% outside of ops", 100 * (wall_s - in_ops_s) / wall_s);
 }
 
 void finish(benchmark::internal::Benchmark* added, double min_time) {

@@ -2,18 +2,16 @@
 
 #include <algorithm>
 #include <chrono>
-#include <string>
 #include <utility>
+
+#include "kernels/forwarding_backend.h"
 
 namespace rollpack::bench {
 namespace {
 
 using kernels::Backend;
-using kernels::Buffer;
 using kernels::ModelShape;
-using kernels::StepHandle;
 using kernels::StepPlan;
-using kernels::StepResult;
 using kernels::Tensor;
 using kernels::WeightId;
 using Clock = std::chrono::steady_clock;
@@ -110,121 +108,39 @@ class FillProgram final : public kernels::StepProgram {
 
 }  // namespace
 
-// Forwards every call; the ops are timed.
-class ModelRig::TimedBackend final : public Backend {
+// Notes what a model declares, so that it can be filled with random weights.
+class ModelRig::DeclaredWeights final : public kernels::ForwardingBackend {
  public:
-  explicit TimedBackend(Backend& inner) : inner_(inner) {}
+  DeclaredWeights(std::unique_ptr<Backend> inner, std::vector<kernels::WeightSpec>& specs)
+      : ForwardingBackend(std::move(inner)), specs_(specs) {}
 
-  StepTime time;
-  std::vector<kernels::WeightSpec> specs;
-
-  const kernels::BackendInfo& info() const override { return inner_.info(); }
-  Buffer alloc(int64_t bytes) override { return inner_.alloc(bytes); }
-  void free(Buffer buffer) override { inner_.free(buffer); }
-  void upload(Buffer target, const void* source, int64_t bytes) override {
-    inner_.upload(target, source, bytes);
-  }
-  void download(void* target, Buffer source, int64_t bytes) override {
-    inner_.download(target, source, bytes);
-  }
-  void sync() override { inner_.sync(); }
   WeightId declare_weight(const kernels::WeightSpec& spec) override {
-    specs.push_back(spec);
-    return inner_.declare_weight(spec);
-  }
-  void begin_staging() override { inner_.begin_staging(); }
-  void load_weight(WeightId id, int32_t part, const kernels::ConstTensor& source,
-                   kernels::ShardRange shard) override {
-    inner_.load_weight(id, part, source, shard);
-  }
-  void copy_committed_to_staged() override { inner_.copy_committed_to_staged(); }
-  void commit_weights() override { inner_.commit_weights(); }
-  void discard_weights() override { inner_.discard_weights(); }
-  uint64_t weights_hash() override { return inner_.weights_hash(); }
-  int export_staged_weights() override { return inner_.export_staged_weights(); }
-  void adopt_staged_weights(int fd) override { inner_.adopt_staged_weights(fd); }
-  void sleep(const std::vector<std::string>& tags) override { inner_.sleep(tags); }
-  void wake_up(const std::vector<std::string>& tags) override { inner_.wake_up(tags); }
-  void set_program(std::shared_ptr<kernels::StepProgram> program) override {
-    inner_.set_program(std::move(program));
-  }
-  StepHandle submit(StepPlan plan) override { return inner_.submit(std::move(plan)); }
-  bool poll(StepHandle handle) override { return inner_.poll(handle); }
-  StepResult wait(StepHandle handle, kernels::Deadline deadline) override {
-    return inner_.wait(handle, deadline);
-  }
-
-  void embed(const kernels::EmbedArgs& args) override {
-    timed(Op::kEmbed, [&] { inner_.embed(args); });
-  }
-  void rms_norm(const kernels::RmsNormArgs& args) override {
-    timed(Op::kNorm, [&] { inner_.rms_norm(args); });
-  }
-  void linear(const kernels::LinearArgs& args) override {
-    timed(Op::kLinear, [&] { inner_.linear(args); });
-  }
-  void rope_append(const kernels::RopeAppendArgs& args) override {
-    timed(Op::kRopeAppend, [&] { inner_.rope_append(args); });
-  }
-  void attention(const kernels::AttentionArgs& args) override {
-    timed(Op::kAttention, [&] { inner_.attention(args); });
-  }
-  void gather_head_rows(const kernels::GatherHeadRowsArgs& args) override {
-    timed(Op::kGather, [&] { inner_.gather_head_rows(args); });
-  }
-  void lm_head(const kernels::LmHeadArgs& args) override {
-    timed(Op::kHead, [&] { inner_.lm_head(args); });
+    specs_.push_back(spec);
+    return inner().declare_weight(spec);
   }
 
  private:
-  template <class Call>
-  void timed(Op op, Call call) {
-    const auto start = Clock::now();
-    call();
-    time.ops[static_cast<size_t>(op)] += seconds_since(start);
-  }
-
-  Backend& inner_;
-};
-
-// The forward pass over the timed backend instead of the one that runs the step.
-class ModelRig::Program final : public kernels::StepProgram {
- public:
-  Program(const RigOptions& options, const rollout::ModelConfig& config,
-          const rollout::ModelWeights& weights, TimedBackend& timed)
-      : timed_(timed),
-        transformer_(config, weights, timed, options.shape.dtype, options.max_rows,
-                     config.max_position_embeddings) {}
-  void run(Backend&, int64_t num_rows, int64_t num_head_rows) override {
-    transformer_.run(timed_, num_rows, num_head_rows);
-  }
-
- private:
-  TimedBackend& timed_;
-  rollout::Transformer transformer_;
+  std::vector<kernels::WeightSpec>& specs_;
 };
 
 ModelRig::ModelRig(const RigOptions& options, int64_t num_positions)
     : options_(options),
-      backend_(make_backend(options)),
-      timed_(std::make_unique<TimedBackend>(*backend_)) {
+      backend_(std::make_unique<kernels::ProfiledBackend>(
+          std::make_unique<DeclaredWeights>(make_backend(options), specs_), options.shape)) {
   const rollout::ModelConfig config = config_of(options.shape, num_positions);
-  weights_ = std::make_unique<rollout::ModelWeights>(config, *timed_);
-  load_random_weights(*timed_, timed_->specs);
-  program_ = std::make_shared<Program>(options, config, *weights_, *timed_);
-}
-
-ModelRig::~ModelRig() {
-  backend_->set_program(nullptr);  // its destructor frees buffers through the timed backend
+  weights_ = std::make_unique<rollout::ModelWeights>(config, *backend_);
+  load_random_weights(*backend_, specs_);
+  transformer_ = std::make_shared<rollout::Transformer>(
+      config, *weights_, *backend_, options.shape.dtype, options.max_rows, num_positions);
 }
 
 StepTime ModelRig::run(StepPlan plan) {
-  backend_->set_program(program_);
-  timed_->time = {};
+  backend_->set_program(transformer_);
+  backend_->take();  // what was profiled while the cache was filled
   const auto start = Clock::now();
   backend_->wait(backend_->submit(std::move(plan)), Clock::now() + kLongestStep);
-  timed_->time.wall = seconds_since(start);
-  return timed_->time;
+  const double wall_s = seconds_since(start);
+  return {.profile = backend_->take(), .wall_s = wall_s};
 }
 
 int32_t DecodeShape::num_pages() const {

@@ -2,49 +2,40 @@
 // op apart: what a kernel's share of a step is, and how a step grows.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
-#include "kernels/backend.h"
+#include "kernels/profile/profiled_backend.h"
 #include "rollout/model/transformer.h"
 #include "rollout/model/weights.h"
 #include "tests/bench/op_rig.h"
 
 namespace rollpack::bench {
 
-enum class Op : uint8_t { kEmbed, kNorm, kLinear, kRopeAppend, kAttention, kGather, kHead, kCount };
-inline constexpr std::array<const char*, 7> kOpNames = {
-    "embed", "rms_norm", "linear", "rope_append", "attention", "gather_head_rows", "lm_head"};
-
-// Seconds of one step.
+// One step.
 struct StepTime {
-  std::array<double, 7> ops = {};  // by Op
-  double wall = 0;                 // submit to result
-
-  double of(Op op) const { return ops[static_cast<size_t>(op)]; }
+  kernels::StepProfile profile;  // seconds of its ops
+  double wall_s = 0;             // submit to result
 };
 
 class ModelRig {
  public:
   // A model without biases and with a tied head, of options.shape.
   explicit ModelRig(const RigOptions& options, int64_t num_positions);
-  ~ModelRig();
 
   const RigOptions& options() const { return options_; }
   kernels::Backend& backend() { return *backend_; }
   StepTime run(kernels::StepPlan plan);
 
  private:
-  class TimedBackend;
-  class Program;
+  class DeclaredWeights;
 
   RigOptions options_;
-  std::unique_ptr<kernels::Backend> backend_;
-  std::unique_ptr<TimedBackend> timed_;
+  std::vector<kernels::WeightSpec> specs_;
+  std::unique_ptr<kernels::ProfiledBackend> backend_;
   std::unique_ptr<rollout::ModelWeights> weights_;
-  std::shared_ptr<Program> program_;
+  std::shared_ptr<rollout::Transformer> transformer_;
 };
 
 // A step that decodes groups of siblings: the pages of a group's prompt are shared, each sample has
