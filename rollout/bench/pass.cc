@@ -69,9 +69,7 @@ std::optional<Measurement> PassRunner::take_measurement() {
 }
 
 std::optional<Pass> PassRunner::run(const Workload& workload, const std::string& batching) {
-  if (!is_measuring_ || !batching.empty()) {
-    if (!start_measuring(batching)) return std::nullopt;
-  }
+  if (!start_measuring(batching)) return std::nullopt;
   const std::optional<Measurement> before = take_measurement();
   if (!before) return std::nullopt;
   std::vector<GroupRequest> groups = make_groups(workload, job_.config(), job_.replica().model());

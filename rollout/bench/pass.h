@@ -31,7 +31,8 @@ class PassRunner : private bridge::SampleSink {
   // Starts the job. Errors: those of Job::start().
   explicit PassRunner(Job& job);
 
-  // One pass under the batching mode `batching`; "" leaves it, and what is cached, as it is.
+  // One pass under the batching mode `batching`. It finds no prompt of an earlier pass in a cache:
+  // what a pass has to compute, and so its share of the roofline, is the same in all of them.
   // nullopt: a signal came; status() is what the program exits with.
   // Errors: whatever broke the job or failed a sample.
   std::optional<Pass> run(const Workload& workload, const std::string& batching);
@@ -52,7 +53,7 @@ class PassRunner : private bridge::SampleSink {
   int64_t num_done_ = 0;
   bridge::Outcome error_;
   std::optional<Measurement> measurement_;
-  bool is_measuring_ = false;
+  bool is_measuring_ = false;  // every worker does, with empty caches
 };
 
 }  // namespace rollpack::rollout

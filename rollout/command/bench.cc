@@ -35,7 +35,7 @@ void warn_of_drift(const MachineRoof& roof) {
 nlohmann::ordered_json make_report(const CommandLine& line, const ModePasses& modes,
                                    const BenchSetting& setting) {
   if (line.compare.empty()) {
-    return mode_report(setting.job.config().engine.batching, modes.front().second, setting);
+    return mode_report(modes.front().first, modes.front().second, setting);
   }
   nlohmann::ordered_json comparison = comparison_report(modes, setting);
   fmt::print(stderr, "{}", comparison_table(comparison));
@@ -46,7 +46,7 @@ nlohmann::ordered_json make_report(const CommandLine& line, const ModePasses& mo
 
 void print_profiles(const ModePasses& modes, const BenchSetting& setting) {
   for (const auto& [name, passes] : modes) {
-    if (!name.empty()) fmt::print(stderr, "\n{}\n", name);
+    fmt::print(stderr, "\n{}\n", name);
     fmt::print(stderr, "{}", profile_table(profile_report(best_of(passes), setting)));
   }
 }
@@ -58,10 +58,9 @@ int bench(Job& job, const CommandLine& line) {
   const kernels::MachineLimits before = measure_limits(job);
   reset_peak_memory();
   PassRunner runner(job);
-  // Without --compare the mode stays as configured, and what is cached stays warm between passes.
-  ModePasses modes = {{"", {}}};
-  if (!line.compare.empty()) modes.clear();
+  ModePasses modes;
   for (const std::string& name : line.compare) modes.push_back({name, {}});
+  if (modes.empty()) modes.push_back({job.config().engine.batching, {}});
   for (int i = 0; i < line.repeat; ++i) {
     for (auto& [name, passes] : modes) {  // in turn: a disturbance meets all modes
       std::optional<Pass> pass = runner.run(workload, name);

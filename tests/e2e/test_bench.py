@@ -60,7 +60,8 @@ def _check_report(report: dict[str, Any], num_passes: int) -> None:
     assert report["prompt_tokens"] == sum(PROMPTS)
     assert report["response_tokens"] == sum(map(sum, RESPONSES))
     assert len(report["passes_s"]) == num_passes and min(report["passes_s"]) == report["wall_s"]
-    assert 0 < report["roofline_share"] < 1 and 0 < report["step_roofline_share"] < 1
+    assert 0 < report["roofline_share"] < 1
+    assert 0 < report["step_roofline_share"]  # a tiny model lies in caches, faster than memory
     assert 0 <= report["limits_drift"] < 1
     for key in ("time_to_first_token_s", "inter_token_latency_s"):
         assert 0 < report[key]["p50"] <= report[key]["p99"] < report["wall_s"]
@@ -82,13 +83,14 @@ def test_bench_measures_one_mode_and_profiles_its_ops(
     assert all(share >= 0 for share in rest)
     assert sum(shares.values()) + sum(rest) == pytest.approx(1)
     assert "linear gate_up" in text and "outside of steps" in text
-    # No pad, a prompt once a group, and the last token of a sample is not computed. A sample that
-    # starts after its siblings computes the prompt's last token once more, and a warm pass finds
-    # prompts again.
+    # No pad, a prompt once a group in every pass, and the last token of a sample is not computed. A
+    # sample that starts after its siblings computes the prompt's last token once more; one that
+    # begins like another group's finds those tokens.
     needed = sum(PROMPTS) + report["response_tokens"] - sum(map(len, RESPONSES))
     found = report["counters"]["prefix_cache_hits"]
     assert report["tokens_computed"] <= needed + len(RESPONSES)
     assert report["tokens_computed"] + found >= needed
+    assert found < len(PROMPTS), "no pass may find another's prompts"
 
 
 def test_bench_compares_batching_modes(files: tuple[pathlib.Path, pathlib.Path]) -> None:
