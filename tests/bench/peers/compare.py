@@ -3,7 +3,8 @@
 A round starts every engine once, one after the other, each in a process of its own that makes one
 cold and then warm passes. First passes are compared with first passes and best warm passes with
 best warm passes, within a round, so that a machine that slows down for a minute spoils one round
-at most; the table has medians over the rounds. Called by ../peers.sh.
+at most; the table has medians over the rounds. A peer that is not installed or breaks keeps its
+line, without numbers. Called by ../peers.sh.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 SCRIPTS = {"openvino": "run_openvino.py", "vllm": "run_vllm.py", "llamacpp": "run_llamacpp.py"}
 MODELS = {"openvino": "{shape}-openvino", "vllm": "{shape}", "llamacpp": "{shape}.gguf"}
+NAMES = {"openvino": "OpenVINO GenAI", "vllm": "vLLM CPU", "llamacpp": "llama.cpp"}
 LIMIT_S = 3600  # of one process; the slowest peer takes 120 s a pass
 
 
@@ -47,14 +49,24 @@ def command_of(engine: str, args: argparse.Namespace) -> list[str]:
             "--threads", str(args.threads)]
 
 
-def run(engine: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Runs one process. Returns: the JSON of its last line. Raises: SystemExit with its log."""
-    done = subprocess.run(command_of(engine, args), capture_output=True, text=True, check=False,
-                          timeout=LIMIT_S)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode != 0 or not lines:
-        raise SystemExit(f"compare.py: {engine}: exit status {done.returncode}\n"
-                         f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+def run(engine: str, args: argparse.Namespace) -> dict[str, Any] | None:
+    """Runs one process.
+
+    Returns: the JSON of its last line, or None where a peer broke; its log is on stderr then.
+    Raises: SystemExit where rollpack broke.
+    """
+    try:
+        done = subprocess.run(command_of(engine, args), capture_output=True, text=True,
+                              check=False, timeout=LIMIT_S)
+        status, log = f"exit status {done.returncode}", done.stdout[-2000:] + done.stderr[-4000:]
+    except (OSError, subprocess.TimeoutExpired) as error:
+        done, status, log = None, str(error), ""
+    lines = [] if done is None else [line for line in done.stdout.splitlines() if line[:1] == "{"]
+    if done is None or done.returncode != 0 or not lines:
+        print(f"compare.py: {engine}: {status}\n{log}", file=sys.stderr, flush=True)
+        if engine == "rollpack":
+            raise SystemExit(1)
+        return None
     report = json.loads(lines[-1])
     report.setdefault("engine", engine)
     passes = " ".join(f"{s:.2f}" for s in report["passes_s"])
@@ -67,31 +79,41 @@ def timing(report: dict[str, Any]) -> Timing:
     return Timing(report["passes_s"][0], min(report["passes_s"][1:]))
 
 
-def table(rounds: list[dict[str, dict[str, Any]]]) -> str:
+def ratios(times: list[Timing], ours: list[Timing]) -> str:
+    """Returns how many times faster rollpack is in a round, first and warm, in the median."""
+    first = [t.first_s / o.first_s for t, o in zip(times, ours, strict=True)]
+    warm = [t.warm_s / o.warm_s for t, o in zip(times, ours, strict=True)]
+    return f"{statistics.median(first):.2f} / {statistics.median(warm):.2f}"
+
+
+def table(rounds: list[dict[str, dict[str, Any] | None]], missing: list[str]) -> str:
     """Formats the rounds, each a report an engine, as a Markdown table."""
     ours = [r["rollpack"] for r in rounds]
-    # What the workload takes at least, at the best peak that any round measured.
+    # What the workload takes at least, at the best limits that any round measured.
     flops = ours[0]["roofline_share"] * ours[0]["peak_flops"] * ours[0]["wall_s"]
     peak = max(report["peak_flops"] for report in ours)
     bandwidth = max(report["read_bandwidth_bytes_per_s"] for report in ours)
+    by_steps_s = min(report["step_roofline_share"] * report["wall_s"] for report in ours)
     tokens = ours[0]["response_tokens"]
+    own = [timing(report) for report in ours]
     lines = ["| engine | first pass, tokens/s | warm pass, tokens/s | share of the limit "
              "| rollpack is faster by, first / warm |", "|---|---|---|---|---|"]
     for engine in rounds[0]:
-        times = [timing(r[engine]) for r in rounds]
+        reports = [r[engine] for r in rounds]
+        if None in reports:
+            missing = [*missing, engine]
+            continue
+        times = [timing(report) for report in reports]
         first = statistics.median(t.first_s for t in times)
         warm = statistics.median(t.warm_s for t in times)
-        ratios = "1"
-        if engine != "rollpack":
-            own = [timing(report) for report in ours]
-            ratios = " / ".join(
-                f"{statistics.median(ratio):.2f}" for ratio in (
-                    [t.first_s / o.first_s for t, o in zip(times, own, strict=True)],
-                    [t.warm_s / o.warm_s for t, o in zip(times, own, strict=True)]))
-        lines.append(f"| {rounds[0][engine]['engine']} | {tokens / first:.0f} | {tokens / warm:.0f}"
-                     f" | {100 * flops / peak / warm:.0f} % | {ratios} |")
-    lines.append(f"| limit: bf16 peak {peak / 1e9:.0f} GFLOP/s (reads {bandwidth / 1e9:.0f} GB/s) "
-                 f"| | {tokens * peak / flops:.0f} | 100 % | |")
+        lines.append(f"| {reports[0]['engine']} | {tokens / first:.0f} | {tokens / warm:.0f}"
+                     f" | {100 * flops / peak / warm:.0f} % "
+                     f"| {ratios(times, own) if engine != 'rollpack' else '1'} |")
+    lines += [f"| {NAMES[engine]} | not measured | not measured | | |" for engine in missing]
+    lines.append(f"| limit: the workload's FLOP at {peak / 1e9:.0f} GFLOP/s | "
+                 f"| {tokens * peak / flops:.0f} | 100 % | |")
+    lines.append(f"| limit of rollpack's steps, reading at {bandwidth / 1e9:.0f} GB/s besides | "
+                 f"| {tokens / by_steps_s:.0f} | {100 * flops / peak / by_steps_s:.0f} % | |")
     return "\n".join(lines)
 
 
@@ -106,6 +128,8 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=3, help="of a process, cold first; 2 or more")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--set", action="append", default=[], help="section.key=value of rollpack")
+    parser.add_argument("--missing", action="append", default=[], choices=SCRIPTS,
+                        help="peer that could not be installed")
     parser.add_argument("--json", help="file for the reports of all processes")
     args = parser.parse_args()
     if args.passes < 2:
@@ -118,7 +142,7 @@ def main() -> None:
             pathlib.Path(args.json).write_text(json.dumps(rounds, indent=1), encoding="utf-8")
     workload = pathlib.Path(args.workload).stem
     print(f"`{workload}`, random {args.shape} weights, bf16, {args.threads} threads, "
-          f"medians of {args.rounds} rounds:\n\n{table(rounds)}")
+          f"medians of {args.rounds} rounds:\n\n{table(rounds, args.missing)}")
 
 
 if __name__ == "__main__":

@@ -48,8 +48,9 @@ def report(engine: str, args: argparse.Namespace,
            run: Callable[[list[Sample]], tuple[float, int]]) -> None:
     """Warms the engine up, times the passes and prints one JSON line.
 
-    The warm-up has prompts of its own: what is compiled at first use is not held against a peer,
-    and its prefix cache is still cold in the first pass.
+    What is compiled at first use is not held against a peer. The warm-up and every pass have
+    prompts of their own: siblings share a prompt in the peer's prefix cache, passes do not, and
+    each computes all of the workload, as rollpack's do.
 
     Args:
         engine: name and version.
@@ -60,11 +61,11 @@ def report(engine: str, args: argparse.Namespace,
         SystemExit: a pass gave another number of tokens than the workload asks for.
     """
     run([dataclasses.replace(s, response_tokens=min(s.response_tokens, 8))
-         for s in load(args.workload, seed=1)[:16]])
-    samples = load(args.workload, seed=0)
-    wanted = sum(s.response_tokens for s in samples)
+         for s in load(args.workload, seed=args.passes)[:16]])
     passes_s = []
-    for _ in range(args.passes):
+    for number in range(args.passes):
+        samples = load(args.workload, seed=number)
+        wanted = sum(s.response_tokens for s in samples)
         seconds, tokens = run(samples)
         if tokens != wanted:
             raise SystemExit(f"{engine}: {tokens} response tokens, the workload has {wanted}")
