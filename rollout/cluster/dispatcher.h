@@ -65,7 +65,7 @@ class Dispatcher : public bridge::RolloutService {
   void score(
       std::vector<bridge::ScoreSequence> sequences,
       std::function<void(bridge::Outcome, std::vector<bridge::ScoredSequence>)> done) override;
-  void begin_weights(int64_t version, bridge::OutcomeCallback done) override;
+  void begin_weights(bridge::WeightUpdate update, bridge::OutcomeCallback done) override;
   void stage_weights(bridge::WeightChunk chunk, bridge::OutcomeCallback done) override;
   void commit_weights(bridge::InFlight in_flight, bridge::OutcomeCallback done) override;
   void cancel_weights() override;

@@ -253,7 +253,7 @@ struct CommandEncoder {
   }
   json operator()(const Resume&) const { return {{"type", "resume"}}; }
   json operator()(const BeginWeights& m) const {
-    return {{"type", "begin_weights"}, {"ticket", m.ticket}};
+    return {{"type", "begin_weights"}, {"ticket", m.ticket}, {"is_partial", m.is_partial}};
   }
   json operator()(const StageWeights& m) const {
     return {{"type", "stage_weights"}, {"ticket", m.ticket}, {"chunk", encode_chunk(*m.chunk)}};
@@ -302,7 +302,7 @@ Command decode_known_command(const json& map, std::vector<OwnedFd>& fds) {
   }
   if (type == "pause") return Pause{ticket(), in_flight(map)};
   if (type == "resume") return Resume{};
-  if (type == "begin_weights") return BeginWeights{ticket()};
+  if (type == "begin_weights") return BeginWeights{ticket(), map.at("is_partial")};
   if (type == "stage_weights") {
     return StageWeights{ticket(), decode_chunk(map.at("chunk"), fds.at(0))};
   }

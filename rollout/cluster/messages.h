@@ -36,6 +36,7 @@ struct Pause {
 struct Resume {};
 struct BeginWeights {
   uint64_t ticket = 0;
+  bool is_partial = false;  // what is not staged stays as it is
 };
 struct StageWeights {
   uint64_t ticket = 0;

@@ -26,25 +26,33 @@ std::vector<int32_t> Dispatcher::packing_workers() const {
   return shares_weights_ ? std::vector<int32_t>{0} : all_workers();
 }
 
-void Dispatcher::begin_weights(int64_t version, bridge::OutcomeCallback done) {
+void Dispatcher::begin_weights(bridge::WeightUpdate update, bridge::OutcomeCallback done) {
   bridge::Outcome error;
   {
     const std::lock_guard lock(mutex_);
     if (fatal_) {
       error = fatal_;
     } else if (update_version_) {
-      error = wrong_state(fmt::format("begin of version {}", version),
+      error = wrong_state(fmt::format("begin of version {}", update.version),
                           fmt::format("the end of version {}'s update first", *update_version_));
-    } else if (version <= weight_version_) {
+    } else if (update.version <= weight_version_) {
       error =
           ErrorInfo{.code = ErrorCode::kInvalidArgument,
                     .field = "version",
-                    .value = std::to_string(version),
+                    .value = std::to_string(update.version),
                     .allowed = fmt::format("more than the current version {}", weight_version_)};
+    } else if (update.base_version && *update.base_version != weight_version_) {
+      error = ErrorInfo{.code = ErrorCode::kInvalidArgument,
+                        .field = "base_version",
+                        .value = std::to_string(*update.base_version),
+                        .allowed = fmt::format("{}, the current version", weight_version_)};
     } else {
-      update_version_ = version;
+      update_version_ = update.version;
       broadcast(
-          packing_workers(), [](uint64_t ticket) { return BeginWeights{ticket}; },
+          packing_workers(),
+          [is_partial = update.base_version.has_value()](uint64_t ticket) {
+            return BeginWeights{ticket, is_partial};
+          },
           [this, done](bridge::Outcome refused, int) {
             refused ? drop_update(done, std::move(refused)) : done(std::nullopt);
           });

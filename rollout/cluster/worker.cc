@@ -215,7 +215,10 @@ void Worker::handle(Resume&) {
 }
 
 void Worker::handle(BeginWeights& command) {
-  acknowledge(command.ticket, [&] { replica_.weights().begin_staging(); });
+  acknowledge(command.ticket, [&] {
+    command.is_partial ? replica_.weights().begin_partial_staging()
+                       : replica_.weights().begin_staging();
+  });
 }
 
 void Worker::handle(StageWeights& command) {

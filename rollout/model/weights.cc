@@ -107,7 +107,14 @@ WeightId ModelWeights::declare(const std::string& name, WeightKind kind, int64_t
 void ModelWeights::begin_staging() {
   is_staged_.clear();
   embedding_hash_ = tied_head_hash_ = 0;
+  is_partial_ = false;
   backend_.begin_staging();
+}
+
+void ModelWeights::begin_partial_staging() {
+  begin_staging();
+  backend_.copy_committed_to_staged();
+  is_partial_ = true;
 }
 
 void ModelWeights::stage(const std::string& name, DType dtype, std::span<const int64_t> shape,
@@ -166,13 +173,20 @@ void ModelWeights::finish_staging() const {
     const auto staged = is_staged_.find(name);
     if (staged == is_staged_.end() || !staged->second) missing.push_back(name);
   }
-  if (!missing.empty()) {
+  if (!missing.empty() && !is_partial_) {
     std::sort(missing.begin(), missing.end());
     throw Error({.code = ErrorCode::kInvalidArgument,
                  .field = missing.front(),
                  .value = "missing",
                  .allowed = fmt::format("all {} tensors of the model", places_.size()),
                  .message = fmt::format("{} of them are missing", missing.size())});
+  }
+  if (tied_head_hash_ != 0 && embedding_hash_ == 0) {  // in a partial set
+    throw Error({.code = ErrorCode::kInvalidArgument,
+                 .field = kHeadName,
+                 .value = "without model.embed_tokens.weight",
+                 .allowed = "both or neither: tie_word_embeddings is true",
+                 .message = "send the embedding; the head is the same tensor"});
   }
   if (tied_head_hash_ != 0 && tied_head_hash_ != embedding_hash_) {
     throw Error({.code = ErrorCode::kInvalidArgument,

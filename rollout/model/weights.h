@@ -40,6 +40,8 @@ class ModelWeights {
   // One set of tensors at a time: begin, stage each, finish (nothing missing), then the backend's
   // commit or discard. Errors name the tensor, its shape and what is expected.
   void begin_staging();
+  // What is not staged stays as it is committed.
+  void begin_partial_staging();
   void stage(const std::string& name, DType dtype, std::span<const int64_t> shape,
              std::span<const std::byte> bytes);
   void finish_staging() const;
@@ -67,6 +69,7 @@ class ModelWeights {
 
   kernels::Backend& backend_;
   bool is_tied_;
+  bool is_partial_ = false;  // the set being staged began as a copy of the committed one
   std::unordered_map<std::string, Place> places_;
   std::unordered_map<std::string, bool> is_staged_;
   // Fingerprints of a tied model's two copies as staged; 0: not there.

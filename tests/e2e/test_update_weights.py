@@ -112,6 +112,20 @@ def test_an_update_with_the_files_tensors_gives_the_files_bits(client: rollpack.
     assert _draw(client) == before
 
 
+def test_some_tensors_over_a_base_give_the_bits_of_all(client: rollpack.Client, old: Tensors,
+                                                       new: Tensors) -> None:
+    changed = {name: new[name] for name in (NORM, UP)}
+    assert client.update_weights({**old, **changed}, version=1) == 1
+    whole = _draw(client)
+    assert client.update_weights(old, version=2) == 2
+    assert _draw(client) != whole
+    assert client.update_weights(changed, version=3, base_version=2) == 3
+    assert _draw(client) == whole
+    with pytest.raises(rollpack.InvalidArgument, match="base_version.*= 2.*3, the current version"):
+        client.update_weights(changed, version=4, base_version=2)
+    assert _draw(client) == whole
+
+
 def test_keep_goes_on_under_the_new_weights(client: rollpack.Client, old: Tensors,
                                             new: Tensors) -> None:
     _submit_load(client)

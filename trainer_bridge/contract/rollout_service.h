@@ -59,6 +59,13 @@ enum class InFlight : uint8_t {
   kAbort,  // handed back as partial samples with finish_reason abort
 };
 
+// What an update turns the weights into.
+struct WeightUpdate {
+  int64_t version = 0;
+  // Set: only some tensors come, the others stay as they are in this version, the current one.
+  std::optional<int64_t> base_version;
+};
+
 // One tensor of a weight update.
 struct WeightTensor {
   std::string name;
@@ -108,7 +115,9 @@ class RolloutService {
 
   // Weights in two phases: begin, stage any number of times, then commit or cancel. A refused
   // stage or commit cancels the update; the old version goes on, bit-unchanged.
-  virtual void begin_weights(int64_t version, OutcomeCallback done) = 0;
+  // Errors of begin: invalid_argument for a version not above the current one, or a base that is
+  // not the current one.
+  virtual void begin_weights(WeightUpdate update, OutcomeCallback done) = 0;
   virtual void stage_weights(WeightChunk chunk, OutcomeCallback done) = 0;
   virtual void commit_weights(InFlight in_flight, OutcomeCallback done) = 0;
   virtual void cancel_weights() = 0;

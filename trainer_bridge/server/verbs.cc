@@ -181,8 +181,9 @@ void Verbs::update_weights(Request& request) {
   if (phase == 1) return weight_chunk(request, version);
   check_no_fds(request);
   if (phase == 0) {
+    const auto base_version = fields.optional_integer("base_version", 0, kMaxI64);
     fields.finish();
-    return parts_.weights.begin(client, version, answer);
+    return parts_.weights.begin(client, {version, base_version}, answer);
   }
   if (phase == 2) {
     const InFlight in_flight = read_in_flight(fields);

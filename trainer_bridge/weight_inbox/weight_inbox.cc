@@ -43,24 +43,33 @@ void WeightInbox::check_owner(const char* phase, uint64_t client, int64_t versio
   }
 }
 
-void WeightInbox::begin(uint64_t client, int64_t version, OutcomeCallback done) {
+void WeightInbox::begin(uint64_t client, WeightUpdate update, OutcomeCallback done) {
   if (update_) {
     return done(
         out_of_order("begin", "one update at a time",
                      fmt::format("an update to version {} is under way", update_->version)));
   }
-  if (version <= service_.weight_version()) {
+  const int64_t current = service_.weight_version();
+  if (update.version <= current) {
+    return done(ErrorInfo{.code = ErrorCode::kInvalidArgument,
+                          .field = "version",
+                          .value = std::to_string(update.version),
+                          .origin = "update_weights begin",
+                          .allowed = fmt::format("above {}, the current version", current)});
+  }
+  if (update.base_version && *update.base_version != current) {
     return done(ErrorInfo{
         .code = ErrorCode::kInvalidArgument,
-        .field = "version",
-        .value = std::to_string(version),
+        .field = "base_version",
+        .value = std::to_string(*update.base_version),
         .origin = "update_weights begin",
-        .allowed = fmt::format("above {}, the current version", service_.weight_version())});
+        .allowed = fmt::format("{}, the current version", current),
+        .message = "send every tensor, or the difference to the weights that are current"});
   }
-  update_ = Update{.client = client, .version = version};
+  update_ = Update{.client = client, .version = update.version};
   ++update_serial_;
   enqueue({"begin",
-           [this, version](const OutcomeCallback& end) { service_.begin_weights(version, end); },
+           [this, update](const OutcomeCallback& end) { service_.begin_weights(update, end); },
            std::move(done)});
 }
 

@@ -35,11 +35,11 @@ class WeightInbox {
   WeightInbox(RolloutService& service, Runner background, Runner foreground);
 
   // `done` is called once, on the foreground. Errors, through `done`:
-  //   invalid_argument     a version not above the current one
+  //   invalid_argument     a version not above the current one; a base that is not the current one
   //   failed_precondition  a phase out of order, another client's update, another version
   //   would_block          more than kMaxPhasesAhead phases wait
   //   and what the manifest's memory or the service has against it, which ends the update
-  void begin(uint64_t client, int64_t version, OutcomeCallback done);
+  void begin(uint64_t client, WeightUpdate update, OutcomeCallback done);
   void chunk(uint64_t client, int64_t version, ChunkManifest manifest, OwnedFd fd,
              OutcomeCallback done);
   void commit(uint64_t client, int64_t version, InFlight in_flight, OutcomeCallback done);

@@ -61,9 +61,10 @@ struct Chunk {
   bridge::WeightChunk chunk;
 };
 
-bridge::Outcome begin(Dispatcher& dispatcher, int64_t version) {
+bridge::Outcome begin(Dispatcher& dispatcher, int64_t version,
+                      std::optional<int64_t> base_version = std::nullopt) {
   Waiter waiter;
-  dispatcher.begin_weights(version, waiter.callback());
+  dispatcher.begin_weights({version, base_version}, waiter.callback());
   return waiter.wait();
 }
 
@@ -193,6 +194,58 @@ TEST(Dispatcher, SwitchesWeightsOnAllRanksAndStampsTheVersion) {
     num_changed += sample.response_ids != before.at(name).response_ids;
   }
   EXPECT_GT(num_changed, 0);
+}
+
+// Tensors [first, last) of the tiny model in seed 2's values.
+bridge::Outcome update_some(Dispatcher& dispatcher, int64_t version, size_t first, size_t last) {
+  const auto tensors = tiny_tensors(2);
+  const Chunk chunk({tensors.begin() + static_cast<ptrdiff_t>(first),
+                     tensors.begin() + static_cast<ptrdiff_t>(last)});
+  bridge::Outcome error = begin(dispatcher, version, version - 1);
+  if (!error) error = stage(dispatcher, chunk);
+  return error ? error : commit(dispatcher);
+}
+
+TEST(Dispatcher, PartialUpdatesOneAfterTheOtherGiveTheBitsOfAWholeOne) {
+  ThreadRanks ranks(2), whole(2);
+  const size_t num_tensors = tiny_tensors(2).size();
+  ASSERT_FALSE(update_some(ranks.dispatcher(), 1, 0, 3));
+  ranks.dispatcher().submit(numbered_prompts(6));
+  ASSERT_TRUE(ranks.sink.wait_for(18));
+  ASSERT_FALSE(update_some(ranks.dispatcher(), 2, 3, num_tensors - 1));
+  ASSERT_FALSE(update_some(ranks.dispatcher(), 3, num_tensors - 1, num_tensors));
+  const Chunk chunk(tiny_tensors(2));
+  ASSERT_FALSE(begin(whole.dispatcher(), 5));
+  ASSERT_FALSE(stage(whole.dispatcher(), chunk));
+  ASSERT_FALSE(commit(whole.dispatcher()));
+  const auto half_way = ranks.sink.take_samples();
+  ranks.dispatcher().submit(numbered_prompts(6));
+  whole.dispatcher().submit(numbered_prompts(6));
+  ASSERT_TRUE(ranks.sink.wait_for(18));
+  ASSERT_TRUE(whole.sink.wait_for(18));
+  const auto updated_samples = ranks.sink.samples();
+  int num_changed = 0;
+  for (const auto& [name, sample] : whole.sink.samples()) {
+    const bridge::Sample& updated = updated_samples.at(name);
+    EXPECT_EQ(updated.response_ids, sample.response_ids);
+    EXPECT_EQ(updated.logprobs, sample.logprobs);
+    num_changed += half_way.at(name).response_ids != sample.response_ids;
+  }
+  EXPECT_GT(num_changed, 0) << "the first of the three updates has changed everything";
+}
+
+TEST(Dispatcher, RefusesAPartialUpdateOfOtherWeightsOrOfATiedHeadAlone) {
+  ThreadRanks ranks(1);
+  EXPECT_EQ(format_error(*begin(ranks.dispatcher(), 3, 2)),
+            "base_version = 2: expected 0, the current version");
+  auto head = tiny_tensors(2);
+  head.resize(1);
+  head[0].name = "lm_head.weight";
+  const Chunk chunk(head);
+  ASSERT_FALSE(begin(ranks.dispatcher(), 1, 0));
+  ASSERT_FALSE(stage(ranks.dispatcher(), chunk));
+  EXPECT_EQ(commit(ranks.dispatcher())->field, "lm_head.weight");
+  EXPECT_EQ(ranks.dispatcher().weight_version(), 0);
 }
 
 TEST(Dispatcher, KeptSamplesScoreUnderTheVersionStampedOnThem) {
@@ -339,9 +392,8 @@ TEST(Dispatcher, MeasuresStepsOnAllRanksAndChangesTheirBatching) {
     const size_t num_samples = batching == std::string("continuous") ? 24 : 48;
     ASSERT_TRUE(ranks.sink.wait_for(num_samples));
     std::promise<Measurement> promise;
-    dispatcher.take_measurement([&](bridge::Outcome, Measurement measured) {
-      promise.set_value(std::move(measured));
-    });
+    dispatcher.take_measurement(
+        [&](bridge::Outcome, Measurement measured) { promise.set_value(std::move(measured)); });
     const Measurement measured = promise.get_future().get();
     EXPECT_EQ(measured.first_token_times_s.size(), 24u) << batching;
     EXPECT_FALSE(measured.step_flops.empty());

@@ -254,11 +254,12 @@ void FakeService::score(std::vector<ScoreSequence> sequences,
   done(std::nullopt, std::move(results));
 }
 
-void FakeService::begin_weights(int64_t version, OutcomeCallback done) {
+void FakeService::begin_weights(WeightUpdate update, OutcomeCallback done) {
   {
     const std::lock_guard lock(mutex_);
-    next_version_ = version;
+    next_version_ = update.version;
     staged_.clear();
+    if (update.base_version) staged_ = fake_tensors();
   }
   done(std::nullopt);
 }

@@ -53,7 +53,7 @@ class FakeService final : public RolloutService {
   void resume() override;
   void score(std::vector<ScoreSequence> sequences,
              std::function<void(Outcome, std::vector<ScoredSequence>)> done) override;
-  void begin_weights(int64_t version, OutcomeCallback done) override;
+  void begin_weights(WeightUpdate update, OutcomeCallback done) override;
   void stage_weights(WeightChunk chunk, OutcomeCallback done) override;
   void commit_weights(InFlight in_flight, OutcomeCallback done) override;
   void cancel_weights() override;

@@ -96,7 +96,7 @@ class WeightInboxTest : public ::testing::Test {
 };
 
 TEST_F(WeightInboxTest, AnUpdateInManyChunksBecomesCurrent) {
-  inbox.begin(kAnna, 5, into("begin"));
+  inbox.begin(kAnna, {.version = 5}, into("begin"));
   for (const std::string& name : kAllNames) send(kAnna, 5, {name}, name);
   inbox.commit(kAnna, 5, InFlight::kKeep, into("commit"));  // all sent ahead of their replies
   for (const std::string& name : kAllNames) EXPECT_EQ(answer(name).message, "ok");
@@ -112,18 +112,18 @@ TEST_F(WeightInboxTest, PhasesOutOfOrderAreRefused) {
   inbox.commit(kAnna, 1, InFlight::kKeep, into("commit"));
   EXPECT_EQ(answer("commit").allowed, "begin first");
   EXPECT_EQ(error_of([&] { inbox.cancel(kAnna, 1); }).value, "cancel");
-  inbox.begin(kAnna, 1, into("begin"));
-  inbox.begin(kAnna, 2, into("twice"));
+  inbox.begin(kAnna, {.version = 1}, into("begin"));
+  inbox.begin(kAnna, {.version = 2}, into("twice"));
   EXPECT_EQ(answer("twice").message, "an update to version 1 is under way");
 }
 
 TEST_F(WeightInboxTest, VersionsMustRiseAndStayTheSameWithinAnUpdate) {
   for (const int64_t version : {-1, 0}) {
-    inbox.begin(kAnna, version, into("begin"));
+    inbox.begin(kAnna, {.version = version}, into("begin"));
     EXPECT_EQ(answer("begin").code, ErrorCode::kInvalidArgument);
     EXPECT_EQ(answer("begin").allowed, "above 0, the current version");
   }
-  inbox.begin(kAnna, 3, into("begin"));
+  inbox.begin(kAnna, {.version = 3}, into("begin"));
   send(kAnna, 4, kAllNames);
   EXPECT_EQ(answer("chunk").allowed, "3, the version of the update under way");
   EXPECT_EQ(answer("chunk").value, "4");
@@ -131,8 +131,8 @@ TEST_F(WeightInboxTest, VersionsMustRiseAndStayTheSameWithinAnUpdate) {
 }
 
 TEST_F(WeightInboxTest, AnotherClientsUpdateIsNotTouched) {
-  inbox.begin(kAnna, 1, into("begin"));
-  inbox.begin(kBerta, 2, into("second"));
+  inbox.begin(kAnna, {.version = 1}, into("begin"));
+  inbox.begin(kBerta, {.version = 2}, into("second"));
   send(kBerta, 1, kAllNames);
   EXPECT_EQ(answer("second").message, "an update to version 1 is under way");
   EXPECT_EQ(answer("chunk").message, "another client's update to version 1 is under way");
@@ -142,7 +142,7 @@ TEST_F(WeightInboxTest, AnotherClientsUpdateIsNotTouched) {
 }
 
 TEST_F(WeightInboxTest, AMissingTensorIsNamedAtCommitAndTheOldWeightsStay) {
-  inbox.begin(kAnna, 1, into("begin"));
+  inbox.begin(kAnna, {.version = 1}, into("begin"));
   send(kAnna, 1, {"lm_head.weight", "model.norm.weight"});
   inbox.commit(kAnna, 1, InFlight::kKeep, into("commit"));
   EXPECT_EQ(answer("commit").field, "model.embed_tokens.weight");
@@ -151,7 +151,7 @@ TEST_F(WeightInboxTest, AMissingTensorIsNamedAtCommitAndTheOldWeightsStay) {
 }
 
 TEST_F(WeightInboxTest, ATensorTwiceInAnUpdateIsRefused) {
-  inbox.begin(kAnna, 1, into("begin"));
+  inbox.begin(kAnna, {.version = 1}, into("begin"));
   send(kAnna, 1, {"lm_head.weight"}, "first");
   send(kAnna, 1, {"model.norm.weight", "lm_head.weight"}, "second");
   EXPECT_EQ(answer("first").message, "ok");
@@ -160,7 +160,7 @@ TEST_F(WeightInboxTest, ATensorTwiceInAnUpdateIsRefused) {
 }
 
 TEST_F(WeightInboxTest, AChangedByteNamesTheTensorAndEndsTheUpdate) {
-  inbox.begin(kAnna, 1, into("begin"));
+  inbox.begin(kAnna, {.version = 1}, into("begin"));
   Chunk chunk = make_chunk(kAllNames);
   chunk.manifest.tensors[1].crc32 ^= 1;
   inbox.chunk(kAnna, 1, std::move(chunk.manifest), std::move(chunk.fd), into("chunk"));
@@ -170,7 +170,7 @@ TEST_F(WeightInboxTest, AChangedByteNamesTheTensorAndEndsTheUpdate) {
   EXPECT_EQ(answer("next").message, "a phase before it was refused");
   EXPECT_EQ(service.num_cancelled_updates(), 1);
   EXPECT_FALSE(inbox.is_open());
-  inbox.begin(kAnna, 1, into("begin again"));
+  inbox.begin(kAnna, {.version = 1}, into("begin again"));
   EXPECT_EQ(answer("begin again").message, "ok");
 }
 
@@ -193,7 +193,7 @@ TEST_F(WeightInboxTest, MemoryThatMayStillChangeOrIsNoMemfdIsRefused) {
   bad.push_back({"too small", make_chunk({"lm_head.weight"}).fd, "bytes"});
   bad.push_back({"no descriptor", OwnedFd(), "memfd"});
   for (BadFd& entry : bad) {
-    inbox.begin(kAnna, 1, into("begin"));
+    inbox.begin(kAnna, {.version = 1}, into("begin"));
     inbox.chunk(kAnna, 1, make_chunk(kAllNames).manifest, std::move(entry.fd), into("chunk"));
     const std::string text = format_error(answer("chunk"));
     EXPECT_NE(text.find(entry.said), std::string::npos) << entry.what << ": " << text;
@@ -203,7 +203,7 @@ TEST_F(WeightInboxTest, MemoryThatMayStillChangeOrIsNoMemfdIsRefused) {
 }
 
 TEST_F(WeightInboxTest, TooManyPhasesAheadWouldBlock) {
-  inbox.begin(kAnna, 1, into("begin"));
+  inbox.begin(kAnna, {.version = 1}, into("begin"));
   for (int i = 0; i < 6; ++i) send(kAnna, 1, {"lm_head.weight"}, "chunk " + std::to_string(i));
   EXPECT_EQ(answers["chunk 5"].code, ErrorCode::kWouldBlock);
   EXPECT_FALSE(answers.contains("chunk 3"));
@@ -212,7 +212,7 @@ TEST_F(WeightInboxTest, TooManyPhasesAheadWouldBlock) {
 TEST_F(WeightInboxTest, AClientThatGoesCancelsItsUpdateAtAnyPhase) {
   for (int num_steps = 0; num_steps < 8; ++num_steps) {
     const int64_t cancelled = service.num_cancelled_updates();
-    inbox.begin(kAnna, 1, into("begin"));
+    inbox.begin(kAnna, {.version = 1}, into("begin"));
     send(kAnna, 1, {"lm_head.weight"});
     send(kAnna, 1, {"model.norm.weight"}, "second");
     for (int step = 0; step < num_steps; ++step) {  // one task at a time, wherever that leads
@@ -225,7 +225,7 @@ TEST_F(WeightInboxTest, AClientThatGoesCancelsItsUpdateAtAnyPhase) {
     inbox.client_gone(kAnna);
     EXPECT_FALSE(inbox.is_open());
     EXPECT_EQ(service.num_cancelled_updates(), cancelled + 1) << "after " << num_steps << " steps";
-    inbox.begin(kBerta, 1, into("next begin"));
+    inbox.begin(kBerta, {.version = 1}, into("next begin"));
     send(kBerta, 1, kAllNames, "next chunk");
     EXPECT_EQ(answer("next begin").message, "ok");
     EXPECT_EQ(answer("next chunk").message, "ok");
@@ -235,7 +235,7 @@ TEST_F(WeightInboxTest, AClientThatGoesCancelsItsUpdateAtAnyPhase) {
 }
 
 TEST_F(WeightInboxTest, ACommitThatHasBegunGoesThroughThoughItsClientGoes) {
-  inbox.begin(kAnna, 1, into("begin"));
+  inbox.begin(kAnna, {.version = 1}, into("begin"));
   send(kAnna, 1, kAllNames);
   run_all();
   inbox.commit(kAnna, 1, InFlight::kKeep, into("commit"));
@@ -247,7 +247,7 @@ TEST_F(WeightInboxTest, ACommitThatHasBegunGoesThroughThoughItsClientGoes) {
 
 TEST_F(WeightInboxTest, DescriptorsAreClosedWhateverBecomesOfThem) {
   const size_t open_before = num_open_fds();
-  inbox.begin(kAnna, 1, into("begin"));
+  inbox.begin(kAnna, {.version = 1}, into("begin"));
   send(kAnna, 1, {"lm_head.weight"});
   send(kAnna, 1, {"lm_head.weight"}, "twice");
   send(kBerta, 1, {"lm_head.weight"}, "foreign");

@@ -308,6 +308,7 @@ class Client:
         version: int,
         mode: Mode = "keep",
         *,
+        base_version: int | None = None,
         timeout_s: float = 600.0,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> int:
@@ -319,6 +320,8 @@ class Client:
             version: the number that tokens drawn from these weights carry.
             mode: what becomes of samples in flight: "keep" goes on under the new weights, "wait"
                 finishes them under the old, "abort" hands them back as partial samples.
+            base_version: the version that is current. Given, `weights` may be some of the tensors
+                (layers that a merged adapter changed, say); the others stay as they are in it.
             timeout_s: longest time for the whole update, seconds.
             chunk_bytes: shared memory sent at a time; two such pieces exist at once.
 
@@ -326,7 +329,8 @@ class Client:
             The version that is current now.
 
         Raises:
-            InvalidArgument: a tensor is missing, unknown or of another shape or dtype; names it.
+            InvalidArgument: a tensor is missing, unknown or of another shape or dtype; names it. Or
+                base_version is not the current one.
             DataLoss: a tensor's bytes are not those that were sent.
             FailedPrecondition: another update is under way.
         """
@@ -336,7 +340,10 @@ class Client:
         def left_s() -> float:
             return max(0.0, deadline - time.monotonic())
 
-        self._request("update_weights", {"phase": "begin", "version": version}, left_s())
+        begin: dict[str, Any] = {"phase": "begin", "version": version}
+        if base_version is not None:
+            begin["base_version"] = base_version
+        self._request("update_weights", begin, left_s())
         try:
             in_flight: Future[Reply] | None = None
             for chunk in write_chunks(weights, chunk_bytes):
