@@ -97,7 +97,8 @@ void Job::start() {
   const auto deadline = Clock::now() + kStartTimeout;
   Dispatcher& dispatcher = *dispatcher_;
   worker_ = std::make_shared<Worker>(
-      *replica_, [&dispatcher](Event event) { dispatcher.handle(0, std::move(event)); });
+      *replica_, [&dispatcher](Event event) { dispatcher.handle(0, std::move(event)); },
+      make_reference_replica(config_, replica_->model(), num_threads_));
   dispatcher.add_worker(worker_);
   worker_->start();
   if (hub_) hub_->connect(dispatcher, num_ranks(), deadline);
@@ -132,7 +133,9 @@ void run_worker_rank(const Config& config, Launch& launch, const JobOptions& opt
       replica.load_checkpoint();
       replica.backend().commit_weights();
     }
-    Worker worker(replica, tell_rank_0);
+    const int num_threads = threads_per_rank(config.engine, launch.placement().num_ranks);
+    Worker worker(replica, tell_rank_0,
+                  make_reference_replica(config, replica.model(), num_threads));
     worker.start();
     while (std::optional<Command> command = client.receive()) {
       const bool stops = std::holds_alternative<Stop>(*command);

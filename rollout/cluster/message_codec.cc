@@ -124,6 +124,7 @@ json encode_sample(const bridge::Sample& sample) {
           {"scaled_logprobs", to_bin(sample.scaled_logprobs)},
           {"support_logmass", to_bin(sample.support_logmass)},
           {"entropy", to_bin(sample.entropy)},
+          {"ref_log_prob", to_bin(sample.ref_log_prob)},
           {"finish_reason", static_cast<int>(sample.finish_reason)},
           {"stop_token_id", sample.stop_token_id},
           {"temperature", sample.temperature},
@@ -139,6 +140,7 @@ bridge::Sample decode_sample(const json& map) {
   sample.scaled_logprobs = from_bin<float>(map.at("scaled_logprobs"));
   sample.support_logmass = from_bin<float>(map.at("support_logmass"));
   sample.entropy = from_bin<float>(map.at("entropy"));
+  sample.ref_log_prob = from_bin<float>(map.at("ref_log_prob"));
   sample.finish_reason = static_cast<bridge::FinishReason>(map.at("finish_reason").get<int>());
   sample.stop_token_id = map.at("stop_token_id");
   sample.temperature = map.at("temperature");

@@ -36,11 +36,17 @@ ErrorInfo info_of(std::exception_ptr error) {
 
 }  // namespace
 
-Worker::Worker(Replica& replica, std::function<void(Event)> emit)
+Worker::Worker(Replica& replica, std::function<void(Event)> emit,
+               std::unique_ptr<Replica> reference)
     : replica_(replica),
       emit_(std::move(emit)),
       engine_(replica.limits(), make_batching_policy(replica.config().engine.batching),
-              replica.backend(), *this) {}
+              replica.backend(), *this) {
+  if (reference == nullptr) return;
+  reference_.emplace(
+      std::move(reference), [this](bridge::Sample sample) { emit_(SampleDone{std::move(sample)}); },
+      [this](bridge::FailedSample sample) { emit_(SampleFailed{std::move(sample)}); });
+}
 
 void Worker::start() {
   thread_ = std::thread([this] { run(); });
@@ -83,15 +89,24 @@ void Worker::work() {
     finish_switch();
     tell_capacity();
     tell_stats(/*now=*/false);
-    if (!is_paused_ && engine_.has_work()) {
-      const auto outcome = engine_.step(kStepTimeout, [this] { return must_stop(); });
-      if (outcome != Engine::StepOutcome::kNothingToDo) continue;
-    }
+    if (!is_paused_ && step()) continue;
     finish_switch();
     tell_stats(/*now=*/true);  // idle: the numbers stand
     std::unique_lock lock(mutex_);
     wake_.wait(lock, [&] { return !mailbox_.empty(); });
   }
+}
+
+// The reference policy waits until its samples fill a step, or nothing else can run.
+bool Worker::step() {
+  const auto is_interrupted = [this] { return must_stop(); };
+  const bool is_reference_due = reference_ && reference_->fills_a_step();
+  if (!is_reference_due && engine_.has_work() &&
+      engine_.step(kStepTimeout, is_interrupted) != Engine::StepOutcome::kNothingToDo) {
+    return true;
+  }
+  if (!reference_ || reference_->num_waiting() == 0) return false;
+  return reference_->step(kStepTimeout, is_interrupted) != Engine::StepOutcome::kNothingToDo;
 }
 
 // A step may take seconds, a stop may not: what was sampled before the step is handed back instead.
@@ -132,23 +147,25 @@ std::vector<std::pair<std::string, double>> Worker::stats() const {
   const EngineState& state = engine_.state();
   const EngineCounters& counters = state.counters;
   const auto used = state.pool.num_pages() - state.pool.num_available();
-  return {{"num_running_seqs", static_cast<double>(state.running.size())},
-          {"num_waiting_seqs", static_cast<double>(state.waiting.size())},
-          {"num_kv_pages", state.pool.num_pages()},
-          {"num_kv_pages_used", used},
-          {"num_kv_pages_cached", state.pool.num_idle()},
-          {"num_steps", static_cast<double>(counters.num_steps)},
-          {"num_preemptions", static_cast<double>(counters.num_preemptions)},
-          {"num_rows_computed", static_cast<double>(counters.num_rows_computed)},
-          {"num_pad_rows", static_cast<double>(counters.num_pad_rows)},
-          {"num_tokens_generated", static_cast<double>(counters.num_tokens_generated)},
-          {"num_samples", static_cast<double>(counters.num_samples)},
-          {"num_tokens_recomputed", static_cast<double>(counters.num_tokens_recomputed)},
-          {"prefix_cache_queries", static_cast<double>(counters.prefix_cache_queries)},
-          {"prefix_cache_hits", static_cast<double>(counters.prefix_cache_hits)},
-          {"steps_s", counters.steps_s},
-          {"scheduling_s", counters.scheduling_s},
-          {"peak_memory_bytes", peak_memory_bytes()}};
+  return {
+      {"num_running_seqs", static_cast<double>(state.running.size())},
+      {"num_waiting_seqs", static_cast<double>(state.waiting.size())},
+      {"num_waiting_reference", static_cast<double>(reference_ ? reference_->num_waiting() : 0)},
+      {"num_kv_pages", state.pool.num_pages()},
+      {"num_kv_pages_used", used},
+      {"num_kv_pages_cached", state.pool.num_idle()},
+      {"num_steps", static_cast<double>(counters.num_steps)},
+      {"num_preemptions", static_cast<double>(counters.num_preemptions)},
+      {"num_rows_computed", static_cast<double>(counters.num_rows_computed)},
+      {"num_pad_rows", static_cast<double>(counters.num_pad_rows)},
+      {"num_tokens_generated", static_cast<double>(counters.num_tokens_generated)},
+      {"num_samples", static_cast<double>(counters.num_samples)},
+      {"num_tokens_recomputed", static_cast<double>(counters.num_tokens_recomputed)},
+      {"prefix_cache_queries", static_cast<double>(counters.prefix_cache_queries)},
+      {"prefix_cache_hits", static_cast<double>(counters.prefix_cache_hits)},
+      {"steps_s", counters.steps_s},
+      {"scheduling_s", counters.scheduling_s},
+      {"peak_memory_bytes", peak_memory_bytes()}};
 }
 
 // Carries out what waited for running samples to finish.
@@ -281,11 +298,16 @@ void Worker::handle(TakeMeasurement& command) {
 }
 
 void Worker::handle(Stop& command) {
-  if (command.hand_back) engine_.abort(std::nullopt);
+  if (command.hand_back) {
+    if (reference_) reference_->give_up();
+    is_stopped_ = true;  // what is handed back now is not scored any more
+    engine_.abort(std::nullopt);
+  }
   is_stopped_ = true;
 }
 
 void Worker::on_sample(bridge::Sample sample) {
+  if (reference_ && !is_stopped_) return reference_->add(std::move(sample));
   emit_(SampleDone{std::move(sample)});
 }
 

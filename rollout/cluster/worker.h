@@ -6,12 +6,14 @@
 #include <condition_variable>
 #include <deque>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <thread>
 
 #include "rollout/cluster/messages.h"
 #include "rollout/engine/engine.h"
+#include "rollout/engine/reference_policy.h"
 #include "rollout/engine/replica.h"
 #include "rollout/measurement/step_meter.h"
 
@@ -21,7 +23,9 @@ class Worker : public WorkerLink, private EngineOutput {
  public:
   // `emit` is called on the worker's thread. Weights of the replica are committed, or come by
   // AdoptWeights and CommitWeights before the first group.
-  Worker(Replica& replica, std::function<void(Event)> emit);
+  // `reference`, if any, scores every sample before it is emitted.
+  Worker(Replica& replica, std::function<void(Event)> emit,
+         std::unique_ptr<Replica> reference = nullptr);
   ~Worker() override;  // stops without handing back, if still running
 
   void start();
@@ -34,6 +38,7 @@ class Worker : public WorkerLink, private EngineOutput {
  private:
   void run();
   void work();
+  bool step();  // false: there is nothing to do
   bool must_stop();
   bool take_commands();  // false: stopped
   void tell_capacity();
@@ -65,6 +70,7 @@ class Worker : public WorkerLink, private EngineOutput {
   Replica& replica_;
   const std::function<void(Event)> emit_;
   Engine engine_;
+  std::optional<ReferencePolicy> reference_;
   std::optional<StepMeter> meter_;  // while steps are measured
   int32_t num_pulled_ = 0;          // samples asked for and not yet given
   bool is_paused_ = false;          // no steps at all

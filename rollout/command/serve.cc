@@ -23,6 +23,9 @@ bridge::ServerOptions server_options(const Job& job) {
                     .max_tokens_per_row = section.max_tokens_per_row,
                     .columns = section.columns,
                     .logprobs_mode = job.config().rollout.logprobs_mode};
+  if (!job.config().reference_model.path.empty()) {
+    options.layout.columns.push_back("ref_log_prob");
+  }
   return options;
 }
 

@@ -114,6 +114,22 @@ struct EngineSection {
   }
 };
 
+struct ReferenceModelSection {
+  std::string path;
+  int64_t kv_cache_memory = int64_t{512} << 20;
+
+  bool operator==(const ReferenceModelSection&) const = default;
+
+  template <class Self, class Field>
+  static void fields(Self& self, Field&& field) {
+    field("path", self.path, Text{.min_bytes = 0},
+          "a Hugging Face folder of model.path's vocabulary; its log-probabilities become the "
+          "column ref_log_prob");
+    field("kv_cache_memory", self.kv_cache_memory, Bytes{int64_t{4} << 10, int64_t{64} << 40},
+          "of its KV cache, a rank");
+  }
+};
+
 struct BridgeSection {
   std::string socket = "run/rollpack.sock";
   int32_t slots = 4;
@@ -153,6 +169,7 @@ struct Config {
   ModelSection model;
   RolloutSection rollout;
   EngineSection engine;
+  ReferenceModelSection reference_model;
   BridgeSection bridge;
   ClusterSection cluster;
 
@@ -169,6 +186,8 @@ struct Config {
     section("model", self.model, "what computes the logits");
     section("rollout", self.rollout, "what is sampled; names follow verl, vLLM and TRL");
     section("engine", self.engine, "how it is computed");
+    section("reference_model", self.reference_model,
+            "a frozen policy that scores every sample; each rank holds its weights");
     section("bridge", self.bridge, "how the trainer gets it");
     section("cluster", self.cluster, "ranks; nothing to set yet");
   }

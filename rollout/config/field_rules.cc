@@ -257,7 +257,7 @@ std::optional<Refusal> Flag::read(const YamlNode& node, bool& value) const {
 }
 
 std::optional<Refusal> Text::read(const YamlNode& node, std::string& value) const {
-  if (node.kind != Kind::kScalar || node.text.empty() || node.text.size() > max_bytes) {
+  if (node.kind != Kind::kScalar || node.text.size() < min_bytes || node.text.size() > max_bytes) {
     return refuse();
   }
   const auto is_control = [](char c) { return static_cast<uint8_t>(c) < 0x20; };
@@ -269,7 +269,8 @@ std::optional<Refusal> Text::read(const YamlNode& node, std::string& value) cons
 }
 
 std::string Text::allowed() const {
-  return fmt::format("text of 1 to {} bytes", max_bytes);
+  return min_bytes == 0 ? fmt::format("text of at most {} bytes, \"\" for none", max_bytes)
+                        : fmt::format("text of {} to {} bytes", min_bytes, max_bytes);
 }
 
 std::string Text::yaml(const std::string& value) const {

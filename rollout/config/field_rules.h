@@ -87,6 +87,7 @@ struct Flag {
 // One line of text, not empty.
 struct Text {
   size_t max_bytes = 4096;
+  size_t min_bytes = 1;  // 0: "" says that there is none
   std::optional<Refusal> read(const YamlNode& node, std::string& value) const;
   std::string allowed() const;
   std::string yaml(const std::string& value) const;

@@ -48,6 +48,9 @@ struct Sample {
   std::vector<float> scaled_logprobs;
   std::vector<float> support_logmass;
   std::vector<float> entropy;  // empty unless the configuration asks for the column
+  // log softmax(logits / temperature)[x] of the reference policy; empty where there is none, or
+  // where the engine stopped before it had scored.
+  std::vector<float> ref_log_prob;
   FinishReason finish_reason = FinishReason::kLength;
   int32_t stop_token_id = -1;  // -1: no stop token ended it
   float temperature = 1.0f;

@@ -19,7 +19,7 @@ struct Column;
 struct LayoutOptions {
   std::string layout = "packed";       // "packed" or "padded"
   int32_t max_tokens_per_row = 16384;  // of the packed layout
-  std::vector<std::string> columns;    // logprobs, scaled_logprobs, support_logmass, entropy
+  std::vector<std::string> columns;    // logprobs, scaled_logprobs, .. ; see sample_columns
   int32_t pad_token_id = 0;            // written into pads, never read
   std::string logprobs_mode = "processed_logprobs";  // what rollout_log_probs holds
 };

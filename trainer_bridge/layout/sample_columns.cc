@@ -16,13 +16,18 @@ void copy_values(std::span<const float> values, std::span<float> out) {
   std::copy(values.begin(), values.end(), out.begin());
 }
 
-constexpr std::array<ResponseValues, 4> kOptional = {{
+constexpr std::array<ResponseValues, 5> kOptional = {{
     {"logprobs", [](const Sample& s, std::span<float> out) { copy_values(s.logprobs, out); }},
     {"scaled_logprobs",
      [](const Sample& s, std::span<float> out) { copy_values(s.scaled_logprobs, out); }},
     {"support_logmass",
      [](const Sample& s, std::span<float> out) { copy_values(s.support_logmass, out); }},
     {"entropy", [](const Sample& s, std::span<float> out) { copy_values(s.entropy, out); }},
+    {"ref_log_prob",
+     [](const Sample& s, std::span<float> out) {
+       if (s.ref_log_prob.empty()) std::ranges::fill(out, std::numeric_limits<float>::quiet_NaN());
+       copy_values(s.ref_log_prob, out);
+     }},
 }};
 
 struct LogprobsMode {
@@ -116,6 +121,7 @@ void check_sample(const Sample& sample) {
   check_count("scaled_logprobs", sample.scaled_logprobs.size());
   check_count("support_logmass", sample.support_logmass.size());
   if (!sample.entropy.empty()) check_count("entropy", sample.entropy.size());
+  if (!sample.ref_log_prob.empty()) check_count("ref_log_prob", sample.ref_log_prob.size());
   check_version_spans(sample);
 }
 

@@ -60,11 +60,11 @@ TEST(Config, QuantizationIsRefusedWithTheReason) {
       " (f.yaml:2): expected no quantization; keys and values are held in model.dtype: quantized "
       "ones would give other log-probabilities than the trainer's; remove the key";
   const std::vector<std::pair<std::string, std::string>> cases = {
-      {"engine.kv_cache_dtype = fp8", cache},      {"engine.kv_cache_dtype = fp8_e4m3", cache},
-      {"engine.kv_cache_dtype = int8", cache},     {"engine.cache_type_k = q8_0", cache},
-      {"rollout.kv_cache_dtype = fp8", cache},     {"engine.quantization = fp8", weights},
-      {"engine.quantization = awq", weights},      {"rollout.quantization = gptq", weights},
-      {"model.quantization = fp8", weights}, {"model.load_in_8bit = true", weights},
+      {"engine.kv_cache_dtype = fp8", cache},  {"engine.kv_cache_dtype = fp8_e4m3", cache},
+      {"engine.kv_cache_dtype = int8", cache}, {"engine.cache_type_k = q8_0", cache},
+      {"rollout.kv_cache_dtype = fp8", cache}, {"engine.quantization = fp8", weights},
+      {"engine.quantization = awq", weights},  {"rollout.quantization = gptq", weights},
+      {"model.quantization = fp8", weights},   {"model.load_in_8bit = true", weights},
       {"model.load_in_4bit = true", weights}};
   for (const auto& [assignment, reason] : cases) {
     const size_t point = assignment.find('.'), equals = assignment.find(" = ");
@@ -244,7 +244,7 @@ TEST(Config, BadFilesNameLineAndReason) {
       {"model: m", "invalid_argument: model = m (f.yaml:1): expected a map of keys"},
       {"model: {path: m}\nrolout: {n: 1}",
        "invalid_argument: rolout (f.yaml:2): expected one of the sections model, rollout, engine, "
-       "bridge, cluster; did you mean rollout?"},
+       "reference_model, bridge, cluster; did you mean rollout?"},
       {"model: {path: m}\ncluster: {size: 2}",
        "invalid_argument: cluster.size = 2 (f.yaml:2): expected no key: cluster has none"},
       {"model: {path: m}\nengine: {kv_cache_memory: 2G}",
@@ -307,7 +307,7 @@ TEST(Config, BadOverridesNameTheFlag) {
             "1.1 reads this word as a boolean");
   EXPECT_EQ(with("engin.batching=x"),
             "invalid_argument: engin (--set): expected one of the sections model, rollout, engine, "
-            "bridge, cluster; did you mean engine?");
+            "reference_model, bridge, cluster; did you mean engine?");
   EXPECT_EQ(with("rollout.stop_token_ids=[1"),
             "invalid_argument: --set:1: expected keys that are words; this one is a list: is a "
             "bracket open?");

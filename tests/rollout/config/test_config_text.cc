@@ -86,6 +86,7 @@ TEST(ConfigText, JsonHoldsEveryFieldWithItsType) {
             R"("max_num_batched_tokens":2048,"enable_chunked_prefill":true,)"
             R"("enable_prefix_caching":true,"kv_cache_memory":2147483648,"num_threads":0,)"
             R"("share_weights":"auto","tensor_model_parallel_size":1},)"
+            R"("reference_model":{"path":"","kv_cache_memory":536870912},)"
             R"("bridge":{"socket":"run/rollpack.sock","slots":4,"slot_bytes":67108864,)"
             R"("layout":"packed","max_tokens_per_row":16384,"columns":["entropy"]},"cluster":{}})");
 }

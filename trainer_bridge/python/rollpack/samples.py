@@ -10,7 +10,7 @@ from rollpack.errors import DataLoss
 from rollpack.schema import Array
 
 _FINISH_REASONS = ("stop", "length", "abort")
-_OPTIONAL = ("logprobs", "scaled_logprobs", "support_logmass", "entropy")
+_OPTIONAL = ("logprobs", "scaled_logprobs", "support_logmass", "entropy", "ref_log_prob")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,8 @@ class Sample:
         scaled_logprobs: f32 [n].
         support_logmass: f32 [n].
         entropy: f32 [n].
+        ref_log_prob: f32 [n], of the reference policy at the sample's temperature, where
+            reference_model.path names one.
     """
 
     request_id: int
@@ -52,6 +54,7 @@ class Sample:
     scaled_logprobs: Array | None = None
     support_logmass: Array | None = None
     entropy: Array | None = None
+    ref_log_prob: Array | None = None
 
 
 def read_samples(columns: Columns, num_samples: int, *, copy: bool) -> Iterator[Sample]:
@@ -91,6 +94,7 @@ def read_samples(columns: Columns, num_samples: int, *, copy: bool) -> Iterator[
             scaled_logprobs=parts.get("scaled_logprobs"),
             support_logmass=parts.get("support_logmass"),
             entropy=parts.get("entropy"),
+            ref_log_prob=parts.get("ref_log_prob"),
         )
 
 

@@ -17,7 +17,14 @@ from rollpack.columns import Columns
 from rollpack.errors import InvalidArgument
 from rollpack.schema import Array
 
-_VALUES = ("rollout_log_probs", "logprobs", "scaled_logprobs", "support_logmass", "entropy")
+_VALUES = (
+    "rollout_log_probs",
+    "logprobs",
+    "scaled_logprobs",
+    "support_logmass",
+    "entropy",
+    "ref_log_prob",
+)
 _LENGTH = 1  # finish_reason of a response that was cut by its limit
 
 
