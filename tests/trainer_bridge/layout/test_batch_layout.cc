@@ -200,7 +200,7 @@ TEST(LayoutOptions, ErrorsNameKeyValueAndWhatIsAllowed) {
               make_layout({.columns = {"logprobs", "values"}});
             }),
             "invalid_argument: bridge.columns[1] = values: expected logprobs or scaled_logprobs or "
-            "support_logmass or entropy");
+            "support_logmass or entropy or ref_log_prob");
   EXPECT_EQ(error_text([] {
               make_layout({.columns = {"entropy", "logprobs", "entropy"}});
             }),
