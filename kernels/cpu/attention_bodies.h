@@ -2,16 +2,15 @@
 // it. Layouts: a key page is [K / 2][16 tokens][2] in bf16 and [K][16 tokens] in f32; a value page
 // is [8 token pairs][columns][2] and [16 tokens][columns].
 
-template <class Step, int kRows, int kPages>
-inline __attribute__((always_inline)) void score_pages(const typename Step::Element* q,
-                                                       int64_t q_stride,
+template <class Step, int kRows, int kPages, class Rows>
+inline __attribute__((always_inline)) void score_pages(const Rows& q,
                                                        const typename Step::Element* const* pages,
                                                        int64_t steps, float scale, float* scores) {
   const typename Step::Element* columns[kPages];
   for (int page = 0; page < kPages; ++page) columns[page] = pages[page];
   Accumulators<kRows, kPages> acc;
   clear(acc);
-  accumulate<Step, kRows, kPages>(acc, q, q_stride, columns, kPageTokens * Step::kWidth, steps);
+  accumulate<Step, kRows, kPages>(acc, q, 0, columns, kPageTokens * Step::kWidth, steps);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
@@ -25,26 +24,27 @@ template <class Step>
 void page_scores(const typename Step::Element* q, int64_t q_stride, int rows,
                  const typename Step::Element* const* pages, int num_pages, int64_t steps,
                  float scale, float* scores, PagesAhead& ahead) {
-  constexpr int kVectors = kVectorsPerPass;
   for_row_passes(
       rows, [&]<int kRows>(int first) __attribute__((always_inline)) {
-        const typename Step::Element* rows_q = q + first * q_stride;
+        constexpr int kVectors = vectors_per_pass(kRows);
+        const UnpackedRows<Step, kRows, kMaxHeadWidth / Step::kWidth> rows_q(
+            {q + first * q_stride, q_stride}, steps);
         float* rows_out = scores + first * kChunkKeys;
         int page = 0;
         for (; page + kVectors <= num_pages; page += kVectors) {
           ahead.advance();
-          score_pages<Step, kRows, kVectors>(rows_q, q_stride, pages + page, steps, scale,
+          score_pages<Step, kRows, kVectors>(rows_q, pages + page, steps, scale,
                                              rows_out + page * kPageTokens);
         }
         if constexpr (kVectors > 2) {
           for (; page + 2 <= num_pages; page += 2) {
-            score_pages<Step, kRows, 2>(rows_q, q_stride, pages + page, steps, scale,
+            score_pages<Step, kRows, 2>(rows_q, pages + page, steps, scale,
                                         rows_out + page * kPageTokens);
           }
         }
         for (; page < num_pages; ++page) {
           ahead.advance();
-          score_pages<Step, kRows, 1>(rows_q, q_stride, pages + page, steps, scale,
+          score_pages<Step, kRows, 1>(rows_q, pages + page, steps, scale,
                                       rows_out + page * kPageTokens);
         }
       });
@@ -92,12 +92,13 @@ void chunk_softmax(const float* scores, int num_pages, int begin, int end,
   }
 }
 
-template <class Step, int kRows, int kVectors>
-inline __attribute__((always_inline)) void weigh_values(const typename Step::Element* p,
+template <class Step, int kRows, int kVectors, class Rows>
+inline __attribute__((always_inline)) void weigh_values(const Rows& p,
                                                         const typename Step::Element* const* pages,
                                                         int num_pages, int64_t first_column,
                                                         int64_t num_columns, bool continues,
                                                         float* out, PagesAhead& ahead) {
+  constexpr int64_t kPageSteps = kPageTokens / Step::kWidth;
   Accumulators<kRows, kVectors> acc;
   load_or_clear(acc, continues, out + first_column, num_columns);
   for (int page = 0; page < num_pages; ++page) {
@@ -106,8 +107,8 @@ inline __attribute__((always_inline)) void weigh_values(const typename Step::Ele
     for (int v = 0; v < kVectors; ++v) {
       columns[v] = pages[page] + (first_column + 16 * v) * Step::kWidth;
     }
-    accumulate<Step, kRows, kVectors>(acc, p + page * kPageTokens, kChunkKeys, columns,
-                                      num_columns * Step::kWidth, kPageTokens / Step::kWidth);
+    accumulate<Step, kRows, kVectors>(acc, p, page * kPageSteps, columns,
+                                      num_columns * Step::kWidth, kPageSteps);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -124,10 +125,11 @@ template <class Step>
 void page_values(const typename Step::Element* p, int rows,
                  const typename Step::Element* const* pages, int num_pages, int64_t columns,
                  bool continues, float* out, PagesAhead& ahead) {
-  constexpr int kVectors = kVectorsPerPass;
   for_row_passes(
       rows, [&]<int kRows>(int first) __attribute__((always_inline)) {
-        const typename Step::Element* rows_p = p + first * kChunkKeys;
+        constexpr int kVectors = vectors_per_pass(kRows);
+        const UnpackedRows<Step, kRows, kChunkKeys / Step::kWidth> rows_p(
+            {p + first * kChunkKeys, kChunkKeys}, num_pages * kPageTokens / Step::kWidth);
         float* rows_out = out + first * columns;
         int64_t column = 0;
         for (; column + 16 * kVectors <= columns; column += 16 * kVectors) {

@@ -14,8 +14,10 @@ namespace rollpack::kernels::cpu {
 
 inline constexpr int kPanelColumns = 64;  // output columns of a packed weight panel
 inline constexpr int kTileRows = 6;       // 6 x 4 zmm accumulators + 4 weights + 1 input = 29 of 32
-inline constexpr int kPageTokens = 16;    // tokens of a KV page: one 16-lane vector of scores
-inline constexpr int kChunkKeys = 256;    // keys of an attention chunk
+// Heads of a row are worked on in buffers on the stack; wider ones are refused at construction.
+inline constexpr int kMaxHeadWidth = 512;
+inline constexpr int kPageTokens = 16;  // tokens of a KV page: one 16-lane vector of scores
+inline constexpr int kChunkKeys = 256;  // keys of an attention chunk
 inline constexpr int kChunkPages = kChunkKeys / kPageTokens;
 
 // Panels of a vocabulary block: one lane of a vector each.

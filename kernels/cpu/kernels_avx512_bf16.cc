@@ -18,6 +18,7 @@ namespace avx512_bf16 {
 
 #include "kernels/cpu/lanes_avx512_bf16.h"
 // clang-format off: each needs the one before
+#include "kernels/cpu/product_bodies.h"
 #include "kernels/cpu/kernel_bodies.h"
 #include "kernels/cpu/attention_bodies.h"
 #include "kernels/cpu/make_table.h"

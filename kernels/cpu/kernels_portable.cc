@@ -14,6 +14,7 @@ namespace portable {
 
 #include "kernels/cpu/lanes_portable.h"
 // clang-format off: each needs the one before
+#include "kernels/cpu/product_bodies.h"
 #include "kernels/cpu/kernel_bodies.h"
 #include "kernels/cpu/attention_bodies.h"
 #include "kernels/cpu/make_table.h"

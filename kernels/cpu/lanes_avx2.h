@@ -1,9 +1,12 @@
 // 16 f32 lanes as two AVX2 registers. Included inside a namespace, after <immintrin.h>, where the
 // target pragma allows AVX2 and FMA. Function by function the same bits as lanes_portable.h.
 
-// 4 rows x 16 columns: 8 accumulators, 4 registers of weights (odd and even) and 2 of inputs of 16.
-inline constexpr int kVectorsPerPass = 1;
-inline constexpr int kRowsPerPass = 4;
+// Register tiles of at most 12 accumulators, beside 2 registers of weights and 1 of inputs of 16:
+// 6 rows x 16 columns, which 12 chains keep at two FMAs of latency 4 a cycle with some to spare;
+// fewer rows take more columns, up to a panel.
+inline constexpr int kRowsPerPass = 6;
+inline constexpr int kVectorRegisters = 2;
+constexpr int vectors_per_pass(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
 struct Lanes {
   __m256 low, high;
@@ -94,19 +97,24 @@ inline Pairs broadcast_pair(const uint16_t* p) {
   __builtin_memcpy(&pair, p, sizeof pair);
   return {_mm256_set1_epi32(pair), _mm256_set1_epi32(pair)};
 }
-inline __m256 odd_element(__m256i pair) {
-  return _mm256_castsi256_ps(
-      _mm256_and_si256(pair, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u))));
+// The first n pairs, zeros after them.
+inline Pairs load_pairs_first(const uint16_t* p, int n) {
+  const LaneMask mask = first_lanes(n);
+  const auto* const pairs = reinterpret_cast<const int*>(p);
+  return {_mm256_maskload_epi32(pairs, _mm256_castps_si256(mask.low)),
+          _mm256_maskload_epi32(pairs + 8, _mm256_castps_si256(mask.high))};
 }
-inline __m256 even_element(__m256i pair) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
+// A product of pairs is two FMAs: of the odd elements (part 0), then of the even ones.
+inline constexpr int kPairParts = 2;
+template <int kPart>
+inline __m256 pair_part(__m256i pairs) {
+  // Two shifts: a mask would take one of the 16 registers.
+  const __m256i top = kPart == 0 ? _mm256_srli_epi32(pairs, 16) : pairs;
+  return _mm256_castsi256_ps(_mm256_slli_epi32(top, 16));
 }
-inline __m256 fma_pairs(__m256 acc, __m256i a, __m256i b) {
-  acc = _mm256_fmadd_ps(odd_element(a), odd_element(b), acc);
-  return _mm256_fmadd_ps(even_element(a), even_element(b), acc);
-}
-inline Lanes fma_pairs(Lanes acc, Pairs a, Pairs b) {
-  return {fma_pairs(acc.low, a.low, b.low), fma_pairs(acc.high, a.high, b.high)};
+template <int kPart>
+inline Lanes pair_part(Pairs pairs) {
+  return {pair_part<kPart>(pairs.low), pair_part<kPart>(pairs.high)};
 }
 
 // f32_to_bf16() in each 32-bit lane.

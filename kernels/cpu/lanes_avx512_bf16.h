@@ -3,8 +3,9 @@
 
 // 6 rows x 64 columns: 24 accumulators, 4 registers of weights and 1 broadcast input of 32, and
 // twice the 12 chains that hide VDPBF16PS's latency of 6 cycles at 2 a cycle.
-inline constexpr int kVectorsPerPass = 4;
 inline constexpr int kRowsPerPass = 6;
+inline constexpr int kVectorRegisters = 1;
+constexpr int vectors_per_pass(int) { return 4; }
 
 struct Lanes {
   __m512 x;
@@ -50,6 +51,11 @@ inline Pairs broadcast_pair(const uint16_t* p) {
   int32_t pair;
   __builtin_memcpy(&pair, p, sizeof pair);
   return {_mm512_set1_epi32(pair)};
+}
+inline constexpr int kPairParts = 1;  // instructions that add a product of pairs to a sum
+template <int kPart>
+inline Pairs pair_part(Pairs pairs) {
+  return pairs;
 }
 inline Lanes fma_pairs(Lanes acc, Pairs a, Pairs b) {
   return {_mm512_dpbf16_ps(acc.x, (__m512bh)a.x, (__m512bh)b.x)};

@@ -1,8 +1,10 @@
 // 16 f32 lanes as a plain array; the definition that the vector versions must match bit for bit.
 // Included inside a namespace, after <bit>, <cmath> and <cstdint>.
 
-inline constexpr int kVectorsPerPass = 1;  // vectors of columns of one register tile
+// Of one register tile: rows, and vectors of columns at so many rows.
 inline constexpr int kRowsPerPass = 6;
+inline constexpr int kVectorRegisters = 1;
+constexpr int vectors_per_pass(int) { return 1; }
 
 struct Lanes {
   float x[16];
@@ -89,6 +91,11 @@ inline Pairs broadcast_pair(const uint16_t* p) {
   Pairs result;
   for (uint32_t& x : result.x) x = static_cast<uint32_t>(p[0]) | static_cast<uint32_t>(p[1]) << 16;
   return result;
+}
+inline constexpr int kPairParts = 1;  // instructions that add a product of pairs to a sum
+template <int kPart>
+inline Pairs pair_part(Pairs pairs) {
+  return pairs;
 }
 inline Lanes fma_pairs(Lanes acc, Pairs a, Pairs b) {
   return each_lane([&](int i) {

@@ -13,9 +13,6 @@
 
 namespace rollpack::kernels::cpu {
 
-// Heads of a row are worked on in buffers on the stack; wider ones are refused at construction.
-inline constexpr int64_t kMaxHeadWidth = 512;
-
 // out[t] = packed column token(t), as f32.
 void embed_rows(ThreadPool& pool, const StepContext& step, const PackedMatrix& embedding,
                 const Tensor& out);

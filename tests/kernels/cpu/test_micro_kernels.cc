@@ -117,7 +117,7 @@ float chain(const float* a, const float* panel, int64_t steps, int column) {
 
 TYPED_TEST(MicroKernels, ProductsAreTheContractsChainForEveryRowCount) {
   Numbers numbers(1);
-  for (const int64_t steps : {1, 2, 31, 144}) {
+  for (const int64_t steps : {1, 2, 31, 64, 65, 144}) {
     const int64_t stride = steps * this->kWidth + 6;
     const auto a = wild_elements<TypeParam>(numbers, kTileRows * stride);
     const auto panel = wild_elements<TypeParam>(numbers, steps * kPanelColumns * this->kWidth);
