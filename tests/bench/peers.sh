@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # What a user would run instead of rollpack, on the same model and workload, on this machine:
-#   tests/bench/peers.sh [--rounds N] [--passes N] [--threads N] [--workload NAME] [PEER]..
-# PEER: openvino, vllm, llamacpp; all three by default. Installs each into a virtual environment of
-# its own below ROLLPACK_PEERS_DIR (build/peers by default, 17 GB), writes a random model of
-# Qwen2.5-0.5B's shape, converts it where a peer wants another format, then runs rollpack and the
-# peers in turn and prints the table as Markdown. A peer that cannot be installed is "not measured".
-# A second run installs nothing. Takes about 30 minutes after that; --rounds 1 --passes 2 gives a
-# first impression.
+#   tests/bench/peers.sh [--rounds N] [--passes N] [--threads N] [--workload WHAT] [PEER]..
+# PEER: openvino, vllm, llamacpp; all three by default. WHAT: a file, or a name in workloads/, by
+# default gsm8k_rollouts. Installs each peer into a virtual environment of its own below
+# ROLLPACK_PEERS_DIR (build/peers by default, 10 GB), writes a random model of Qwen2.5-0.5B's shape,
+# converts it where a peer wants another format, then runs rollpack and the peers in turn and prints
+# the table as Markdown. A peer that cannot be installed or breaks is "not measured". A second run
+# installs nothing. Takes about 30 minutes after that; --rounds 1 --passes 2 gives a first
+# impression.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 peers_dir=${ROLLPACK_PEERS_DIR:-$PWD/build/peers}
@@ -92,10 +93,12 @@ while [ $# -gt 0 ]; do
     --workload) workload=${2:-} && shift ;;
     --rounds | --passes | --threads | --set | --json) options+=("$1" "${2:-}") && shift ;;
     *) fail "unknown argument $1; allowed: openvino, vllm, llamacpp, --rounds N, --passes N," \
-            "--threads N, --workload NAME, --set section.key=value, --json FILE" ;;
+            "--threads N, --workload NAME or FILE, --set section.key=value, --json FILE" ;;
   esac
   shift
 done
+[ -e "$workload" ] || workload=tests/bench/workloads/$workload.jsonl
+[ -e "$workload" ] || fail "no workload at $workload"
 [ ${#peers[@]} -gt 0 ] || peers=(openvino vllm llamacpp)
 [ -n "${ROLLPACK_BINARY:-}" ] || tests/build.sh release --target rollpack >&2
 [ -x "$python" ] || fail "$python is missing; tests/install.sh makes it"
@@ -117,4 +120,4 @@ for peer in "${peers[@]}"; do
   fi
 done
 exec "$python" $scripts/compare.py --peers-dir "$peers_dir" --rollpack "$rollpack" --shape $shape \
-  --workload "tests/bench/workloads/$workload.jsonl" "${options[@]}" "${measured[@]}"
+  --workload "$workload" "${options[@]}" "${measured[@]}"
