@@ -15,7 +15,7 @@ import tempfile
 from typing import Any
 
 NUM_ROUNDS = 3
-GROUPS, SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 16, 8, 64, 64
+GROUPS, SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 16, 8, 64, 32
 # ranks, threads of each, share_weights
 SETTINGS = [(1, 1, "off"), (1, 2, "off"), (2, 1, "off"), (2, 1, "on")]
 

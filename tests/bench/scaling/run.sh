@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # How cost grows with rows, context length, threads and ranks: tests/bench/scaling/run.sh [MODEL]
 # MODEL, for the runs with ranks: a folder, by default the random Qwen2.5-0.5B that ../peers.sh also
-# uses. Takes about three minutes. Exit status 1: a token costs more among many than among few, or
+# uses. Takes about five minutes. Exit status 1: a token costs more among many than among few, or
 # context costs more than attention.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."

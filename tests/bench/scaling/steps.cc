@@ -11,6 +11,7 @@
 #include <functional>
 #include <ranges>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/bench/limits.h"
@@ -56,6 +57,18 @@ kernels::StepPlan plan_of(const StepShape& shape) {
   return plan;
 }
 
+// What steps of one shape cost.
+struct Line {
+  StepShape shape;
+  kernels::StepProfile profile;  // of one of them: FLOP and bytes
+  double wall_s = 0;
+  double attention_s = 0;
+
+  double other_s() const { return wall_s - attention_s; }
+  double us_per_token() const { return 1e6 * wall_s / shape.tokens(); }
+  double ns_per_pair() const { return 1e9 * attention_s / shape.pairs(); }
+};
+
 // A model whose whole cache holds keys and values.
 class Steps {
  public:
@@ -68,33 +81,42 @@ class Steps {
                 .own_tokens = 0});
   }
 
-  // The median one of five, after one that warms up.
-  StepTime run(const StepShape& shape) {
-    const kernels::StepPlan plan = plan_of(shape);
-    rig_.run(plan);
-    std::vector<StepTime> times;
-    for (int i = 0; i < kRepetitions; ++i) times.push_back(rig_.run(plan));
-    std::ranges::nth_element(times, times.begin() + kRepetitions / 2, {}, &StepTime::wall_s);
-    return times[kRepetitions / 2];
+  // Medians of five steps, after one that warms up. All shapes take turns, so that a disturbance of
+  // a second meets one step of many shapes and not all steps of one.
+  std::vector<Line> run(const std::vector<StepShape>& shapes) {
+    std::vector<std::vector<StepTime>> times(shapes.size());
+    for (int i = 0; i <= kRepetitions; ++i) {
+      for (size_t shape = 0; shape < shapes.size(); ++shape) {
+        StepTime time = rig_.run(plan_of(shapes[shape]));
+        if (i > 0) times[shape].push_back(std::move(time));
+      }
+    }
+    std::vector<Line> lines;
+    for (size_t i = 0; i < shapes.size(); ++i) lines.push_back(medians(shapes[i], times[i]));
+    return lines;
   }
 
  private:
-  ModelRig rig_;
-};
-
-struct Line {
-  StepShape shape;
-  StepTime time;
-
-  double attention_s() const {
-    for (const kernels::OpProfile& op : time.profile.ops) {
-      if (op.name == "attention") return op.seconds;
+  static Line medians(const StepShape& shape, const std::vector<StepTime>& times) {
+    std::vector<double> wall_s, attention_s;
+    for (const StepTime& time : times) {
+      wall_s.push_back(time.wall_s);
+      attention_s.push_back(0);
+      for (const kernels::OpProfile& op : time.profile.ops) {
+        if (op.name == "attention") attention_s.back() += op.seconds;
+      }
     }
-    return 0;
+    const auto median = [](std::vector<double>& values) {
+      std::ranges::nth_element(values, values.begin() + kRepetitions / 2);
+      return values[kRepetitions / 2];
+    };
+    return {.shape = shape,
+            .profile = times.front().profile,
+            .wall_s = median(wall_s),
+            .attention_s = median(attention_s)};
   }
-  double other_s() const { return time.wall_s - attention_s(); }
-  double us_per_token() const { return 1e6 * time.wall_s / shape.tokens(); }
-  double ns_per_pair() const { return 1e9 * attention_s() / shape.pairs(); }
+
+  ModelRig rig_;
 };
 
 // What must not rise from a line of a table to a later one by more than the tolerance.
@@ -130,7 +152,7 @@ std::vector<Table> tables() {
 // max(FLOP / peak, bytes / bandwidth) of the ops that have most of them, over the step's time.
 double share_of_limit(const Line& line, int num_threads) {
   double flops = 0, bytes = 0;
-  for (const kernels::OpProfile& op : line.time.profile.ops) {
+  for (const kernels::OpProfile& op : line.profile.ops) {
     const bool is_large =
         op.name.starts_with("linear") || op.name == "attention" || op.name == "lm_head";
     if (is_large) flops += op.flops, bytes += op.bytes;
@@ -138,7 +160,7 @@ double share_of_limit(const Line& line, int num_threads) {
   const Limit peak = peak_of(isa_of({}), DType::kBF16);
   return std::max(flops / limit_of(peak, num_threads),
                   bytes / limit_of(Limit::kReadBandwidth, num_threads)) /
-         line.time.wall_s;
+         line.wall_s;
 }
 
 // The laws that line `at` breaks, as text; "" where none.
@@ -164,9 +186,9 @@ bool print_table(const Table& table, int num_threads) {
     const std::string broken = broken_laws(table, i);
     all_hold &= broken.empty();
     fmt::print("{:>6} {:>8} {:>10.2f} {:>11.1f} {:>9.1f}% {:>13.2f} {:>10.1f} {:>8.1f}%{}\n",
-               line.shape.tokens(), line.shape.context, 1e3 * line.time.wall_s, line.us_per_token(),
-               100 * line.attention_s() / line.time.wall_s, 1e3 * line.other_s(),
-               line.ns_per_pair(), 100 * share_of_limit(line, num_threads), broken);
+               line.shape.tokens(), line.shape.context, 1e3 * line.wall_s, line.us_per_token(),
+               100 * line.attention_s / line.wall_s, 1e3 * line.other_s(), line.ns_per_pair(),
+               100 * share_of_limit(line, num_threads), broken);
   }
   return all_hold;
 }
@@ -180,8 +202,9 @@ void print_threads(int max_threads) {
   for (int num_threads = 1; num_threads <= max_threads; ++num_threads) {
     Steps steps(num_threads);
     fmt::print("{:>7}", num_threads);
-    for (size_t i = 0; i < shapes.size(); ++i) {
-      const double seconds = steps.run(shapes[i]).wall_s;
+    const std::vector<Line> lines = steps.run(shapes);
+    for (size_t i = 0; i < lines.size(); ++i) {
+      const double seconds = lines[i].wall_s;
       if (num_threads == 1) single_s.push_back(seconds);
       fmt::print(" {:>9.2f} {:>7.2f}", 1e3 * seconds, single_s[i] / seconds);
     }
@@ -196,11 +219,7 @@ int run(int num_threads) {
   std::vector<Table> all = tables();
   {
     Steps steps(num_threads);
-    for (Table& table : all) {
-      for (const StepShape& shape : table.shapes) {
-        table.lines.push_back({shape, steps.run(shape)});
-      }
-    }
+    for (Table& table : all) table.lines = steps.run(table.shapes);
   }
   print_threads(num_threads);
   const double apart = measure_limits_again();
