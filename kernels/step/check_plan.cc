@@ -64,18 +64,39 @@ void check_slot_init(const SlotInit& init, size_t i, const PlanLimits& limits) {
           init.stop_token_ids.size(), "ascending ids");
 }
 
-// Whether the slot has a sampled token that a row of this step may stand for.
-bool has_pending(const StepPlan& plan, int32_t slot, const PlanLimits& limits,
-                 const StatusOf& status) {
-  for (const SlotInit& init : plan.slot_inits) {
-    if (init.slot == slot) return false;  // filled by this very step: nothing sampled yet
+// What a slot holds for the step's rows and draws.
+enum class SlotState : uint8_t {
+  kEmpty,
+  kFilled,   // nothing sampled yet
+  kSampled,  // a token that a row may stand for
+  kDrawn,    // by this step
+};
+
+// [num_slots], by the plan's slot_inits where those fill a slot anew.
+std::vector<SlotState> slot_states(const StepPlan& plan, const PlanLimits& limits,
+                                   const StatusOf& status_of) {
+  std::vector<SlotState> states(static_cast<size_t>(limits.num_slots), SlotState::kEmpty);
+  for (int32_t slot = 0; slot < limits.num_slots; ++slot) {
+    const SlotStatus status = status_of(slot);
+    if (!status.is_set) continue;
+    states[static_cast<size_t>(slot)] =
+        status.has_pending ? SlotState::kSampled : SlotState::kFilled;
   }
-  return is_in(slot, limits.num_slots) && status(slot).has_pending;
+  for (const SlotInit& init : plan.slot_inits) {
+    states[static_cast<size_t>(init.slot)] = SlotState::kFilled;
+  }
+  return states;
 }
 
-void check_rows(const StepPlan& plan, size_t s, const PlanLimits& limits, const StatusOf& status) {
+SlotState state_of(int32_t slot, const std::vector<SlotState>& states) {
+  return is_in(slot, static_cast<int64_t>(states.size())) ? states[static_cast<size_t>(slot)]
+                                                          : SlotState::kEmpty;
+}
+
+void check_rows(const StepPlan& plan, size_t s, const PlanLimits& limits,
+                const std::vector<SlotState>& states) {
   const StepSequence& sequence = plan.sequences[s];
-  const bool may_be_pending = has_pending(plan, sequence.slot, limits, status);
+  const bool may_be_pending = state_of(sequence.slot, states) == SlotState::kSampled;
   const int64_t end_position = int64_t{sequence.num_pages} * limits.page_tokens;
   int32_t last = kPadPosition;
   for (int32_t row = sequence.row_begin; row < sequence.row_begin + sequence.num_rows; ++row) {
@@ -100,7 +121,8 @@ void check_rows(const StepPlan& plan, size_t s, const PlanLimits& limits, const 
   }
 }
 
-void check_sequences(const StepPlan& plan, const PlanLimits& limits, const StatusOf& status) {
+void check_sequences(const StepPlan& plan, const PlanLimits& limits,
+                     const std::vector<SlotState>& states) {
   const int64_t T = plan.num_rows();
   if (T > limits.max_rows) {
     fail("rows", plan.input_ids.size(), "count", T,
@@ -124,7 +146,7 @@ void check_sequences(const StepPlan& plan, const PlanLimits& limits, const Statu
       fail("sequences", s, "page_table_begin", sequence.page_table_begin,
            fmt::format("a range within {} entries", entries));
     }
-    check_rows(plan, s, limits, status);
+    check_rows(plan, s, limits, states);
     row_begin += sequence.num_rows;
   }
   if (row_begin != T) {
@@ -132,20 +154,15 @@ void check_sequences(const StepPlan& plan, const PlanLimits& limits, const Statu
   }
 }
 
-void check_heads(const StepPlan& plan, const PlanLimits& limits, const StatusOf& status) {
-  enum : uint8_t { kEmpty, kFilled, kDrawn };
-  std::vector<uint8_t> states(static_cast<size_t>(limits.num_slots));
-  for (int32_t slot = 0; slot < limits.num_slots; ++slot) {
-    states[static_cast<size_t>(slot)] = status(slot).is_set ? kFilled : kEmpty;
-  }
-  for (const SlotInit& init : plan.slot_inits) states[static_cast<size_t>(init.slot)] = kFilled;
+void check_heads(const StepPlan& plan, const PlanLimits& limits, std::vector<SlotState>& states) {
   for (size_t i = 0; i < plan.samples.size(); ++i) {
     const SampleRow& sample = plan.samples[i];
     require_below(sample.row, plan.num_rows(), "samples", i, "row");
-    const bool is_usable =
-        is_in(sample.slot, limits.num_slots) && states[static_cast<size_t>(sample.slot)] == kFilled;
+    const SlotState state = state_of(sample.slot, states);
+    const bool is_usable = state == SlotState::kFilled || state == SlotState::kSampled;
     require(is_usable, "samples", i, "slot", sample.slot, "a filled slot, once a step");
-    states[static_cast<size_t>(sample.slot)] = kDrawn;  // a second draw needs this one's token
+    // A second draw would need this one's token.
+    states[static_cast<size_t>(sample.slot)] = SlotState::kDrawn;
   }
   for (size_t i = 0; i < plan.scores.size(); ++i) {
     const ScoreRow& score = plan.scores[i];
@@ -171,8 +188,9 @@ void check_plan(const StepPlan& plan, const PlanLimits& limits, const StatusOf& 
   for (size_t i = 0; i < plan.page_tables.size(); ++i) {
     require_below(plan.page_tables[i], limits.num_pages, "page_tables", i, "page");
   }
-  check_sequences(plan, limits, slot_status);
-  check_heads(plan, limits, slot_status);
+  std::vector<SlotState> states = slot_states(plan, limits, slot_status);
+  check_sequences(plan, limits, states);
+  check_heads(plan, limits, states);
 }
 
 }  // namespace rollpack::kernels
