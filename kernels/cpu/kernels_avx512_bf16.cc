@@ -21,6 +21,7 @@ namespace avx512_bf16 {
 #include "kernels/cpu/product_bodies.h"
 #include "kernels/cpu/kernel_bodies.h"
 #include "kernels/cpu/attention_bodies.h"
+#include "kernels/cpu/vocab_bodies.h"
 #include "kernels/cpu/make_table.h"
 // clang-format on
 

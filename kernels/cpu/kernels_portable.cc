@@ -17,6 +17,7 @@ namespace portable {
 #include "kernels/cpu/product_bodies.h"
 #include "kernels/cpu/kernel_bodies.h"
 #include "kernels/cpu/attention_bodies.h"
+#include "kernels/cpu/vocab_bodies.h"
 #include "kernels/cpu/make_table.h"
 // clang-format on
 
