@@ -22,6 +22,18 @@ double llama3_frequency(const RopeConfig& rope, double frequency) {
   return (1 - smooth) * frequency / rope.factor + smooth * frequency;
 }
 
+// `value` rounded to f32, or `exact` where the last bits of value could decide. glibc's f64 sine
+// and cosine are off by a unit in the last place at most, 2^-52 of the value: with four times that
+// as margin the slow function is asked for one value in 2^25, and every f32 is as if it always
+// were.
+template <class Exact>
+float rounded(double value, Exact exact) {
+  const double margin = std::abs(value) * 0x1p-50;
+  const auto low = static_cast<float>(value - margin);
+  const auto high = static_cast<float>(value + margin);
+  return low == high ? low : static_cast<float>(exact());
+}
+
 }  // namespace
 
 std::vector<double> rope_frequencies(const RopeConfig& rope, int64_t head_dim) {
@@ -47,8 +59,9 @@ std::vector<float> make_rope_table(const RopeConfig& rope, int64_t head_dim,
     float* row = table.data() + static_cast<size_t>(position) * 2 * half;
     for (size_t i = 0; i < half; ++i) {
       const double angle = static_cast<double>(position) * frequencies[i];
-      row[i] = static_cast<float>(std::cos(static_cast<long double>(angle)));
-      row[half + i] = static_cast<float>(std::sin(static_cast<long double>(angle)));
+      const auto exact = static_cast<long double>(angle);
+      row[i] = rounded(std::cos(angle), [&] { return std::cos(exact); });
+      row[half + i] = rounded(std::sin(angle), [&] { return std::sin(exact); });
     }
   }
   return table;

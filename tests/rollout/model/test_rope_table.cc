@@ -66,6 +66,22 @@ TEST(RopeTable, RowsHoldCosinesThenSines) {
   }
 }
 
+TEST(RopeTable, EveryEntryIsRoundedOnceFromALongerMantissa) {
+  for (const double theta : {10000.0, 1000000.0}) {
+    const RopeConfig rope = {.theta = theta};
+    const std::vector<double> frequencies = rope_frequencies(rope, 64);
+    const std::vector<float> table = make_rope_table(rope, 64, 40000);
+    for (int64_t position = 0; position < 40000; position += 31) {
+      const float* row = table.data() + position * 64;
+      for (size_t i = 0; i < 32; ++i) {
+        const long double angle = static_cast<double>(position) * frequencies[i];
+        ASSERT_EQ(row[i], static_cast<float>(std::cos(angle))) << position << ", " << i;
+        ASSERT_EQ(row[32 + i], static_cast<float>(std::sin(angle))) << position << ", " << i;
+      }
+    }
+  }
+}
+
 // A long table's rows are those of a short one: no recurrence that drifts.
 TEST(RopeTable, ARowDoesNotDependOnTheTablesLength) {
   const RopeConfig rope = {.theta = 100000.0};
