@@ -21,6 +21,7 @@
 
 #include "kernels/step_plan.h"
 #include "kernels/tensor.h"
+#include "kernels/weight_source.h"
 
 namespace rollpack::kernels {
 
@@ -200,9 +201,13 @@ class Backend {
   virtual WeightId declare_weight(const WeightSpec& spec) = 0;
   virtual void begin_staging() = 0;
   // Packs `source` ([part_rows, cols], any float dtype, the full part) into the staged set,
-  // rounding to the compute dtype; only rows `shard` of it are kept.
-  virtual void load_weight(WeightId id, int32_t part, const ConstTensor& source,
+  // rounding to the compute dtype; only rows `shard` of it are read and kept.
+  // Errors: those of the source; the part counts as not loaded then.
+  virtual void load_weight(WeightId id, int32_t part, const WeightSource& source,
                            ShardRange shard) = 0;
+  void load_weight(WeightId id, int32_t part, const ConstTensor& tensor, ShardRange shard) {
+    load_weight(id, part, TensorSource(tensor), shard);
+  }
   // Starts the staged set as a copy of the committed one, for updates of some tensors only.
   virtual void copy_committed_to_staged() = 0;
   virtual void commit_weights() = 0;

@@ -29,7 +29,8 @@ class ForwardingBackend : public Backend {
 
   WeightId declare_weight(const WeightSpec& spec) override { return inner_->declare_weight(spec); }
   void begin_staging() override { inner_->begin_staging(); }
-  void load_weight(WeightId id, int32_t part, const ConstTensor& source,
+  using Backend::load_weight;
+  void load_weight(WeightId id, int32_t part, const WeightSource& source,
                    ShardRange shard) override {
     inner_->load_weight(id, part, source, shard);
   }

@@ -11,6 +11,10 @@ namespace rollpack {
 // CRC-32 as zlib has it (polynomial 0xEDB88320), continued from `seed`.
 uint32_t crc32_of(std::span<const std::byte> bytes, uint32_t seed = 0);
 
+// A 64-bit hash for telling large memory apart within a build, at 15 GB/s: neither its value nor
+// resistance to whoever looks for collisions is promised.
+uint64_t hash64(std::span<const std::byte> bytes, uint64_t seed = 0);
+
 // FNV-1a, 64 bits. Source: Fowler, Noll, Vo; offset basis 14695981039346656037.
 constexpr uint64_t fnv1a64(std::string_view text) {
   uint64_t hash = 14695981039346656037ull;

@@ -7,6 +7,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <utility>
@@ -19,6 +20,9 @@ namespace {
 constexpr int64_t kHugePageBytes = int64_t{2} << 20;
 constexpr int kRequiredSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE;
 
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
 #ifndef MFD_NOEXEC_SEAL
 #define MFD_NOEXEC_SEAL 0x0008U
 #endif
@@ -142,6 +146,13 @@ Arena& Arena::operator=(Arena&& other) noexcept {
 Arena::~Arena() {
   if (data_ != nullptr) munmap(data_, static_cast<size_t>(bytes_));
   if (fd_ >= 0) close(fd_);
+}
+
+void Arena::populate(int64_t begin, int64_t end) {
+  begin = begin / kHugePageBytes * kHugePageBytes;
+  end = std::min(round_to_huge_pages(end), bytes_);
+  // Linux before 5.14 refuses: then every page waits for its first write.
+  if (begin < end) madvise(data_ + begin, static_cast<size_t>(end - begin), MADV_POPULATE_WRITE);
 }
 
 void Arena::seal() {

@@ -30,6 +30,10 @@ class Arena {
   // Descriptor of a shareable arena, owned by it; -1 of a private one.
   int fd() const { return fd_; }
 
+  // Has the system back [begin, end) with zeroed memory now rather than at the first write. Bounds
+  // are rounded outwards to 2 MiB. Where that fails, the first write does it.
+  void populate(int64_t begin, int64_t end);
+
   // Ends writing for good: seals the descriptor and maps it again read-only, at the same address.
   // Errors: failed_precondition if the arena is private.
   void seal();

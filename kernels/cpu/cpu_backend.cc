@@ -95,7 +95,7 @@ class CpuBackend final : public Backend {
         cpu_options_(cpu_options),
         kernels_(kernel_table(isa)),
         pool_(options.num_threads),
-        weights_(shape.dtype, options.shared_weights),
+        weights_(kernels_, shape.dtype, options.shared_weights),
         pages_(shape, options.kv_cache_bytes),
         step_(shape, options, pages_.num_pages()),
         attention_(kernels_, shape, pages_, pool_.num_threads()),
@@ -147,7 +147,7 @@ class CpuBackend final : public Backend {
     return id;
   }
   void begin_staging() override { weights_.begin_staging(); }
-  void load_weight(WeightId id, int32_t part, const ConstTensor& source,
+  void load_weight(WeightId id, int32_t part, const WeightSource& source,
                    ShardRange shard) override {
     with_idle_pool([&](ThreadPool* pool) { weights_.load(id, part, source, shard, pool); });
   }

@@ -143,6 +143,11 @@ struct ElementKernels {
                       int64_t columns, bool continues, float* out, PagesAhead& ahead);
   // out[c] = o[c] / l, rounded once.
   void (*divide)(const float* o, float l, int64_t n, Element* out);
+  // Packs `count` <= 16 rows of n elements, row_bytes apart and aligned anyhow, into columns
+  // [0, count) of a panel (packing.h) that starts at `panel`. bf16: subnormals become zeros, NaN
+  // quiet, as in rounding; an odd n is followed by one 0.
+  void (*pack_columns)(const std::byte* rows, int64_t row_bytes, int count, int64_t n,
+                       Element* panel);
 };
 
 struct KernelTable {

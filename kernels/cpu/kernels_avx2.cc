@@ -1,6 +1,7 @@
 // The micro-kernels for AVX2 and FMA.
 #include <immintrin.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #include "kernels/cpu/kernel_sets.h"
@@ -22,6 +23,8 @@ namespace avx2 {
 #include "kernels/cpu/kernel_bodies.h"
 #include "kernels/cpu/attention_bodies.h"
 #include "kernels/cpu/vocab_bodies.h"
+#include "kernels/cpu/words_avx2.h"
+#include "kernels/cpu/pack_bodies.h"
 #include "kernels/cpu/make_table.h"
 // clang-format on
 

@@ -1,6 +1,7 @@
 // The micro-kernels in plain C++: for x86-64 without AVX2, and the oracle of the vector paths.
 #include <bit>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 
 #include "kernels/base/dtype.h"
@@ -18,6 +19,8 @@ namespace portable {
 #include "kernels/cpu/kernel_bodies.h"
 #include "kernels/cpu/attention_bodies.h"
 #include "kernels/cpu/vocab_bodies.h"
+#include "kernels/cpu/words_portable.h"
+#include "kernels/cpu/pack_bodies.h"
 #include "kernels/cpu/make_table.h"
 // clang-format on
 

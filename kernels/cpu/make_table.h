@@ -10,7 +10,8 @@ constexpr ElementKernels<typename Step::Element> element_kernels() {
           .page_scores = page_scores<Step>,
           .chunk_softmax = chunk_softmax<Step>,
           .page_values = page_values<Step>,
-          .divide = divide<Step>};
+          .divide = divide<Step>,
+          .pack_columns = pack_columns<Step>};
 }
 
 constexpr KernelTable make_table(Isa isa) {

@@ -9,7 +9,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/cpu/kernel_table.h"
 #include "kernels/tensor.h"
+#include "kernels/weight_source.h"
 
 namespace rollpack::kernels::cpu {
 
@@ -44,12 +46,14 @@ struct PackTarget {
 };
 
 // Packs rows [begin, end) of `source` [part_rows, K_in] into `matrix`'s layout at `target`. Values
-// are rounded to matrix.dtype once (f16 and bf16 to f32 are exact). pool may be null.
-void pack_rows(const ConstTensor& source, int64_t begin, int64_t end, const PackedMatrix& matrix,
-               const PackTarget& target, ThreadPool* pool);
+// are rounded to matrix.dtype once (f16 and bf16 to f32 are exact). Each thread reads the rows of a
+// panel and packs them while they are in its L2. pool may be null.
+// Errors: those of the source, with some of the columns written.
+void pack_rows(const KernelTable& kernels, const WeightSource& source, int64_t begin, int64_t end,
+               const PackedMatrix& matrix, const PackTarget& target, ThreadPool* pool);
 
-// Converts `count` elements from `first` on to f32, rounded through `compute` first.
-void unpack_vector(const ConstTensor& source, int64_t first, int64_t count, DType compute,
+// Converts elements [begin, end) of a vector to f32, rounded through `compute` first.
+void unpack_vector(const WeightSource& source, int64_t begin, int64_t end, DType compute,
                    float* out);
 
 // Copies column `column` of a plain packed matrix, K_in values, as f32: a row of the checkpoint.

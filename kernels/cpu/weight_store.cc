@@ -3,8 +3,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
+#include <span>
 #include <utility>
 
 #include "kernels/base/checksum.h"
@@ -16,6 +16,12 @@ namespace {
 
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kHashBlock = 1 << 20;
+// Memory is taken from the system window by window, in pages of 2 MiB. Threads that pack panels
+// next to each other would fault the same page at once, and each clear one; those that share a
+// window clear a page each, and what they cleared is still in L3 when panels are written.
+constexpr int64_t kPageBytes = int64_t{2} << 20;
+constexpr int64_t kWindowPages = 8;
+constexpr int64_t kWindowBytes = kWindowPages * kPageBytes;
 
 // First bytes of an arena.
 struct ArenaHeader {
@@ -46,26 +52,6 @@ int64_t total_rows(const WeightSpec& spec) {
                .field = std::move(field),
                .value = std::move(value),
                .allowed = std::move(allowed)});
-}
-
-// Four independent multiply-xor lanes over 32-byte groups, so that the multiplications overlap.
-// `bytes` is a multiple of 32. The mixing constants are the 64-bit primes of xxHash (public
-// domain).
-uint64_t hash_block(const std::byte* data, int64_t bytes, uint64_t seed) {
-  constexpr uint64_t kPrime1 = 0x9E3779B185EBCA87ull;
-  constexpr uint64_t kPrime2 = 0xC2B2AE3D27D4EB4Full;
-  uint64_t lanes[4] = {seed + kPrime1, seed ^ kPrime2, seed, seed - kPrime1};
-  for (int64_t i = 0; i < bytes; i += 32) {
-    uint64_t words[4];
-    std::memcpy(words, data + i, sizeof words);
-    for (int lane = 0; lane < 4; ++lane) {
-      lanes[lane] = std::rotl(lanes[lane] + words[lane] * kPrime2, 31) * kPrime1;
-    }
-  }
-  uint64_t hash = std::rotl(lanes[0], 1) + std::rotl(lanes[1], 7) + std::rotl(lanes[2], 12) +
-                  std::rotl(lanes[3], 18);
-  hash = (hash ^ (hash >> 33)) * kPrime2;
-  return hash ^ (hash >> 29);
 }
 
 }  // namespace
@@ -107,7 +93,43 @@ void WeightStore::begin_staging() {
   Set set = make_set(false);
   set.arena = is_shared_ ? Arena::make_shareable(next_offset_, "weights")
                          : Arena::make_private(next_offset_, "weights");
+  set.is_populated.resize(
+      static_cast<size_t>((set.arena.bytes() + kWindowBytes - 1) / kWindowBytes));
   staged_ = std::move(set);
+}
+
+void WeightStore::populate(Set& set, int64_t begin, int64_t end, ThreadPool* pool) const {
+  const auto populate_page = [&](int64_t page, int) {
+    set.arena.populate(page * kPageBytes, (page + 1) * kPageBytes);
+  };
+  for (int64_t window = begin / kWindowBytes; window * kWindowBytes < end; ++window) {
+    if (set.is_populated[static_cast<size_t>(window)]) continue;
+    set.is_populated[static_cast<size_t>(window)] = true;
+    const int64_t first = window * kWindowPages;
+    if (pool != nullptr) {
+      pool->parallel_for(kWindowPages,
+                         [&](int64_t page, int thread) { populate_page(first + page, thread); });
+    } else {
+      for (int64_t page = 0; page < kWindowPages; ++page) populate_page(first + page, 0);
+    }
+  }
+}
+
+void WeightStore::load_matrix(Set& set, const Declared& weight, const PackTarget& target,
+                              const WeightSource& source, ShardRange shard, ThreadPool* pool) {
+  const PackedMatrix matrix = view(weight, set.arena.data());
+  const int64_t per_panel = matrix.columns_per_panel();
+  const int64_t slice_rows = std::max<int64_t>(1, kWindowBytes / matrix.panel_bytes()) * per_panel;
+  for (int64_t begin = shard.begin; begin < shard.end; begin += slice_rows) {
+    const int64_t end = std::min(begin + slice_rows, shard.end);
+    PackTarget slice = target;
+    slice.first_column += begin - shard.begin;
+    const int64_t first_panel = slice.first_column / per_panel;
+    const int64_t last_panel = (slice.first_column + end - begin - 1) / per_panel;
+    populate(set, weight.offset + first_panel * matrix.panel_bytes(),
+             weight.offset + (last_panel + 1) * matrix.panel_bytes(), pool);
+    pack_rows(kernels_, source, begin, end, matrix, slice, pool);
+  }
 }
 
 WeightStore::Set& WeightStore::staged() {
@@ -115,7 +137,7 @@ WeightStore::Set& WeightStore::staged() {
   return *staged_;
 }
 
-void WeightStore::check_load(const Declared& weight, int32_t part, const ConstTensor& source,
+void WeightStore::check_load(const Declared& weight, int32_t part, const WeightSource& source,
                              ShardRange shard) const {
   const WeightSpec& spec = weight.spec;
   if (part < 0 || part >= static_cast<int32_t>(spec.part_rows.size())) {
@@ -124,13 +146,13 @@ void WeightStore::check_load(const Declared& weight, int32_t part, const ConstTe
   }
   const int64_t rows = spec.part_rows[static_cast<size_t>(part)];
   const bool is_vector = spec.kind == WeightKind::kVector;
-  const bool fits = is_vector ? source.num_elements() == rows
-                              : source.rows() == rows && source.cols() == spec.cols;
+  const bool fits =
+      is_vector ? source.num_elements() == rows : source.rows == rows && source.cols == spec.cols;
   if (!fits) {
-    fail_argument(fmt::format("{} part {}", spec.name, part),
-                  fmt::format("[{}, {}]", source.rows(), source.cols()),
-                  is_vector ? fmt::format("{} elements", rows)
-                            : fmt::format("[{}, {}]", rows, spec.cols));
+    fail_argument(
+        fmt::format("{} part {}", spec.name, part),
+        fmt::format("[{}, {}]", source.rows, source.cols),
+        is_vector ? fmt::format("{} elements", rows) : fmt::format("[{}, {}]", rows, spec.cols));
   }
   if (!is_float(source.dtype)) {
     fail_argument(fmt::format("{} part {} dtype", spec.name, part),
@@ -182,7 +204,7 @@ PackedMatrix WeightStore::view(const Declared& weight, std::byte* base) const {
           .is_gated = is_gated};
 }
 
-void WeightStore::load(WeightId id, int32_t part, const ConstTensor& source, ShardRange shard,
+void WeightStore::load(WeightId id, int32_t part, const WeightSource& source, ShardRange shard,
                        ThreadPool* pool) {
   Set& set = staged();
   declared(id, "load_weight");  // checks the id
@@ -192,19 +214,21 @@ void WeightStore::load(WeightId id, int32_t part, const ConstTensor& source, Sha
   }
   check_load(weight, part, source, shard);
   fix_local_rows(weight, part, shard);
-  std::byte* base = set.arena.data();
+  std::vector<bool>::reference is_loaded =
+      set.is_loaded[static_cast<size_t>(id)][static_cast<size_t>(part)];
+  is_loaded = false;  // until all of it has been read
+  std::byte* at = set.arena.data() + weight.offset;
   const int64_t first = first_row(weight, part);
   if (weight.spec.kind == WeightKind::kVector) {
-    unpack_vector(source, shard.begin, shard.end - shard.begin, compute_,
-                  reinterpret_cast<float*>(base + weight.offset) + first);
+    unpack_vector(source, shard.begin, shard.end, compute_, reinterpret_cast<float*>(at) + first);
   } else {
-    const PackedMatrix matrix = view(weight, base);
-    const PackTarget target{.panels = base + weight.offset,
-                            .first_column = matrix.is_gated ? 0 : first,
-                            .lane_offset = matrix.is_gated && part == 1 ? 32 : 0};
-    pack_rows(source, shard.begin, shard.end, matrix, target, pool);
+    const bool is_gated = weight.spec.kind == WeightKind::kGated;
+    const PackTarget target{.panels = at,
+                            .first_column = is_gated ? 0 : first,
+                            .lane_offset = is_gated && part == 1 ? 32 : 0};
+    load_matrix(set, weight, target, source, shard, pool);
   }
-  set.is_loaded[static_cast<size_t>(id)][static_cast<size_t>(part)] = true;
+  is_loaded = true;
 }
 
 void WeightStore::copy_committed_to_staged() {
@@ -244,16 +268,14 @@ uint64_t WeightStore::committed_hash(ThreadPool* pool) const {
     const int64_t begin = block * kHashBlock;
     const int64_t end = std::min(begin + kHashBlock, bytes);
     hashes[static_cast<size_t>(block)] =
-        hash_block(committed_->arena.data() + 4096 + begin, end - begin, 0);
+        hash64({committed_->arena.data() + 4096 + begin, static_cast<size_t>(end - begin)});
   };
   if (pool != nullptr) {
     pool->parallel_for(num_blocks, hash_one);
   } else {
     for (int64_t block = 0; block < num_blocks; ++block) hash_one(block, 0);
   }
-  hashes.resize((hashes.size() + 3) / 4 * 4);  // hash_block takes multiples of 32 bytes
-  return hash_block(reinterpret_cast<const std::byte*>(hashes.data()),
-                    static_cast<int64_t>(hashes.size() * sizeof(uint64_t)), layout_hash());
+  return hash64(std::as_bytes(std::span(hashes)), layout_hash());
 }
 
 uint64_t WeightStore::layout_hash() const {

@@ -15,12 +15,13 @@ namespace rollpack::kernels::cpu {
 
 class WeightStore {
  public:
-  WeightStore(DType compute, bool is_shared) : compute_(compute), is_shared_(is_shared) {}
+  WeightStore(const KernelTable& kernels, DType compute, bool is_shared)
+      : kernels_(kernels), compute_(compute), is_shared_(is_shared) {}
 
   // The calls of backend.h, with its errors. pool may be null: then the caller packs alone.
   WeightId declare(const WeightSpec& spec);
   void begin_staging();
-  void load(WeightId id, int32_t part, const ConstTensor& source, ShardRange shard,
+  void load(WeightId id, int32_t part, const WeightSource& source, ShardRange shard,
             ThreadPool* pool);
   void copy_committed_to_staged();
   // Errors: failed_precondition naming the first part that was not loaded.
@@ -51,18 +52,24 @@ class WeightStore {
   struct Set {
     Arena arena;
     std::vector<std::vector<bool>> is_loaded;  // [weight][part]
+    std::vector<bool> is_populated;            // [windows of the arena]
   };
 
   const Declared& declared(WeightId id, const char* op) const;
   PackedMatrix view(const Declared& weight, std::byte* base) const;
   int64_t first_row(const Declared& weight, int32_t part) const;
-  void check_load(const Declared& weight, int32_t part, const ConstTensor& source,
+  void check_load(const Declared& weight, int32_t part, const WeightSource& source,
                   ShardRange shard) const;
   void fix_local_rows(Declared& weight, int32_t part, ShardRange shard);
   Set make_set(bool is_loaded) const;
+  // Backs bytes [begin, end) of the arena with memory.
+  void populate(Set& set, int64_t begin, int64_t end, ThreadPool* pool) const;
+  void load_matrix(Set& set, const Declared& weight, const PackTarget& target,
+                   const WeightSource& source, ShardRange shard, ThreadPool* pool);
   Set& staged();
   uint64_t layout_hash() const;
 
+  const KernelTable& kernels_;
   DType compute_;
   bool is_shared_;
   std::vector<Declared> weights_;

@@ -134,7 +134,7 @@ class ReferenceBackend final : public Backend {
     return id;
   }
   void begin_staging() override { weights_.begin(); }
-  void load_weight(WeightId id, int32_t part, const ConstTensor& source,
+  void load_weight(WeightId id, int32_t part, const WeightSource& source,
                    ShardRange shard) override {
     weights_.load(id, part, source, shard);
   }

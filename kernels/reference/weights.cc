@@ -56,7 +56,7 @@ double rounded(double number, DType compute_dtype) {
   return bf16_to_f32(f32_to_bf16(static_cast<float>(number)));
 }
 
-void check_source(const WeightSpec& spec, int32_t part, const ConstTensor& source,
+void check_source(const WeightSpec& spec, int32_t part, const WeightSource& source,
                   ShardRange shard) {
   const int64_t rows = spec.part_rows[static_cast<size_t>(part)];
   const bool is_float =
@@ -66,10 +66,10 @@ void check_source(const WeightSpec& spec, int32_t part, const ConstTensor& sourc
   }
   const bool fits = spec.kind == WeightKind::kVector
                         ? source.num_elements() == rows  // [N], [1, N] and [N, 1] are one vector
-                        : source.rows() == rows && source.cols() == spec.cols;
+                        : source.rows == rows && source.cols == spec.cols;
   if (!fits) {
     refuse(spec, fmt::format("part {} shape", part),
-           fmt::format("[{}, {}]", source.rows(), source.cols()),
+           fmt::format("[{}, {}]", source.rows, source.cols),
            fmt::format("[{}, {}]", rows, spec.cols));
   }
   if (shard.begin < 0 || shard.begin >= shard.end || shard.end > rows) {
@@ -131,7 +131,7 @@ void WeightStore::begin() {
   staged_ = std::make_unique<Set>(empty_set());
 }
 
-void WeightStore::load(WeightId id, int32_t part, const ConstTensor& source, ShardRange shard) {
+void WeightStore::load(WeightId id, int32_t part, const WeightSource& source, ShardRange shard) {
   require_staging("load_weight");
   if (id < 0 || static_cast<size_t>(id) >= specs_.size()) {
     throw Error({.code = ErrorCode::kInvalidArgument,
@@ -159,11 +159,14 @@ void WeightStore::load(WeightId id, int32_t part, const ConstTensor& source, Sha
   const int64_t count = (shard.end - shard.begin) * weight.spec.cols;
   target.rows = shard;
   target.numbers.resize(static_cast<size_t>(count * dtype_bytes(weight.dtype)));
+  std::vector<std::byte> scratch;
+  const ConstTensor tensor{
+      source.read_rows(0, source.rows, scratch), source.dtype, {source.rows, source.cols}};
   void* data = target.numbers.data();
   visit_numbers(weight.dtype, data, [&](auto* numbers) {
     const int64_t first = shard.begin * weight.spec.cols;
     for (int64_t i = 0; i < count; ++i) {
-      write_number(numbers[i], rounded(source_number(source, first + i), compute_dtype_));
+      write_number(numbers[i], rounded(source_number(tensor, first + i), compute_dtype_));
     }
   });
   target.is_loaded = true;

@@ -36,7 +36,7 @@ class WeightStore {
   WeightId declare(const WeightSpec& spec);
   void begin();
   // Errors: failed_precondition without begin(); invalid_argument naming weight, part and shape.
-  void load(WeightId id, int32_t part, const ConstTensor& source, ShardRange shard);
+  void load(WeightId id, int32_t part, const WeightSource& source, ShardRange shard);
   void copy_committed();
   // Errors: failed_precondition naming the first part that is missing.
   void commit();

@@ -34,9 +34,13 @@ class SafetensorsCheckpoint : public Checkpoint {
   }
 
   const std::vector<TensorInfo>& tensors() const override { return tensors_; }
-  void read(size_t index, std::vector<std::byte>& buffer) const override {
+  void require_readable(size_t index) const override {
     const auto [file, tensor] = places_.at(index);
-    files_[file].read(tensor, buffer);
+    files_[file].require_readable(tensor);
+  }
+  void read(size_t index, int64_t offset, std::span<std::byte> out) const override {
+    const auto [file, tensor] = places_.at(index);
+    files_[file].read(tensor, offset, out);
   }
 
  private:

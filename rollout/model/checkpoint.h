@@ -1,13 +1,13 @@
 // The weight files of a Hugging Face folder: one model.safetensors, or shards listed in
-// model.safetensors.index.json. Headers are checked at opening; tensors are read one at a time
-// (pread into a buffer that is reused), so that a file truncated meanwhile is an error, not a
-// SIGBUS.
+// model.safetensors.index.json. Headers are checked at opening; tensors are read piece by piece
+// (pread into memory of the caller), so that a file truncated meanwhile is an error, not a SIGBUS.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -35,9 +35,11 @@ class Checkpoint {
 
   // All tensors, ordered by file and offset (the order that reads sequentially).
   virtual const std::vector<TensorInfo>& tensors() const = 0;
-  // Reads tensor `index` into `buffer` (resized).
-  // Errors: data_loss, or unsupported for another dtype, naming tensor and file.
-  virtual void read(size_t index, std::vector<std::byte>& buffer) const = 0;
+  // Errors: unsupported where tensor `index` is not readable, naming tensor and file.
+  virtual void require_readable(size_t index) const = 0;
+  // Reads bytes [offset, offset + out.size()) of tensor `index`. Callable from several threads.
+  // Errors: those of require_readable(); data_loss, naming tensor and file.
+  virtual void read(size_t index, int64_t offset, std::span<std::byte> out) const = 0;
 };
 
 // Errors: not_found, or invalid_argument / data_loss naming file, tensor and what is wrong: header

@@ -225,18 +225,26 @@ SafetensorsFile::SafetensorsFile(const std::string& path) : path_(path) {
   fd_ = std::move(file.fd);
 }
 
-void SafetensorsFile::read(size_t index, std::vector<std::byte>& buffer) const {
+void SafetensorsFile::require_readable(size_t index) const {
   const TensorInfo& info = tensors_.at(index);
-  if (!info.is_readable) {
-    fail(ErrorCode::kUnsupported, path_, tensor_field(info.name) + ".dtype", info.file_dtype,
-         "one of F32, F16, BF16", kNoQuantizedWeights);
+  if (info.is_readable) return;
+  fail(ErrorCode::kUnsupported, path_, tensor_field(info.name) + ".dtype", info.file_dtype,
+       "one of F32, F16, BF16", kNoQuantizedWeights);
+}
+
+void SafetensorsFile::read(size_t index, int64_t offset, std::span<std::byte> out) const {
+  require_readable(index);
+  const TensorInfo& info = tensors_[index];
+  const auto bytes = static_cast<int64_t>(out.size());
+  if (offset < 0 || offset > info.bytes || bytes > info.bytes - offset) {
+    fail_invariant(
+        fmt::format("bytes [{}, {}) of a tensor of {}", offset, offset + bytes, info.bytes));
   }
-  buffer.resize(static_cast<size_t>(info.bytes));
-  const size_t got = read_at(fd_, buffer.data(), buffer.size(), offsets_[index], path_);
-  if (got != buffer.size()) {
-    fail(ErrorCode::kDataLoss, path_, tensor_field(info.name), fmt::format("{} bytes", got),
-         fmt::format("{} bytes", info.bytes), "the file became shorter after it was opened");
-  }
+  const size_t got = read_at(fd_, out.data(), out.size(), offsets_[index] + offset, path_);
+  if (got == out.size()) return;
+  fail(ErrorCode::kDataLoss, path_, tensor_field(info.name),
+       fmt::format("{} bytes", offset + static_cast<int64_t>(got)),
+       fmt::format("{} bytes", info.bytes), "the file became shorter after it was opened");
 }
 
 }  // namespace rollpack::rollout

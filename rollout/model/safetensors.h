@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -24,10 +25,12 @@ class SafetensorsFile {
   // Ordered by offset.
   const std::vector<TensorInfo>& tensors() const { return tensors_; }
   const std::string& path() const { return path_; }
-  // Reads tensor `index` into `buffer` (resized).
-  // Errors: unsupported for a dtype that is no float of 16 or 32 bits; data_loss where the file got
-  // shorter since it was opened.
-  void read(size_t index, std::vector<std::byte>& buffer) const;
+  // Errors: unsupported where tensor `index` is no float of 16 or 32 bits.
+  void require_readable(size_t index) const;
+  // Reads bytes [offset, offset + out.size()) of tensor `index`, which has them. Callable from
+  // several threads at once.
+  // Errors: those of require_readable(); data_loss where the file got shorter since it was opened.
+  void read(size_t index, int64_t offset, std::span<std::byte> out) const;
 
  private:
   std::string path_;

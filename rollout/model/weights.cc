@@ -1,12 +1,13 @@
 #include "rollout/model/weights.h"
 
 #include <algorithm>
-#include <cstring>
+#include <array>
 #include <utility>
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include "kernels/base/checksum.h"
 #include "kernels/base/error.h"
 
 namespace rollpack::rollout {
@@ -22,17 +23,45 @@ std::string shape_text(std::span<const int64_t> shape) {
   return fmt::format("[{}]", fmt::join(shape, ", "));
 }
 
-// 64-bit fingerprint of a tensor's dtype and bytes, eight at a time; never 0.
-// Source: the mixing step of splitmix64 (Steele, Lea, Flood, OOPSLA 2014).
-uint64_t fingerprint(DType dtype, std::span<const std::byte> bytes) {
-  uint64_t hash = 0x9E3779B97F4A7C15ull + static_cast<uint64_t>(dtype);
-  for (size_t i = 0; i < bytes.size(); i += 8) {
-    uint64_t word = 0;
-    std::memcpy(&word, bytes.data() + i, std::min<size_t>(8, bytes.size() - i));
-    hash = (hash ^ word) * 0xBF58476D1CE4E5B9ull;
-    hash ^= hash >> 29;
+// 64-bit fingerprint of a tensor's dtype and bytes; never 0.
+uint64_t fingerprint(const kernels::WeightSource& source) {
+  uint64_t hash = static_cast<uint64_t>(source.dtype);
+  std::vector<std::byte> scratch;
+  // About a MB at a time, where it comes from a file.
+  const int64_t step = std::max<int64_t>(1, (int64_t{1} << 20) / source.row_bytes());
+  for (int64_t row = 0; row < source.rows; row += step) {
+    const int64_t end = std::min(row + step, source.rows);
+    const auto bytes = static_cast<size_t>((end - row) * source.row_bytes());
+    hash = hash64({source.read_rows(row, end, scratch), bytes}, hash);
   }
   return hash | 1;
+}
+
+// A tensor of a file, read while it is packed.
+class FileSource final : public kernels::WeightSource {
+ public:
+  FileSource(const Checkpoint& checkpoint, size_t index, int64_t rows, int64_t cols)
+      : WeightSource(checkpoint.tensors()[index].dtype, rows, cols),
+        checkpoint_(checkpoint),
+        index_(index) {}
+
+  const std::byte* read_rows(int64_t begin, int64_t end,
+                             std::vector<std::byte>& scratch) const override {
+    const auto bytes = static_cast<size_t>((end - begin) * row_bytes());
+    if (scratch.size() < bytes) scratch.resize(bytes);
+    checkpoint_.read(index_, begin * row_bytes(), std::span(scratch).first(bytes));
+    return scratch.data();
+  }
+
+ private:
+  const Checkpoint& checkpoint_;
+  const size_t index_;
+};
+
+// Rows and columns of a tensor as backends take them: a vector is one row.
+std::array<int64_t, 2> matrix_shape(std::span<const int64_t> shape) {
+  if (shape.size() == 1) return {1, shape[0]};
+  return {shape[0], shape[1]};
 }
 
 // Buffers that old checkpoints carry and that the forward pass derives itself.
@@ -108,6 +137,7 @@ void ModelWeights::begin_staging() {
   is_staged_.clear();
   embedding_hash_ = tied_head_hash_ = 0;
   is_partial_ = false;
+  head_may_come_ = true;
   backend_.begin_staging();
 }
 
@@ -117,11 +147,9 @@ void ModelWeights::begin_partial_staging() {
   is_partial_ = true;
 }
 
-void ModelWeights::stage(const std::string& name, DType dtype, std::span<const int64_t> shape,
-                         std::span<const std::byte> bytes) {
-  if (is_derived(name)) return;
-  if (is_tied_ && name == kHeadName) return stage_tied_head(dtype, shape, bytes);
-  const auto found = places_.find(name);
+void ModelWeights::check_tensor(const std::string& name, std::span<const int64_t> shape) const {
+  // A tied model's head is a second copy of the embedding.
+  const auto found = places_.find(is_tied_ && name == kHeadName ? kEmbeddingName : name);
   if (found == places_.end()) {
     throw Error({.code = ErrorCode::kInvalidArgument,
                  .field = name,
@@ -129,42 +157,39 @@ void ModelWeights::stage(const std::string& name, DType dtype, std::span<const i
                  .allowed = fmt::format("one of this model's {} tensors", places_.size()),
                  .message = "the model has no such tensor"});
   }
-  const Place& place = found->second;
-  if (!std::ranges::equal(shape, place.shape)) {
+  if (!std::ranges::equal(shape, found->second.shape)) {
     throw Error({.code = ErrorCode::kInvalidArgument,
                  .field = name,
                  .value = shape_text(shape),
-                 .allowed = shape_text(place.shape),
+                 .allowed = shape_text(found->second.shape),
                  .message = "the tensor's shape does not fit config.json"});
   }
+}
+
+void ModelWeights::stage(const std::string& name, DType dtype, std::span<const int64_t> shape,
+                         std::span<const std::byte> bytes) {
+  if (is_derived(name)) return;
+  check_tensor(name, shape);
+  stage(name, kernels::TensorSource({bytes.data(), dtype, matrix_shape(shape)}));
+}
+
+void ModelWeights::stage(const std::string& name, const kernels::WeightSource& source) {
   if (is_staged_[name]) {
     throw Error({.code = ErrorCode::kInvalidArgument,
                  .field = name,
                  .value = "given twice",
                  .allowed = "each tensor once"});
   }
-  const int64_t rows = place.shape[0];
-  const int64_t cols = place.shape.size() == 1 ? 1 : place.shape[1];
-  const bool is_vector = place.shape.size() == 1;
-  backend_.load_weight(place.weight, place.part,
-                       {.data = bytes.data(),
-                        .dtype = dtype,
-                        .shape = {is_vector ? 1 : rows, is_vector ? rows : cols}},
-                       {.begin = 0, .end = rows});
-  if (is_tied_ && name == kEmbeddingName) embedding_hash_ = fingerprint(dtype, bytes);
-  is_staged_[name] = true;
-}
-
-void ModelWeights::stage_tied_head(DType dtype, std::span<const int64_t> shape,
-                                   std::span<const std::byte> bytes) {
-  const std::vector<int64_t>& expected = places_.at(kEmbeddingName).shape;
-  if (!std::ranges::equal(shape, expected)) {
-    throw Error({.code = ErrorCode::kInvalidArgument,
-                 .field = kHeadName,
-                 .value = shape_text(shape),
-                 .allowed = shape_text(expected)});
+  if (is_tied_ && name == kHeadName) {
+    tied_head_hash_ = fingerprint(source);
+  } else {
+    const Place& place = places_.at(name);
+    backend_.load_weight(place.weight, place.part, source, {.begin = 0, .end = place.shape[0]});
+    if (is_tied_ && name == kEmbeddingName && head_may_come_) {
+      embedding_hash_ = fingerprint(source);
+    }
   }
-  tied_head_hash_ = fingerprint(dtype, bytes);
+  is_staged_[name] = true;
 }
 
 void ModelWeights::finish_staging() const {
@@ -199,16 +224,19 @@ void ModelWeights::finish_staging() const {
 
 void ModelWeights::load(const Checkpoint& checkpoint) {
   begin_staging();
-  std::vector<std::byte> buffer;
   const std::vector<TensorInfo>& tensors = checkpoint.tensors();
   // First, so that a quantized checkpoint is told from one whose names do not fit.
   for (size_t i = 0; i < tensors.size(); ++i) {
-    if (!tensors[i].is_readable && !is_derived(tensors[i].name)) checkpoint.read(i, buffer);
+    if (!is_derived(tensors[i].name)) checkpoint.require_readable(i);
   }
+  head_may_come_ = std::ranges::any_of(
+      tensors, [](const TensorInfo& tensor) { return tensor.name == kHeadName; });
   for (size_t i = 0; i < tensors.size(); ++i) {
-    if (is_derived(tensors[i].name)) continue;
-    checkpoint.read(i, buffer);
-    stage(tensors[i].name, tensors[i].dtype, tensors[i].shape, buffer);
+    const TensorInfo& tensor = tensors[i];
+    if (is_derived(tensor.name)) continue;
+    check_tensor(tensor.name, tensor.shape);
+    const auto [rows, cols] = matrix_shape(tensor.shape);
+    stage(tensor.name, FileSource(checkpoint, i, rows, cols));
   }
   finish_staging();
 }

@@ -64,8 +64,10 @@ class ModelWeights {
 
   kernels::WeightId declare(const std::string& name, kernels::WeightKind kind, int64_t cols,
                             const std::vector<std::pair<std::string, int64_t>>& parts);
-  void stage_tied_head(DType dtype, std::span<const int64_t> shape,
-                       std::span<const std::byte> bytes);
+  // Errors: a name that the model does not have; another shape.
+  void check_tensor(const std::string& name, std::span<const int64_t> shape) const;
+  // Stages a checked tensor.
+  void stage(const std::string& name, const kernels::WeightSource& source);
 
   kernels::Backend& backend_;
   bool is_tied_;
@@ -74,6 +76,7 @@ class ModelWeights {
   std::unordered_map<std::string, bool> is_staged_;
   // Fingerprints of a tied model's two copies as staged; 0: not there.
   uint64_t embedding_hash_ = 0, tied_head_hash_ = 0;
+  bool head_may_come_ = true;  // so that the embedding has to be fingerprinted
 };
 
 }  // namespace rollpack::rollout

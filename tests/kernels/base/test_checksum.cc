@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <set>
 #include <vector>
 
 namespace rollpack {
@@ -24,6 +25,22 @@ TEST(Checksum, Crc32ContinuesFromItsSeed) {
     const uint32_t first = crc32_of(bytes_of(text.substr(0, cut)));
     EXPECT_EQ(crc32_of(bytes_of(text.substr(cut)), first), 0x414FA339u) << cut;
   }
+}
+
+TEST(Checksum, ABitOrAByteMoreChangesTheLargeHash) {
+  std::set<uint64_t> hashes;
+  std::vector<std::byte> bytes(100);
+  for (size_t size = 0; size <= bytes.size(); ++size) {
+    hashes.insert(hash64(std::span(bytes).first(size)));
+  }
+  for (size_t bit = 0; bit < bytes.size() * 8; ++bit) {
+    bytes[bit / 8] ^= std::byte(1 << bit % 8);
+    hashes.insert(hash64(bytes));
+    bytes[bit / 8] ^= std::byte(1 << bit % 8);
+  }
+  hashes.insert(hash64(bytes, 1));
+  EXPECT_EQ(hashes.size(), 101u + 800u + 1u);
+  EXPECT_EQ(hash64(bytes), hash64(std::vector<std::byte>(100)));
 }
 
 TEST(Checksum, FnvGivesThePublishedVectors) {

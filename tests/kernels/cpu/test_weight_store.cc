@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels/base/error.h"
+#include "kernels/cpu/thread_pool.h"
 #include "toy_model.h"
 
 namespace rollpack::kernels::cpu {
@@ -20,19 +21,24 @@ using testing::Numbers;
 
 constexpr int64_t kRows = 70, kCols = 5;  // a whole panel and six columns of a second; odd K_in
 
+const KernelTable& best_kernels() {
+  return kernel_table(supported_isas().front());
+}
+
 struct Store {
   explicit Store(bool is_shared = false, int64_t rows = kRows, DType compute = DType::kF32)
-      : store(compute, is_shared),
+      : store(best_kernels(), compute, is_shared),
         qkv(store.declare({.name = "qkv", .part_rows = {rows, 3}, .cols = kCols})),
-        gate_up(store.declare({.name = "gate_up", .kind = WeightKind::kGated,
-                               .part_rows = {40, 40}, .cols = kCols})),
-        norm(store.declare({.name = "norm", .kind = WeightKind::kVector, .part_rows = {7},
-                            .cols = 1})),
+        gate_up(store.declare(
+            {.name = "gate_up", .kind = WeightKind::kGated, .part_rows = {40, 40}, .cols = kCols})),
+        norm(store.declare(
+            {.name = "norm", .kind = WeightKind::kVector, .part_rows = {7}, .cols = 1})),
         rows(rows) {}
 
   void load(WeightId id, int32_t part, int64_t part_rows, int64_t cols,
             const std::vector<float>& values) {
-    store.load(id, part, {values.data(), DType::kF32, {part_rows, cols}}, {0, part_rows}, nullptr);
+    const TensorSource source({values.data(), DType::kF32, {part_rows, cols}});
+    store.load(id, part, source, {0, part_rows}, nullptr);
   }
   void load_all(uint64_t seed) {
     Numbers numbers(seed);
@@ -123,7 +129,7 @@ TEST(WeightStore, SizesDtypesPartsAndShardsAreChecked) {
   s.store.begin_staging();
   const std::vector<float> values(kRows * kCols);
   const auto load = [&](int32_t part, const ConstTensor& source, ShardRange shard) {
-    return error_text([&] { s.store.load(s.qkv, part, source, shard, nullptr); });
+    return error_text([&] { s.store.load(s.qkv, part, TensorSource(source), shard, nullptr); });
   };
   EXPECT_EQ(load(0, {values.data(), DType::kF32, {kRows, kCols - 1}}, {0, kRows}),
             "qkv part 0 = [70, 4]: expected [70, 5]");
@@ -133,10 +139,11 @@ TEST(WeightStore, SizesDtypesPartsAndShardsAreChecked) {
             "qkv part = 2: expected 0 to 1");
   EXPECT_EQ(load(0, {values.data(), DType::kF32, {kRows, kCols}}, {0, kRows + 1}),
             "qkv part 0 shard = [0, 71): expected a range of rows in [0, 70)");
-  EXPECT_EQ(error_text([&] {
-              s.store.load(9, 0, {values.data(), DType::kF32, {kRows, kCols}}, {}, nullptr);
-            }),
-            "load_weight weight = 9: expected a declared weight, 0 to 2");
+  EXPECT_EQ(
+      error_text([&] {
+        s.store.load(9, 0, TensorSource({values.data(), DType::kF32, {kRows, kCols}}), {}, nullptr);
+      }),
+      "load_weight weight = 9: expected a declared weight, 0 to 2");
   EXPECT_EQ(error_text([&] { s.store.declare({.name = "late", .part_rows = {1}, .cols = 1}); }),
             "weight = late: all weights are declared before the first is staged");
 }
@@ -163,11 +170,39 @@ TEST(WeightStore, ABitOfAnyTensorChangesTheHash) {
   }
 }
 
+// A file that ends too early.
+class ShortFile final : public WeightSource {
+ public:
+  ShortFile(int64_t rows, int64_t cols) : WeightSource(DType::kF32, rows, cols) {}
+  const std::byte* read_rows(int64_t begin, int64_t end,
+                             std::vector<std::byte>& scratch) const override {
+    if (end == rows) throw Error({.code = ErrorCode::kDataLoss, .message = "the file ended"});
+    scratch.resize(static_cast<size_t>((end - begin) * row_bytes()));
+    return scratch.data();
+  }
+};
+
+TEST(WeightStore, APartWhoseSourceFailedIsNotLoaded) {
+  for (const bool is_loaded_before : {false, true}) {
+    Store s;
+    ThreadPool pool(2);
+    s.store.begin_staging();
+    if (is_loaded_before) s.load_all(1);
+    EXPECT_EQ(error_text([&] {
+                s.store.load(s.qkv, 0, ShortFile(kRows, kCols), {0, kRows}, &pool);
+              }),
+              "the file ended");
+    EXPECT_EQ(error_text([&] { s.store.commit(); }),
+              "qkv part 0 = not loaded: every part is loaded before a commit or an export");
+  }
+}
+
 TEST(WeightStore, AShardIsTheRowsOfItsRange) {
   Store s;
   s.store.begin_staging();
   const std::vector<float> all = Numbers(1).vector(kRows * kCols, 1.0f);
-  s.store.load(s.qkv, 0, {all.data(), DType::kF32, {kRows, kCols}}, {6, 70}, nullptr);
+  const TensorSource source({all.data(), DType::kF32, {kRows, kCols}});
+  s.store.load(s.qkv, 0, source, {6, 70}, nullptr);
   s.load(s.qkv, 1, 3, kCols, std::vector<float>(3 * kCols, 4.0f));
   s.load(s.gate_up, 0, 40, kCols, std::vector<float>(40 * kCols));
   s.load(s.gate_up, 1, 40, kCols, std::vector<float>(40 * kCols));
@@ -219,14 +254,16 @@ TEST(SharedWeights, AnotherLayoutIsRefused) {
 }
 
 TEST(SharedWeights, AShardIsNotTakenForAWholeSet) {
-  WeightStore sharded(DType::kF32, true);
+  WeightStore sharded(best_kernels(), DType::kF32, true);
   const WeightId id = sharded.declare({.name = "w", .part_rows = {kRows, 3}, .cols = kCols});
-  WeightStore whole(DType::kF32, true);
+  WeightStore whole(best_kernels(), DType::kF32, true);
   whole.declare({.name = "w", .part_rows = {kRows, 3}, .cols = kCols});
   const std::vector<float> values(kRows * kCols);
   sharded.begin_staging();
-  sharded.load(id, 0, {values.data(), DType::kF32, {kRows, kCols}}, {0, 64}, nullptr);
-  sharded.load(id, 1, {values.data(), DType::kF32, {3, kCols}}, {0, 3}, nullptr);
+  const TensorSource first({values.data(), DType::kF32, {kRows, kCols}});
+  const TensorSource second({values.data(), DType::kF32, {3, kCols}});
+  sharded.load(id, 0, first, {0, 64}, nullptr);
+  sharded.load(id, 1, second, {0, 3}, nullptr);
   const int fd = sharded.export_staged();
   EXPECT_THROW(whole.adopt_staged(fd), Error);
 }

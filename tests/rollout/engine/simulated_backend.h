@@ -70,7 +70,7 @@ class SimulatedBackend : public kernels::Backend {
   void sync() override {}
   kernels::WeightId declare_weight(const kernels::WeightSpec&) override { return 0; }
   void begin_staging() override {}
-  void load_weight(kernels::WeightId, int32_t, const kernels::ConstTensor&,
+  void load_weight(kernels::WeightId, int32_t, const kernels::WeightSource&,
                    kernels::ShardRange) override {}
   void copy_committed_to_staged() override {}
   void commit_weights() override {}

@@ -51,12 +51,14 @@ TEST(Safetensors, TensorsComeInTheOrderOfTheirBytes) {
   EXPECT_EQ(file.tensors()[1].shape, (std::vector<int64_t>{1, 2}));
   EXPECT_EQ(file.tensors()[1].bytes, 8);
 
-  std::vector<std::byte> buffer(99);
-  file.read(1, buffer);
-  ASSERT_EQ(buffer.size(), 8u);
+  std::vector<std::byte> buffer(8);
+  file.read(1, 0, buffer);
   for (size_t i = 0; i < 8; ++i) EXPECT_EQ(buffer[i], std::byte(6 + i));
-  file.read(2, buffer);
-  EXPECT_TRUE(buffer.empty());
+  file.read(1, 5, std::span(buffer).first(3));
+  for (size_t i = 0; i < 3; ++i) EXPECT_EQ(buffer[i], std::byte(11 + i));
+  file.read(2, 0, {});
+  EXPECT_NE(error_text([&] { file.read(1, 1, buffer); }).find("bytes [1, 9) of a tensor of 8"),
+            std::string::npos);
 }
 
 TEST(Safetensors, OtherDTypesAreListedButRefusedWhenRead) {
@@ -70,8 +72,7 @@ TEST(Safetensors, OtherDTypesAreListedButRefusedWhenRead) {
   EXPECT_FALSE(file.tensors()[0].is_readable);
   EXPECT_EQ(file.tensors()[0].file_dtype, "F8_E4M3");
   EXPECT_EQ(file.tensors()[1].bytes, 3);
-  std::vector<std::byte> buffer;
-  EXPECT_EQ(with_replaced(error_text([&] { file.read(0, buffer); }), path, "FILE"),
+  EXPECT_EQ(with_replaced(error_text([&] { file.read(0, 0, {}); }), path, "FILE"),
             "unsupported: tensor \"w\".dtype = F8_E4M3 (FILE): expected one of F32, F16, BF16; "
             "quantized weights are another policy than the one that is trained, with other "
             "log-probabilities; dequantize them to bfloat16 first");
@@ -86,8 +87,7 @@ TEST(Safetensors, EveryQuantizedDtypeIsRefusedByName) {
                                      R"(","shape":[2],"data_offsets":[0,)" + bytes + "]}}",
                                  std::stoul(bytes)));
     const SafetensorsFile file(path);
-    std::vector<std::byte> buffer;
-    EXPECT_EQ(with_replaced(error_text([&] { file.read(0, buffer); }), path, "FILE"),
+    EXPECT_EQ(with_replaced(error_text([&] { file.require_readable(0); }), path, "FILE"),
               "unsupported: tensor \"w\".dtype = " + dtype +
                   " (FILE): expected one of F32, F16, BF16; quantized weights are another policy "
                   "than the one that is trained, with other log-probabilities; dequantize them to "
@@ -244,9 +244,9 @@ TEST(Safetensors, AFileThatShrinksWhileOpenIsAnErrorNotASignal) {
   const std::string path = folder.write("x.safetensors", safetensors_bytes(header, 8));
   const SafetensorsFile file(path);
   std::filesystem::resize_file(path, 8 + header.size() + 3);
-  std::vector<std::byte> buffer;
+  std::vector<std::byte> buffer(4);
   EXPECT_EQ(
-      with_replaced(error_text([&] { file.read(0, buffer); }), path, "FILE"),
+      with_replaced(error_text([&] { file.read(0, 2, buffer); }), path, "FILE"),
       "data_loss: tensor \"a\" = 3 bytes (FILE): expected 8 bytes; the file became shorter after "
       "it was opened");
 }
