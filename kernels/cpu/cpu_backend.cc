@@ -151,7 +151,9 @@ class CpuBackend final : public Backend {
                    ShardRange shard) override {
     with_idle_pool([&](ThreadPool* pool) { weights_.load(id, part, source, shard, pool); });
   }
-  void copy_committed_to_staged() override { weights_.copy_committed_to_staged(); }
+  void copy_committed_to_staged() override {
+    with_idle_pool([&](ThreadPool* pool) { weights_.copy_committed_to_staged(pool); });
+  }
   void commit_weights() override {
     weights_.require_complete();
     queue_.drain();  // steps keep the weights they were submitted under

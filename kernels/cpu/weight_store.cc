@@ -30,6 +30,13 @@ struct ArenaHeader {
   int64_t bytes = 0;
 };
 
+// Calls task(index, thread) for each index, on the pool's threads if there is a pool.
+template <class Task>
+void for_each(ThreadPool* pool, int64_t num_tasks, const Task& task) {
+  if (pool != nullptr) return pool->parallel_for(num_tasks, task);
+  for (int64_t index = 0; index < num_tasks; ++index) task(index, 0);
+}
+
 bool is_float(DType dtype) {
   return dtype == DType::kF32 || dtype == DType::kBF16 || dtype == DType::kF16;
 }
@@ -106,12 +113,8 @@ void WeightStore::populate(Set& set, int64_t begin, int64_t end, ThreadPool* poo
     if (set.is_populated[static_cast<size_t>(window)]) continue;
     set.is_populated[static_cast<size_t>(window)] = true;
     const int64_t first = window * kWindowPages;
-    if (pool != nullptr) {
-      pool->parallel_for(kWindowPages,
-                         [&](int64_t page, int thread) { populate_page(first + page, thread); });
-    } else {
-      for (int64_t page = 0; page < kWindowPages; ++page) populate_page(first + page, 0);
-    }
+    for_each(pool, kWindowPages,
+             [&](int64_t page, int thread) { populate_page(first + page, thread); });
   }
 }
 
@@ -231,12 +234,17 @@ void WeightStore::load(WeightId id, int32_t part, const WeightSource& source, Sh
   is_loaded = true;
 }
 
-void WeightStore::copy_committed_to_staged() {
+void WeightStore::copy_committed_to_staged(ThreadPool* pool) {
   Set& set = staged();
   if (!committed_) fail_state("weights", "none committed", "there is nothing to copy");
   if (set.arena.is_read_only()) fail_state("weights", "sealed", "an adopted set is complete");
-  const auto bytes = static_cast<size_t>(next_offset_ - 4096);
-  std::memcpy(set.arena.data() + 4096, committed_->arena.data() + 4096, bytes);
+  const auto copy_page = [&](int64_t page, int) {
+    const int64_t begin = std::max(page * kPageBytes, kHeaderBytes);
+    const int64_t end = std::min((page + 1) * kPageBytes, next_offset_);
+    std::memcpy(set.arena.data() + begin, committed_->arena.data() + begin,
+                static_cast<size_t>(end - begin));
+  };
+  for_each(pool, (next_offset_ + kPageBytes - 1) / kPageBytes, copy_page);
   set.is_loaded = make_set(true).is_loaded;
 }
 
@@ -261,20 +269,16 @@ void WeightStore::discard() { staged_.reset(); }
 
 uint64_t WeightStore::committed_hash(ThreadPool* pool) const {
   if (!committed_) fail_state("weights", "none committed", "commit weights before hashing them");
-  const int64_t bytes = next_offset_ - 4096;
+  const int64_t bytes = next_offset_ - kHeaderBytes;
   const int64_t num_blocks = (bytes + kHashBlock - 1) / kHashBlock;
   std::vector<uint64_t> hashes(static_cast<size_t>(num_blocks));
   const auto hash_one = [&](int64_t block, int) {
     const int64_t begin = block * kHashBlock;
     const int64_t end = std::min(begin + kHashBlock, bytes);
     hashes[static_cast<size_t>(block)] =
-        hash64({committed_->arena.data() + 4096 + begin, static_cast<size_t>(end - begin)});
+        hash64({committed_->arena.data() + kHeaderBytes + begin, static_cast<size_t>(end - begin)});
   };
-  if (pool != nullptr) {
-    pool->parallel_for(num_blocks, hash_one);
-  } else {
-    for (int64_t block = 0; block < num_blocks; ++block) hash_one(block, 0);
-  }
+  for_each(pool, num_blocks, hash_one);
   return hash64(std::as_bytes(std::span(hashes)), layout_hash());
 }
 

@@ -13,6 +13,9 @@
 
 namespace rollpack::kernels::cpu {
 
+// A set's first page is its header's.
+inline constexpr int64_t kHeaderBytes = 4096;
+
 class WeightStore {
  public:
   WeightStore(const KernelTable& kernels, DType compute, bool is_shared)
@@ -23,7 +26,7 @@ class WeightStore {
   void begin_staging();
   void load(WeightId id, int32_t part, const WeightSource& source, ShardRange shard,
             ThreadPool* pool);
-  void copy_committed_to_staged();
+  void copy_committed_to_staged(ThreadPool* pool);
   // Errors: failed_precondition naming the first part that was not loaded.
   void require_complete() const;
   void commit();
@@ -73,7 +76,7 @@ class WeightStore {
   DType compute_;
   bool is_shared_;
   std::vector<Declared> weights_;
-  int64_t next_offset_ = 4096;  // the header has the first page
+  int64_t next_offset_ = kHeaderBytes;
   std::optional<Set> committed_;
   std::optional<Set> staged_;
 };

@@ -107,7 +107,7 @@ TEST(WeightStore, CopyOfTheCommittedSetTakesSomeTensorsAnew) {
   s.update(1);
   const uint64_t hash = s.hash();
   s.store.begin_staging();
-  s.store.copy_committed_to_staged();
+  s.store.copy_committed_to_staged(nullptr);
   s.load(s.norm, 0, 7, 1, std::vector<float>(7, 3.0f));
   s.store.commit();
   EXPECT_NE(s.hash(), hash);
@@ -158,12 +158,12 @@ TEST(WeightStore, ABitOfAnyTensorChangesTheHash) {
     std::vector<float> changed = qkv;
     changed[at] = std::bit_cast<float>(std::bit_cast<uint32_t>(changed[at]) ^ 1u);
     s.store.begin_staging();
-    s.store.copy_committed_to_staged();
+    s.store.copy_committed_to_staged(nullptr);
     s.load(s.qkv, 0, kRows, kCols, changed);
     s.store.commit();
     EXPECT_NE(s.hash(), hash) << at;
     s.store.begin_staging();
-    s.store.copy_committed_to_staged();
+    s.store.copy_committed_to_staged(nullptr);
     s.load(s.qkv, 0, kRows, kCols, qkv);
     s.store.commit();
     EXPECT_EQ(s.hash(), hash) << at;
