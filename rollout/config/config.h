@@ -123,8 +123,8 @@ struct ReferenceModelSection {
   template <class Self, class Field>
   static void fields(Self& self, Field&& field) {
     field("path", self.path, Text{.min_bytes = 0},
-          "a Hugging Face folder of model.path's vocabulary; its log-probabilities become the "
-          "column ref_log_prob");
+          "a Hugging Face folder of model.path's vocabulary; its logprobs become the column "
+          "ref_log_prob");
     field("kv_cache_memory", self.kv_cache_memory, Bytes{int64_t{4} << 10, int64_t{64} << 40},
           "of its KV cache, a rank");
   }
