@@ -54,6 +54,18 @@ struct StepSequence {
 
 // Draws the next token of `slot` from the logits of `row`. Siblings of a group name the same row
 // for their first token; its logits are computed once.
+//
+// Drafts: entries next to each other may name one slot, at consecutive rows of that slot's own
+// sequence. Entry k of them draws at the slot's next position + k, and the rows of entries 1, 2, ..
+// carry guesses of what the entries before them draw, as token ids. Entry k counts if entry k - 1
+// counts, was finite, did not finish the sample and drew exactly the token in the row of entry k;
+// otherwise it is rejected. So a draw that counts saw the tokens it would have seen without drafts,
+// at the position whose random number it takes: drafts change no bit. The slot goes on behind the
+// last entry that counts; keys and values of later rows stay in their pages, at positions that the
+// sequence's next rows write again. The host learns the slot's position from the result: no plan
+// may name the slot while such a step is in flight.
+// Source: Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", ICML 2023,
+//   with a draft of one certain token: drawing from the model and comparing accepts as often.
 struct SampleRow {
   int32_t row = 0;
   int32_t slot = 0;
@@ -93,12 +105,14 @@ struct HeadResult {
   float entropy = 0;         // of the scaled distribution, full vocabulary; NaN if not asked for
   SlotFinish finish = SlotFinish::kRunning;
   bool is_finite = true;     // false: some logit was NaN or +-infinity; token and numbers are void
+  bool is_rejected = false;  // a draw behind a wrong draft: all but `slot` is void
 };
 
 struct StepResult {
   std::vector<HeadResult> samples;  // in the order of StepPlan::samples
   std::vector<HeadResult> scores;   // in the order of StepPlan::scores
-  std::vector<int32_t> failed_sequences;  // indices of sequences whose K or V was not finite
+  // Indices of sequences whose K or V was not finite, in a row that was not a rejected draft.
+  std::vector<int32_t> failed_sequences;
 };
 
 }  // namespace rollpack::kernels

@@ -18,6 +18,7 @@
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/cpu/vocab_head.h"
 #include "kernels/cpu/weight_store.h"
+#include "kernels/step/draft_draws.h"
 #include "kernels/step/step_queue.h"
 
 namespace rollpack::kernels {
@@ -301,11 +302,7 @@ StepResult CpuBackend<Element>::run(const StepPlan& plan, StepProgram& program) 
   if (!step_.head_rows.empty() && !has_head_results_) {
     fail_invariant("the step's program did not run lm_head, though rows are sampled or scored");
   }
-  for (size_t s = 0; s < step_.sequence_failed.size(); ++s) {
-    if (step_.sequence_failed[s] != 0) {
-      step_.result.failed_sequences.push_back(static_cast<int32_t>(s));
-    }
-  }
+  find_failed_sequences(plan, step_.row_failed, step_.result);
   return std::move(step_.result);
 }
 

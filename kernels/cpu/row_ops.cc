@@ -80,7 +80,7 @@ class RopeRow {
       pages_.write(page, args_.layer, g, slot, k, v);
     }
     if (is_row_finite) return;
-    step_.fail_sequence(row);
+    step_.fail_row(row);
     std::fill_n(k, K, Element{});
     std::fill_n(v, K, Element{});
     for (int64_t g = 0; g < shape_.G; ++g) pages_.write(page, args_.layer, g, slot, k, v);

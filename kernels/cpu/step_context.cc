@@ -44,7 +44,7 @@ void StepContext::begin(const StepPlan& plan) {
   derive_rows();
   derive_tiles();
   derive_head_rows();
-  sequence_failed.assign(plan.sequences.size(), 0);
+  row_failed.assign(static_cast<size_t>(plan.num_rows()), 0);
   result = {};
 }
 
@@ -161,10 +161,9 @@ int32_t StepContext::page_of(int64_t row) const {
                                                 plan_->positions[index] / kPageTokens)];
 }
 
-void StepContext::fail_sequence(int64_t row) {
+void StepContext::fail_row(int64_t row) {
   // Relaxed: read after the loop's end, which orders everything.
-  std::atomic_ref<uint8_t>(
-      sequence_failed[static_cast<size_t>(row_sequence[static_cast<size_t>(row)])])
+  std::atomic_ref<uint8_t>(row_failed[static_cast<size_t>(row)])
       .store(1, std::memory_order_relaxed);
 }
 

@@ -51,8 +51,8 @@ class StepContext {
   // Token of a row, the slot's where it is pending.
   int32_t token(int64_t row) const;
   int32_t page_of(int64_t row) const;
-  // Marks the sequence of a row; several threads may.
-  void fail_sequence(int64_t row);
+  // Marks a row whose K or V is not finite; several threads may.
+  void fail_row(int64_t row);
 
   std::vector<Slot> slots;
   std::vector<int32_t> row_sequence;  // [T]
@@ -63,7 +63,7 @@ class StepContext {
   std::vector<int32_t> head_rows;        // distinct rows sampled or scored, ascending
   std::vector<int32_t> sample_head_row;  // [samples] index into head_rows
   std::vector<int32_t> score_head_row;   // [scores]
-  std::vector<uint8_t> sequence_failed;  // [S]; written through fail_sequence()
+  std::vector<uint8_t> row_failed;       // [T]; written through fail_row()
   StepResult result;
 
  private:

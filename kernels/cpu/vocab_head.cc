@@ -7,6 +7,7 @@
 #include "kernels/base/error.h"
 #include "kernels/cpu/polynomial.h"
 #include "kernels/philox.h"
+#include "kernels/step/draft_draws.h"
 
 namespace rollpack::kernels::cpu {
 namespace {
@@ -15,9 +16,9 @@ namespace {
 // 152,000, and still five row tiles for every panel that is read.
 constexpr size_t kMaxKeptRows = 32;
 
-// The stop ids that min_tokens still keeps out of the support.
-std::span<const int32_t> banned_ids(const Slot& slot) {
-  if (slot.next_position >= slot.init.min_position) return {};
+// The stop ids that min_tokens still keeps out of the support of the token at `position`.
+std::span<const int32_t> banned_ids(const Slot& slot, int32_t position) {
+  if (position >= slot.init.min_position) return {};
   return slot.init.stop_token_ids;
 }
 
@@ -58,9 +59,10 @@ void VocabHead<Element>::collect_queries(StepContext& step) {
     const bool is_greedy = sampling.temperature == 0;
     const bool is_cut = !is_greedy && truncates(sampling, V_);
     const bool is_top_k = is_cut && is_listed(sampling, V_);
-    const auto num_banned = static_cast<int32_t>(banned_ids(slot).size());
     HeadResult& result = step.result.samples[i];
-    result = {.slot = plan.samples[i].slot, .position = slot.next_position};
+    result = {.slot = plan.samples[i].slot,
+              .position = slot.next_position + num_draws_before(plan, i)};
+    const auto num_banned = static_cast<int32_t>(banned_ids(slot, result.position).size());
     queries_.push_back({.head_row = step.sample_head_row[i],
                         .slot = plan.samples[i].slot,
                         .scale = is_greedy ? 1.0f : 1.0f / sampling.temperature,
@@ -192,9 +194,10 @@ typename VocabHead<Element>::Token VocabHead<Element>::sample(const StepContext&
                                                               Workspace& work) const {
   const Slot& slot = step.slots[static_cast<size_t>(query.slot)];
   const SlotInit& init = slot.init;
+  const int32_t position = query.result->position;
   const double u = sampling_uniform(init.seed, init.prompt_hash, init.sample_index,
-                                    static_cast<uint32_t>(slot.next_position));
-  const std::span<const int32_t> banned = banned_ids(slot);
+                                    static_cast<uint32_t>(position));
+  const std::span<const int32_t> banned = banned_ids(slot, position);
   const bool is_cut = query.needs_logits || query.num_candidates > 0;
   if (banned.empty() && !is_cut) {
     if (query.is_greedy) return stats_.greedy(query.scaled, row);
@@ -252,7 +255,11 @@ TruncatedDraw VocabHead<Element>::draw_truncated(const Query& query, const Sampl
 
 template <class Element>
 void VocabHead<Element>::advance_slots(StepContext& step) {
-  for (HeadResult& result : step.result.samples) {
+  std::vector<HeadResult>& samples = step.result.samples;
+  for (size_t i = 0; i < samples.size(); ++i) {
+    HeadResult& result = samples[i];
+    result.is_rejected = !is_draw_accepted(step.plan(), samples, i);
+    if (result.is_rejected) continue;
     Slot& slot = step.slots[static_cast<size_t>(result.slot)];
     const std::vector<int32_t>& stops = slot.init.stop_token_ids;
     slot.pending_token = result.token;

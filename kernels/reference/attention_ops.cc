@@ -75,7 +75,7 @@ void rope_append(StepState& step, const ModelShape& shape, const Weight* q_norm,
                               : pages.keys(args.layer, page, offset, h - H);
       visit_numbers(pages.dtype(), target, [&](auto* numbers) {
         const bool is_finite = write_finite(head, numbers);
-        if (!is_finite && !is_pad) step.is_failed[static_cast<size_t>(row.sequence)] = 1;
+        if (!is_finite && !is_pad) step.row_failed[t] = 1;
       });
     }
   }

@@ -13,7 +13,7 @@ namespace rollpack::kernels::reference {
 void embed(const StepState& step, const Weight& weight, const Tensor& out);
 void rms_norm(const Weight& weight, const RmsNormArgs& args);
 void linear(const Weight& weight, const Weight* bias, const LinearArgs& args);
-// Sets step.is_failed of sequences whose K or V is not finite once rounded.
+// Sets step.row_failed of rows whose K or V is not finite once rounded.
 void rope_append(StepState& step, const ModelShape& shape, const Weight* q_norm,
                  const Weight* k_norm, const RopeAppendArgs& args, KvPages& pages);
 // `scores` is scratch for the longest sequence's keys.

@@ -11,6 +11,7 @@
 #include "kernels/reference/ops.h"
 #include "kernels/reference/token_sampler.h"
 #include "kernels/step/check_plan.h"
+#include "kernels/step/draft_draws.h"
 #include "kernels/step/step_queue.h"
 
 namespace rollpack::kernels {
@@ -242,9 +243,7 @@ StepResult ReferenceBackend::run(const StepPlan& plan, StepProgram& program) {
   if (!step.head_rows.empty() && !step.has_head_results) {
     fail_invariant("the step's program did not run lm_head, though rows are sampled or scored");
   }
-  for (size_t s = 0; s < step.is_failed.size(); ++s) {
-    if (step.is_failed[s]) step.result.failed_sequences.push_back(static_cast<int32_t>(s));
-  }
+  find_failed_sequences(plan, step.row_failed, step.result);
   return std::move(step.result);
 }
 
@@ -259,6 +258,11 @@ void ReferenceBackend::lm_head(const LmHeadArgs& args) {
                       sampler_.logits());
     for (size_t s = 0; s < plan.samples.size(); ++s) {
       if (plan.samples[s].row != row) continue;
+      // Rows ascend, and so do the draws of a slot: the one before has its result.
+      if (!is_draw_accepted(plan, step.result.samples, s)) {
+        step.result.samples[s] = {.slot = plan.samples[s].slot, .is_rejected = true};
+        continue;
+      }
       Slot& slot = slots_[static_cast<size_t>(plan.samples[s].slot)];
       step.result.samples[s] = sampler_.sample(slot, plan.wants_entropy);
     }

@@ -58,7 +58,7 @@ StepState begin_step(const StepPlan& plan, std::vector<Slot>& slots, KvPages& pa
   std::sort(step.head_rows.begin(), step.head_rows.end());
   step.head_rows.erase(std::unique(step.head_rows.begin(), step.head_rows.end()),
                        step.head_rows.end());
-  step.is_failed.assign(plan.sequences.size(), 0);
+  step.row_failed.assign(static_cast<size_t>(plan.num_rows()), 0);
   return step;
 }
 

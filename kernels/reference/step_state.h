@@ -53,9 +53,9 @@ struct StepRow {
 
 struct StepState {
   const StepPlan* plan = nullptr;
-  std::vector<StepRow> rows;       // [T]
-  std::vector<int32_t> head_rows;  // distinct sampled or scored rows, ascending
-  std::vector<uint8_t> is_failed;  // [S] some K or V of the sequence was not finite
+  std::vector<StepRow> rows;        // [T]
+  std::vector<int32_t> head_rows;   // distinct sampled or scored rows, ascending
+  std::vector<uint8_t> row_failed;  // [T] some K or V of the row was not finite
   StepResult result;
   bool has_head_results = false;
 

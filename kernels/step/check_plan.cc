@@ -154,14 +154,35 @@ void check_sequences(const StepPlan& plan, const PlanLimits& limits,
   }
 }
 
+// Draw i of the slot that draw i - 1 was of: it stands behind a draft token, in the next row.
+void check_draft(const StepPlan& plan, size_t i) {
+  const SampleRow& sample = plan.samples[i];
+  const int32_t row = plan.samples[i - 1].row + 1;
+  const auto after = std::upper_bound(
+      plan.sequences.begin(), plan.sequences.end(), sample.row,
+      [](int32_t r, const StepSequence& sequence) { return r < sequence.row_begin; });
+  const StepSequence& sequence = *(after - 1);  // rows were checked: some sequence has this one
+  const auto index = static_cast<size_t>(sample.row);
+  if (sample.row != row || row == sequence.row_begin || sequence.slot != sample.slot ||
+      plan.positions[index - 1] == kPadPosition || plan.input_ids[index] == kPendingToken) {
+    fail("samples", i, "row", sample.row,
+         fmt::format("{}, with a token id, in the sequence of slot {} behind its draw before", row,
+                     sample.slot));
+  }
+}
+
 void check_heads(const StepPlan& plan, const PlanLimits& limits, std::vector<SlotState>& states) {
   for (size_t i = 0; i < plan.samples.size(); ++i) {
     const SampleRow& sample = plan.samples[i];
     require_below(sample.row, plan.num_rows(), "samples", i, "row");
+    if (i > 0 && sample.slot == plan.samples[i - 1].slot) {
+      check_draft(plan, i);
+      continue;
+    }
     const SlotState state = state_of(sample.slot, states);
     const bool is_usable = state == SlotState::kFilled || state == SlotState::kSampled;
-    require(is_usable, "samples", i, "slot", sample.slot, "a filled slot, once a step");
-    // A second draw would need this one's token.
+    require(is_usable, "samples", i, "slot", sample.slot,
+            "a filled slot, all draws of a slot next to each other");
     states[static_cast<size_t>(sample.slot)] = SlotState::kDrawn;
   }
   for (size_t i = 0; i < plan.scores.size(); ++i) {

@@ -87,7 +87,8 @@ TEST(CpuBackend, APlansMistakeIsTheStepsErrorAndTheNextStepRuns) {
   EXPECT_EQ(text([](StepPlan& p) { p.page_tables[0] = 256; }),
             "step.page_tables[0].page = 256: expected a number from 0 to 255");
   EXPECT_EQ(text([](StepPlan& p) { p.samples = {{.row = 0, .slot = 4}}; }),
-            "step.samples[0].slot = 4: expected a filled slot, once a step");
+            "step.samples[0].slot = 4: expected a filled slot, all draws of a slot next to each "
+            "other");
   EXPECT_EQ(text([](StepPlan& p) { p.scores = {{.row = 3, .token = 0}}; }),
             "step.scores[0].row = 3: expected a number from 0 to 2");
   EXPECT_EQ(text([](StepPlan& p) { p.sequences[0].num_rows = 2; }),

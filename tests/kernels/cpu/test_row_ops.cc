@@ -42,7 +42,7 @@ class RopeAppend : public ::testing::Test {
   }
   size_t bytes() const { return static_cast<size_t>(pages_.page_bytes() * kNumPages); }
 
-  // Runs layer 1 on rows of `plan`; returns the sequences that failed.
+  // Runs layer 1 on rows of `plan`; returns the rows that failed.
   std::vector<uint8_t> run(const StepPlan& plan, const std::vector<float>& qkv) {
     const FlushSubnormalsScope flush;
     ThreadPool pool(2);
@@ -56,7 +56,7 @@ class RopeAppend : public ::testing::Test {
          .rope_table = {rope_.data(), DType::kF32, {64, 6}},
          .q = {q_.data(), shape_.dtype, {plan.num_rows(), 12}}},
         {});
-    return step.sequence_failed;
+    return step.row_failed;
   }
   float key(int32_t page, int32_t slot, int64_t head, int64_t i) const {
     const int64_t width = sizeof(Element) == 2 ? 2 : 1;
@@ -132,12 +132,12 @@ TYPED_TEST(RopeAppend, PadsTouchNoPage) {
   plan.positions = {kPadPosition, kPadPosition, kPadPosition};
   std::vector<float> qkv = Numbers(1).vector(3 * 36, 1.0f);
   qkv[50] = std::numeric_limits<float>::quiet_NaN();
-  EXPECT_EQ(this->run(plan, qkv), std::vector<uint8_t>{0});
+  EXPECT_EQ(this->run(plan, qkv), (std::vector<uint8_t>{0, 0, 0}));
   for (int32_t page = 0; page < kNumPages; ++page) EXPECT_TRUE(this->is_page_untouched(page));
   for (const TypeParam element : this->q_) EXPECT_EQ(value_of(element), 0.0f);
 }
 
-TYPED_TEST(RopeAppend, ARowThatIsNotFiniteFailsItsSequenceAndWritesZeros) {
+TYPED_TEST(RopeAppend, ARowThatIsNotFiniteFailsAndWritesZeros) {
   const float infinity = std::numeric_limits<float>::infinity();
   for (const size_t bad : {size_t{12}, size_t{23}, size_t{24}, size_t{35}}) {
     StepPlan plan;
@@ -146,7 +146,7 @@ TYPED_TEST(RopeAppend, ARowThatIsNotFiniteFailsItsSequenceAndWritesZeros) {
     testing::add_rows(plan, {1}, 0, {2});
     std::vector<float> qkv = Numbers(1).vector(4 * 36, 1.0f);
     qkv[2 * 36 + bad] = bad == 24 ? -infinity : std::numeric_limits<float>::quiet_NaN();
-    EXPECT_EQ(this->run(plan, qkv), (std::vector<uint8_t>{0, 1, 0}));
+    EXPECT_EQ(this->run(plan, qkv), (std::vector<uint8_t>{0, 0, 1, 0}));
     for (int64_t g = 0; g < 2; ++g) {
       for (int64_t i = 0; i < 6; ++i) {
         EXPECT_EQ(this->key(1, 1, g, i), 0.0f);
