@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "kernels/base/error.h"
+#include "rollout/batching/drafting.h"
 #include "rollout/batching/page_needs.h"
 #include "rollout/batching/pages_under_way.h"
 
@@ -251,6 +252,7 @@ ContinuousBatching::Admission ContinuousBatching::take_prefix(EngineState& state
 }
 
 void ContinuousBatching::add_decoding_rows(EngineState& state, StepBatch& batch) {
+  propose_drafts(state);
   const size_t num_running = state.running.size();
   if (first_row_ >= num_running) first_row_ = 0;
   for (size_t i = 0; i < num_running; ++i) {
@@ -262,6 +264,7 @@ void ContinuousBatching::add_decoding_rows(EngineState& state, StepBatch& batch)
       return;
     }
     add_chunk(sequence, 1, batch);
+    add_draft_rows(sequence, state, batch);
   }
   first_row_ = 0;
 }
@@ -318,6 +321,7 @@ void ContinuousBatching::retire(EngineState& state) {
     if (!sequence->is_finished) return false;
     // Its text may be part of a later prompt.
     state.file(*sequence, sequence->num_computed);
+    remember_text(state, *sequence);
     state.release(*sequence);
     return true;
   });

@@ -165,6 +165,9 @@ std::vector<std::pair<std::string, double>> Worker::stats() const {
       {"prefix_cache_hits", static_cast<double>(counters.prefix_cache_hits)},
       {"steps_s", counters.steps_s},
       {"scheduling_s", counters.scheduling_s},
+      {"num_drafts", static_cast<double>(counters.num_drafts)},
+      {"num_draft_tokens", static_cast<double>(counters.num_draft_tokens)},
+      {"num_accepted_tokens", static_cast<double>(counters.num_accepted_tokens)},
       {"peak_memory_bytes", peak_memory_bytes()}};
 }
 

@@ -83,6 +83,8 @@ struct EngineSection {
   bool enable_prefix_caching = true;
   int64_t kv_cache_memory = int64_t{2} << 30;
   int32_t num_threads = 0;
+  std::string speculation = "auto";
+  int32_t num_speculative_tokens = 5;
   std::string share_weights = "auto";
   int32_t tensor_model_parallel_size = 1;
 
@@ -107,6 +109,10 @@ struct EngineSection {
           "of the KV cache of a rank");
     field("num_threads", self.num_threads, Between{0, 1024},
           "compute threads of a rank; 0: the CPUs it may use, shared out among the node's ranks");
+    field("speculation", self.speculation, OneOf{{"auto", "on", "off"}},
+          "verify guessed tokens beside decoding rows, same bits; auto: where it has paid");
+    field("num_speculative_tokens", self.num_speculative_tokens, Between{1, 64},
+          "most tokens guessed at once for a sequence");
     field("share_weights", self.share_weights, OneOf{{"auto", "on", "off"}},
           "one packed copy of the weights for all ranks of a node");
     field("tensor_model_parallel_size", self.tensor_model_parallel_size, Between{1, 1024},

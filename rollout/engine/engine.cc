@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 
 #include "kernels/base/error.h"
+#include "rollout/batching/drafting.h"
 
 namespace rollpack::rollout {
 namespace {
@@ -151,6 +152,7 @@ std::optional<kernels::StepResult> Engine::wait(kernels::StepHandle handle,
 }
 
 void Engine::apply(const kernels::StepResult& result) {
+  settle_drafts(state_, batch_, result);
   // Before the policy sees them: nobody may share pages that hold NaN or infinity.
   for (const int32_t index : result.failed_sequences) {
     Sequence* sequence = batch_.entries[index].sequence;
@@ -161,6 +163,7 @@ void Engine::apply(const kernels::StepResult& result) {
   policy_->after_step(state_, batch_);
   for (size_t i = 0; i < result.samples.size(); ++i) {
     Sequence& sequence = *batch_.sampled[i];
+    if (result.samples[i].is_rejected) continue;
     // A follower still without pages drew from a row of its leader that has failed: the draw is
     // void, and it will compute the prompt for itself.
     if (sequence.is_finished || sequence.pages.empty()) continue;

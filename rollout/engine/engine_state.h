@@ -13,6 +13,13 @@
 
 namespace rollpack::rollout {
 
+// Whether drafts are verified along with decoding rows. Changes no result.
+enum class Speculation : uint8_t {
+  kOff,
+  kAuto,  // where few rows are active and drafts have been accepted lately
+  kOn,    // wherever a draft is found and the step has room
+};
+
 struct EngineLimits {
   int32_t max_num_seqs = 256;
   int32_t max_num_batched_tokens = 2048;
@@ -25,6 +32,8 @@ struct EngineLimits {
   // same weights is found again.
   bool prefix_sharing = true;
   bool wants_entropy = false;
+  Speculation speculation = Speculation::kOff;
+  int32_t num_speculative_tokens = 5;  // longest draft
 };
 
 struct EngineCounters {
@@ -41,6 +50,9 @@ struct EngineCounters {
   int64_t num_tokens_recomputed = 0;  // lost to preemption and not found in the prefix index
   double steps_s = 0;                 // wall time of all steps
   double scheduling_s = 0;            // of it, what is not the backend's: plan, apply, retire
+  int64_t num_drafts = 0;
+  int64_t num_draft_tokens = 0;
+  int64_t num_accepted_tokens = 0;  // of the draft tokens; a draft's own draw is not counted
 };
 
 struct EngineState {
@@ -71,6 +83,7 @@ struct EngineState {
   int64_t weight_version = 0;
   bool admits = true;  // false: nothing new starts, what runs goes on
   EngineCounters counters;
+  Acceptance acceptance;  // of all sequences' drafts
 
  private:
   void return_to_queue(std::unique_ptr<Sequence> sequence);

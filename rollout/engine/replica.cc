@@ -27,6 +27,11 @@ std::unique_ptr<kernels::Backend> configured_backend(const Config& config, const
   return std::make_unique<kernels::ProfiledBackend>(std::move(backend), shape);
 }
 
+Speculation speculation_of(const EngineSection& engine) {
+  if (engine.speculation == "off") return Speculation::kOff;
+  return engine.speculation == "on" ? Speculation::kOn : Speculation::kAuto;
+}
+
 }  // namespace
 
 Replica::Replica(const Config& config, const ModelConfig& model, const ReplicaOptions& options)
@@ -49,7 +54,9 @@ Replica::Replica(const Config& config, const ModelConfig& model,
              .max_positions = model.max_position_embeddings,
              .chunked_prefill = engine.enable_chunked_prefill,
              .prefix_sharing = engine.enable_prefix_caching,
-             .wants_entropy = std::ranges::find(columns, "entropy") != columns.end()};
+             .wants_entropy = std::ranges::find(columns, "entropy") != columns.end(),
+             .speculation = speculation_of(engine),
+             .num_speculative_tokens = engine.num_speculative_tokens};
   weights_ = std::make_unique<ModelWeights>(model_, *backend_);
   // No sequence is longer than the pages there are.
   const int64_t num_positions =

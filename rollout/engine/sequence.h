@@ -7,6 +7,8 @@
 #include <vector>
 
 #include "rollout/engine/request.h"
+#include "rollout/speculation/acceptance.h"
+#include "rollout/speculation/draft_index.h"
 
 namespace rollpack::rollout {
 
@@ -18,7 +20,8 @@ struct Group {
   // Prompt prefill, done once for all siblings: the leader computes, followers wait without pages.
   Sequence* leader = nullptr;
   std::vector<Sequence*> followers;
-  int32_t num_told_rows = 0;  // prompt tokens that some StepWork has told of
+  int32_t num_told_rows = 0;          // prompt tokens that some StepWork has told of
+  std::unique_ptr<DraftIndex> texts;  // what its samples have said; see batching/drafting
 };
 
 struct Sequence {
@@ -44,7 +47,9 @@ struct Sequence {
   // pages up to length `promised_end`, before which it is not preempted again.
   bool was_preempted = false;
   int32_t promised_end = 0;
-  int32_t num_lost = 0;  // computed tokens that its last preemption took away
+  int32_t num_lost = 0;        // computed tokens that its last preemption took away
+  std::vector<int32_t> draft;  // tokens that may follow, to be verified by the step being planned
+  Acceptance acceptance;       // of its drafts
 
   // Tokens whose rows, and response tokens whose draws, some StepWork has told of.
   int32_t num_told_rows = 0;

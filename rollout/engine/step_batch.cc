@@ -86,6 +86,27 @@ void StepBatch::add_sample(Sequence& target, int32_t row) {
   sampled.push_back(&target);
 }
 
+void StepBatch::add_draft(Sequence& sequence, const std::vector<int32_t>& tokens) {
+  Entry& entry = entries.back();
+  if (entry.sequence != &sequence || sampled.empty() || sampled.back() != &sequence) {
+    fail_invariant("a draft does not follow a draw of its sequence");
+  }
+  entry.first_draw = static_cast<int32_t>(plan.samples.size()) - 1;
+  entry.num_draft_tokens = static_cast<int32_t>(tokens.size());
+  entry.num_tokens += entry.num_draft_tokens;
+  kernels::StepSequence& rows = plan.sequences.back();
+  rows.num_rows += entry.num_draft_tokens;
+  // Pages that came for the draft; the table of the sequence added last is the last one.
+  plan.page_tables.insert(plan.page_tables.end(), sequence.pages.begin() + rows.num_pages,
+                          sequence.pages.end());
+  rows.num_pages = static_cast<int32_t>(sequence.pages.size());
+  for (const int32_t token : tokens) {
+    plan.input_ids.push_back(token);
+    plan.positions.push_back(plan.positions.back() + 1);
+    add_sample(sequence);
+  }
+}
+
 bool try_make_writable(Sequence& sequence, int32_t position, int32_t page_tokens, PagePool& pool,
                        std::vector<kernels::PageCopy>& copies) {
   const size_t index = position / page_tokens;

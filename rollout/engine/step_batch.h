@@ -18,6 +18,10 @@ class StepBatch {
     int32_t num_tokens = 0;   // real rows, pads not counted
     int32_t first_score = 0;  // scores [first_score, first_score + num_scores) are this sequence's
     int32_t num_scores = 0;
+    // The last num_draft_tokens of its rows are guesses; their draws, and before them the draw of
+    // the row they follow, are samples [first_draw, first_draw + num_draft_tokens].
+    int32_t num_draft_tokens = 0;
+    int32_t first_draw = 0;
   };
 
   void clear();
@@ -32,6 +36,9 @@ class StepBatch {
   // Draws the next token of `target` from row `row` (-1: the last one added), preparing its slot if
   // needed.
   void add_sample(Sequence& target, int32_t row = -1);
+  // Guesses of the tokens behind the one just drawn by add_sample() from the last row added: a row
+  // and a draw each. The sequence's pages must already cover them.
+  void add_draft(Sequence& sequence, const std::vector<int32_t>& tokens);
 
   kernels::StepPlan plan;
   std::vector<Entry> entries;      // one a plan.sequences element

@@ -36,6 +36,8 @@ Config unusual() {
                    .enable_prefix_caching = false,
                    .kv_cache_memory = 123457,
                    .num_threads = 2,
+                   .speculation = "on",
+                   .num_speculative_tokens = 64,
                    .share_weights = "off"};
   config.bridge = {.socket = "on",
                    .slots = 253,
@@ -85,6 +87,7 @@ TEST(ConfigText, JsonHoldsEveryFieldWithItsType) {
             R"("engine":{"backend":"auto","batching":"continuous","max_num_seqs":256,)"
             R"("max_num_batched_tokens":2048,"enable_chunked_prefill":true,)"
             R"("enable_prefix_caching":true,"kv_cache_memory":2147483648,"num_threads":0,)"
+            R"("speculation":"auto","num_speculative_tokens":5,)"
             R"("share_weights":"auto","tensor_model_parallel_size":1},)"
             R"("reference_model":{"path":"","kv_cache_memory":536870912},)"
             R"("bridge":{"socket":"run/rollpack.sock","slots":4,"slot_bytes":67108864,)"

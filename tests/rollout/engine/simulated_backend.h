@@ -54,6 +54,8 @@ class SimulatedBackend : public kernels::Backend {
   }
 
   void set_version(uint64_t version) { version_ = version; }
+  // From here on siblings draw alike, as greedy ones do.
+  void ignore_sample_index() { sees_sample_index_ = false; }
   int64_t num_rows_run() const { return num_rows_run_; }
 
   kernels::StepHandle submit(kernels::StepPlan plan) override;
@@ -107,6 +109,7 @@ class SimulatedBackend : public kernels::Backend {
 
   const Options options_;
   uint64_t version_ = 0;
+  bool sees_sample_index_ = true;
   std::vector<std::vector<uint64_t>> pages_;  // [num_pages][page_tokens] row hashes
   std::vector<Slot> slots_;
   std::set<std::pair<int32_t, int32_t>> written_;  // (page, offset) of the step under way
@@ -142,8 +145,19 @@ inline kernels::StepHandle SimulatedBackend::submit(kernels::StepPlan plan) {
   result_ = {};
   result_.failed_sequences.assign(failed_.begin(), failed_.end());
   std::set<int32_t> sampled_slots;
-  for (const kernels::SampleRow& row : plan.samples) {
-    check(sampled_slots.insert(row.slot).second, "a slot sampled once a step");
+  for (size_t i = 0; i < plan.samples.size(); ++i) {
+    const kernels::SampleRow& row = plan.samples[i];
+    if (i > 0 && plan.samples[i - 1].slot == row.slot) {
+      check(row.row == plan.samples[i - 1].row + 1, "a draw in the row behind the one before");
+      const kernels::HeadResult& before = result_.samples.back();
+      if (before.is_rejected || before.finish != kernels::SlotFinish::kRunning ||
+          before.token != plan.input_ids.at(row.row)) {
+        result_.samples.push_back({.slot = row.slot, .is_rejected = true});
+        continue;
+      }
+    } else {
+      check(sampled_slots.insert(row.slot).second, "draws of a slot next to each other");
+    }
     result_.samples.push_back(sample(plan, row, hashes.at(row.row)));
   }
   for (const kernels::ScoreRow& row : plan.scores) {
@@ -197,7 +211,8 @@ inline kernels::HeadResult SimulatedBackend::sample(const kernels::StepPlan& pla
   check(plan.positions.at(row.row) + 1 == slot.next_position, "a draw at the slot's position");
   const kernels::SlotInit& init = slot.init;
   kernels::HeadResult result{.slot = row.slot, .position = slot.next_position};
-  result.token = draw(hash, init.seed, init.prompt_hash, init.sample_index, options_.vocab_size);
+  result.token = draw(hash, init.seed, init.prompt_hash,
+                      sees_sample_index_ ? init.sample_index : 0, options_.vocab_size);
   result.logprob = logprob(hash, result.token);
   const bool is_stop = slot.next_position >= init.min_position &&
                        std::ranges::binary_search(init.stop_token_ids, result.token);

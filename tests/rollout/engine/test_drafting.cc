@@ -1,0 +1,244 @@
+// Drafts in the step loop: over random schedules every sample is the same with and without them,
+// nothing is left held, and drafts stay within their bounds. A vocabulary of three tokens makes
+// guesses come true every third time.
+#include <gtest/gtest.h>
+
+#include <map>
+#include <random>
+
+#include "rollout/batching/drafting.h"
+#include "rollout/engine/engine.h"
+#include "tests/rollout/engine/simulated_backend.h"
+
+namespace rollpack::rollout {
+namespace {
+
+using namespace std::chrono_literals;
+
+struct Collected : EngineOutput {
+  void on_sample(bridge::Sample sample) override {
+    const std::pair name{sample.key.request_id, sample.key.sample_index};
+    EXPECT_TRUE(samples.emplace(name, std::move(sample)).second) << "a sample came twice";
+  }
+  void on_failed(bridge::FailedSample sample) override {
+    ADD_FAILURE() << format_error(sample.error);
+  }
+  void on_scored(uint64_t, bridge::Outcome, bridge::ScoredSequence) override {}
+  std::map<std::pair<int64_t, int32_t>, bridge::Sample> samples;
+};
+
+struct RigOptions {
+  Speculation speculation = Speculation::kOn;
+  int32_t vocab_size = 3;
+  int32_t num_pages = 64;
+  int32_t max_num_seqs = 8;
+  int32_t max_num_batched_tokens = 32;
+  int32_t num_speculative_tokens = 5;
+  bool prefix_sharing = true;
+};
+
+struct Rig {
+  explicit Rig(const RigOptions& options)
+      : backend({.num_pages = options.num_pages,
+                 .num_slots = options.max_num_seqs,
+                 .max_rows = options.max_num_batched_tokens,
+                 .vocab_size = options.vocab_size}),
+        engine({.max_num_seqs = options.max_num_seqs,
+                .max_num_batched_tokens = options.max_num_batched_tokens,
+                .page_tokens = 4,
+                .num_pages = options.num_pages,
+                .page_bytes = 1,
+                .max_positions = 1000,
+                .prefix_sharing = options.prefix_sharing,
+                .speculation = options.speculation,
+                .num_speculative_tokens = options.num_speculative_tokens},
+               make_batching_policy("continuous"), backend, collected) {}
+
+  void run_to_end() {
+    for (int steps = 0; engine.has_work(); ++steps) {
+      ASSERT_LT(steps, 100000) << "the engine does not come to an end";
+      ASSERT_EQ(engine.step(1s), Engine::StepOutcome::kDone);
+    }
+    EXPECT_EQ(engine.state().pool.num_free(), engine.state().pool.num_pages());
+    EXPECT_EQ(static_cast<int32_t>(engine.state().free_slots.size()),
+              engine.state().limits.max_num_seqs);
+  }
+  const EngineCounters& counters() const { return engine.state().counters; }
+
+  Collected collected;
+  SimulatedBackend backend;
+  Engine engine;
+};
+
+GroupRequest group_of(int64_t request_id, const std::vector<int32_t>& prompt, int32_t num_samples,
+                      int32_t response_length) {
+  GroupRequest group;
+  group.key = {.request_id = request_id,
+               .prompt_id = {.text = std::to_string(request_id)},
+               .group_size = num_samples};
+  group.prompt_ids = std::make_shared<const std::vector<int32_t>>(prompt);
+  group.sampling = {.seed = 7, .response_length = response_length};
+  return group;
+}
+
+GroupRequest random_group(std::mt19937& random, int64_t request_id, int32_t vocab_size) {
+  const auto below = [&](int32_t n) { return static_cast<int32_t>(random() % n); };
+  std::vector<int32_t> prompt(1 + below(20));
+  for (int32_t& token : prompt) token = below(vocab_size);
+  GroupRequest group = group_of(request_id, prompt, 1 + below(6), 1 + below(40));
+  group.sampling.min_tokens = below(12);
+  if (below(3) == 0) group.sampling.stop_token_ids = {2};
+  return group;
+}
+
+void expect_same(const Collected& got, const Collected& want) {
+  ASSERT_EQ(got.samples.size(), want.samples.size());
+  for (const auto& [name, sample] : want.samples) {
+    const bridge::Sample& other = got.samples.at(name);
+    const std::string what =
+        "request " + std::to_string(name.first) + ", sample " + std::to_string(name.second);
+    EXPECT_EQ(other.response_ids, sample.response_ids) << what;
+    EXPECT_EQ(other.logprobs, sample.logprobs) << what;
+    EXPECT_EQ(other.finish_reason, sample.finish_reason) << what;
+    EXPECT_EQ(other.stop_token_id, sample.stop_token_id) << what;
+    EXPECT_EQ(other.weight_versions.size(), sample.weight_versions.size()) << what;
+  }
+}
+
+TEST(Drafting, ChangesNoSampleOverRandomSchedules) {
+  int64_t num_accepted = 0, num_rejected = 0, num_preemptions = 0;
+  for (uint32_t seed = 0; seed < 600; ++seed) {
+    SCOPED_TRACE(seed);
+    Collected want;
+    for (const Speculation speculation :
+         {Speculation::kOff, Speculation::kOn, Speculation::kAuto}) {
+      std::mt19937 random(seed);
+      Rig rig({.speculation = speculation,
+               .vocab_size = static_cast<int32_t>(2 + random() % 3),
+               .num_pages = static_cast<int32_t>(16 + random() % 40),
+               .max_num_seqs = static_cast<int32_t>(1 + random() % 9),
+               .max_num_batched_tokens = static_cast<int32_t>(1 + random() % 40),
+               .num_speculative_tokens = static_cast<int32_t>(1 + random() % 9),
+               .prefix_sharing = random() % 4 != 0});
+      const int64_t num_groups = 1 + random() % 6;
+      for (int64_t id = 0; id < num_groups; ++id) {
+        rig.engine.add(random_group(random, id, 3));
+        for (int steps = static_cast<int>(random() % 9); steps > 0; --steps) rig.engine.step(1s);
+      }
+      ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
+      if (speculation == Speculation::kOff) {
+        EXPECT_EQ(rig.counters().num_drafts, 0);
+        want = std::move(rig.collected);
+        continue;
+      }
+      expect_same(rig.collected, want);
+      num_accepted += rig.counters().num_accepted_tokens;
+      num_rejected += rig.counters().num_draft_tokens - rig.counters().num_accepted_tokens;
+      num_preemptions += rig.counters().num_preemptions;
+    }
+  }
+  EXPECT_GT(num_accepted, 10000);
+  EXPECT_GT(num_rejected, 10000);
+  EXPECT_GT(num_preemptions, 100);
+}
+
+TEST(Drafting, WeightSwitchesAndAbortsBetweenDraftsKeepEverySample) {
+  for (uint32_t seed = 0; seed < 200; ++seed) {
+    SCOPED_TRACE(seed);
+    std::mt19937 random(seed);
+    Rig rig({.num_pages = static_cast<int32_t>(20 + random() % 40)});
+    Rig plain({.speculation = Speculation::kOff, .num_pages = 200});
+    std::vector<GroupRequest> groups;
+    for (int64_t id = 0; id < 4; ++id) {
+      groups.push_back(random_group(random, id, 3));
+      rig.engine.add(groups.back());
+      plain.engine.add(groups.back());
+    }
+    for (int steps = static_cast<int>(random() % 15); steps > 0; --steps) rig.engine.step(1s);
+    rig.engine.abort(1);
+    rig.engine.switch_version(1);  // of the same weights: whatever is computed again must agree
+    ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
+    ASSERT_NO_FATAL_FAILURE(plain.run_to_end());
+    for (const auto& [name, sample] : plain.collected.samples) {
+      const bridge::Sample& other = rig.collected.samples.at(name);
+      std::vector<int32_t> tokens = sample.response_ids;
+      if (other.finish_reason == bridge::FinishReason::kAbort) {
+        ASSERT_LE(other.response_ids.size(), tokens.size());
+        tokens.resize(other.response_ids.size());
+      }
+      EXPECT_EQ(other.response_ids, tokens);
+    }
+  }
+}
+
+// A prompt that says what will be sampled: every guess comes true, a step yields six tokens.
+TEST(Drafting, ALoneSequenceTakesAllFreeRows) {
+  for (const Speculation speculation : {Speculation::kOn, Speculation::kAuto}) {
+    Rig rig({.speculation = speculation, .vocab_size = 1, .num_pages = 200});
+    rig.engine.add(group_of(0, std::vector<int32_t>(8, 0), 1, 601));
+    ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
+    EXPECT_EQ(rig.counters().num_tokens_generated, 601);
+    EXPECT_EQ(rig.counters().num_steps, 1 + 600 / kFreeRows);
+    EXPECT_EQ(rig.counters().num_accepted_tokens, 500);
+    EXPECT_EQ(rig.counters().num_draft_tokens, 500);
+    EXPECT_EQ(rig.counters().num_rows_computed, 8 + 600);
+  }
+}
+
+TEST(Drafting, AStepOfDraftsNeverExceedsTheFreeRows) {
+  for (const int32_t num_samples : {2, 4, 5, 6, 7}) {
+    Rig rig({.speculation = Speculation::kAuto, .vocab_size = 1, .num_pages = 500});
+    rig.engine.add(group_of(0, std::vector<int32_t>(8, 0), num_samples, 61));
+    int64_t most_rows = 0;
+    while (rig.engine.has_work()) {
+      const EngineCounters before = rig.counters();
+      rig.engine.step(1s);
+      if (before.num_steps == 0) continue;  // the prompt
+      most_rows = std::max(most_rows, rig.counters().num_rows_computed - before.num_rows_computed);
+    }
+    EXPECT_EQ(most_rows, std::max(num_samples, kFreeRows)) << num_samples << " samples";
+    EXPECT_EQ(rig.counters().num_drafts > 0, num_samples < kFreeRows) << num_samples << " samples";
+  }
+}
+
+TEST(Drafting, DraftsThatNeverComeTrueSoonCostAlmostNothing) {
+  // Pairs of six letters stand everywhere, and letters are drawn at random.
+  Rig rig({.speculation = Speculation::kAuto, .vocab_size = 6, .num_pages = 1000});
+  GroupRequest group = group_of(0, std::vector<int32_t>(8, 1), 2, 900);
+  rig.engine.add(group);
+  ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
+  Rig always({.speculation = Speculation::kOn, .vocab_size = 6, .num_pages = 1000});
+  always.engine.add(group);
+  ASSERT_NO_FATAL_FAILURE(always.run_to_end());
+  expect_same(rig.collected, always.collected);
+  EXPECT_GT(always.counters().num_drafts, 1000);
+  EXPECT_GT(rig.counters().num_drafts, 10) << "it must have tried";
+  EXPECT_LT(rig.counters().num_drafts, always.counters().num_drafts / 2);
+}
+
+TEST(Drafting, FinishedSiblingsAreTheDraft) {
+  // Greedy siblings say the same; one starts when the other is done.
+  Rig rig(
+      {.speculation = Speculation::kAuto, .vocab_size = 50, .num_pages = 100, .max_num_seqs = 1});
+  GroupRequest group = group_of(0, {1, 2, 3, 4, 5}, 2, 61);
+  rig.backend.ignore_sample_index();
+  rig.engine.add(group);
+  ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
+  EXPECT_EQ(rig.collected.samples.at({0, 0}).response_ids,
+            rig.collected.samples.at({0, 1}).response_ids);
+  EXPECT_GT(rig.counters().num_accepted_tokens, 40);
+}
+
+TEST(Drafting, TakesNoPageThatIsNotFreeAndPreemptsNobody) {
+  // 8 + 20 tokens: 7 pages of 4, and nothing is left for a draft at the end of each page.
+  for (const int32_t num_pages : {7, 8}) {
+    Rig rig({.vocab_size = 1, .num_pages = num_pages});
+    rig.engine.add(group_of(0, std::vector<int32_t>(8, 0), 1, 20));
+    ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
+    EXPECT_EQ(rig.counters().num_preemptions, 0);
+    EXPECT_GT(rig.counters().num_accepted_tokens, 0);
+  }
+}
+
+}  // namespace
+}  // namespace rollpack::rollout
