@@ -31,7 +31,7 @@ int32_t num_rows_for_drafts(const EngineState& state) {
   }
   const bool is_auto = state.limits.speculation == Speculation::kAuto;
   if (is_auto && !is_decoding_only) return 0;  // many rows already, and more to come
-  const int32_t max_rows = is_auto ? std::min(kFreeRows, state.limits.max_num_batched_tokens)
+  const int32_t max_rows = is_auto ? std::min(kMaxDraftingRows, state.limits.max_num_batched_tokens)
                                    : state.limits.max_num_batched_tokens;
   return static_cast<int32_t>(std::max<int64_t>(0, max_rows - num_needed));
 }
@@ -54,16 +54,17 @@ void propose_drafts(EngineState& state) {
   if (state.limits.speculation == Speculation::kOff) return;
   const bool is_auto = state.limits.speculation == Speculation::kAuto;
   for (const auto& sequence : state.running) sequence->draft.clear();
-  if (is_auto && static_cast<int32_t>(state.running.size()) >= kFreeRows) return;
+  const auto num_running = static_cast<int32_t>(state.running.size());
+  if (is_auto && num_running >= kMaxDraftingRows) return;
   const int32_t num_rows = num_rows_for_drafts(state);
   if (num_rows == 0) return;
   std::vector<Sequence*> drafting;
-  const bool is_due = !is_auto || state.acceptance.is_due();
+  const bool is_due = !is_auto || state.acceptance.is_due(num_running);
   for (const auto& owned : state.running) {
     Sequence& sequence = *owned;
     const bool has_newest = computes(sequence) && sequence.has_started();
     if (!has_newest || sequence.num_remaining() != 1) continue;
-    if (is_due && (!is_auto || sequence.acceptance.is_due())) {
+    if (is_due && (!is_auto || sequence.acceptance.is_due(num_running))) {
       DraftIndex& texts = texts_of(*sequence.group);
       // The last draw that may count is the one at end_position - 1.
       const int32_t room = sequence.end_position - sequence.length() - 1;
@@ -111,8 +112,8 @@ void settle_drafts(EngineState& state, StepBatch& batch, const kernels::StepResu
     ++state.counters.num_drafts;
     state.counters.num_draft_tokens += entry.num_draft_tokens;
     state.counters.num_accepted_tokens += num_accepted;
-    sequence.acceptance.learn(num_accepted);
-    state.acceptance.learn(num_accepted);
+    sequence.acceptance.learn(num_accepted, entry.num_draft_tokens);
+    state.acceptance.learn(num_accepted, entry.num_draft_tokens);
     const int32_t num_kept =
         pages_for(sequence.num_computed + entry.num_tokens, state.limits.page_tokens);
     while (static_cast<int32_t>(sequence.pages.size()) > num_kept) {

@@ -1,6 +1,6 @@
 // Drafts in a continuous batch: when, for whom and how long, their rows, and what became of them.
 // They change no result (kernels/step_plan.h); they cost rows, and pay where a step of a few rows
-// more takes no longer, because it waits for the weights to stream from memory.
+// more takes hardly longer, because it waits for the weights to stream from memory.
 // Source: Leviathan et al., 2023; drafts from group siblings: Qin et al., "Seer", 2025.
 #pragma once
 
@@ -10,10 +10,10 @@
 
 namespace rollpack::rollout {
 
-// Rows of one step that cost next to nothing more than one: one pass of the 6-row matrix kernel
-// over weights that stream from memory. Measured on a Zen 4 with two cores, 2026-11: 4 rows take
-// 1.0 x, 6 rows 1.07 x, 8 rows 1.25 to 1.54 x, 16 rows 2.4 x the time of one.
-inline constexpr int32_t kFreeRows = 6;
+// Rows of a step with drafts: one pass of the 6-row matrix kernel over weights that stream from
+// memory, while the processor would wait. More rows need a second pass: on a Zen 4 with two cores 4
+// rows take 1.0 x, 6 rows 1.07 x, 8 rows 1.25 to 1.54 x, 16 rows 2.4 x the time of one.
+inline constexpr int32_t kMaxDraftingRows = 6;
 
 // Fills the `draft` of running sequences for the step about to be planned.
 void propose_drafts(EngineState& state);

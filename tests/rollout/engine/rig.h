@@ -43,9 +43,12 @@ struct Collected : EngineOutput {
 
 struct RigOptions {
   std::string batching = "continuous";
+  Speculation speculation = Speculation::kOff;
+  int32_t vocab_size = kVocab;
   int32_t num_pages = 64;
   int32_t max_num_seqs = 8;
   int32_t max_num_batched_tokens = 32;
+  int32_t num_speculative_tokens = 5;
   bool chunked_prefill = true;
   bool prefix_sharing = true;
 };
@@ -55,7 +58,7 @@ struct Rig {
       : backend({.num_pages = options.num_pages,
                  .num_slots = options.max_num_seqs,
                  .max_rows = options.max_num_batched_tokens,
-                 .vocab_size = kVocab}),
+                 .vocab_size = options.vocab_size}),
         engine({.max_num_seqs = options.max_num_seqs,
                 .max_num_batched_tokens = options.max_num_batched_tokens,
                 .page_tokens = 4,
@@ -63,7 +66,9 @@ struct Rig {
                 .page_bytes = 1,
                 .max_positions = 1000,
                 .chunked_prefill = options.chunked_prefill,
-                .prefix_sharing = options.prefix_sharing},
+                .prefix_sharing = options.prefix_sharing,
+                .speculation = options.speculation,
+                .num_speculative_tokens = options.num_speculative_tokens},
                make_batching_policy(options.batching), backend, collected) {}
 
   void run_to_end() {

@@ -1,74 +1,15 @@
 // Drafts in the step loop: over random schedules every sample is the same with and without them,
 // nothing is left held, and drafts stay within their bounds. A vocabulary of three tokens makes
 // guesses come true every third time.
-#include <gtest/gtest.h>
-
-#include <map>
-#include <random>
-
 #include "rollout/batching/drafting.h"
-#include "rollout/engine/engine.h"
-#include "tests/rollout/engine/simulated_backend.h"
+#include "tests/rollout/engine/rig.h"
 
 namespace rollpack::rollout {
 namespace {
 
-using namespace std::chrono_literals;
-
-struct Collected : EngineOutput {
-  void on_sample(bridge::Sample sample) override {
-    const std::pair name{sample.key.request_id, sample.key.sample_index};
-    EXPECT_TRUE(samples.emplace(name, std::move(sample)).second) << "a sample came twice";
-  }
-  void on_failed(bridge::FailedSample sample) override {
-    ADD_FAILURE() << format_error(sample.error);
-  }
-  void on_scored(uint64_t, bridge::Outcome, bridge::ScoredSequence) override {}
-  std::map<std::pair<int64_t, int32_t>, bridge::Sample> samples;
-};
-
-struct RigOptions {
-  Speculation speculation = Speculation::kOn;
-  int32_t vocab_size = 3;
-  int32_t num_pages = 64;
-  int32_t max_num_seqs = 8;
-  int32_t max_num_batched_tokens = 32;
-  int32_t num_speculative_tokens = 5;
-  bool prefix_sharing = true;
-};
-
-struct Rig {
-  explicit Rig(const RigOptions& options)
-      : backend({.num_pages = options.num_pages,
-                 .num_slots = options.max_num_seqs,
-                 .max_rows = options.max_num_batched_tokens,
-                 .vocab_size = options.vocab_size}),
-        engine({.max_num_seqs = options.max_num_seqs,
-                .max_num_batched_tokens = options.max_num_batched_tokens,
-                .page_tokens = 4,
-                .num_pages = options.num_pages,
-                .page_bytes = 1,
-                .max_positions = 1000,
-                .prefix_sharing = options.prefix_sharing,
-                .speculation = options.speculation,
-                .num_speculative_tokens = options.num_speculative_tokens},
-               make_batching_policy("continuous"), backend, collected) {}
-
-  void run_to_end() {
-    for (int steps = 0; engine.has_work(); ++steps) {
-      ASSERT_LT(steps, 100000) << "the engine does not come to an end";
-      ASSERT_EQ(engine.step(1s), Engine::StepOutcome::kDone);
-    }
-    EXPECT_EQ(engine.state().pool.num_free(), engine.state().pool.num_pages());
-    EXPECT_EQ(static_cast<int32_t>(engine.state().free_slots.size()),
-              engine.state().limits.max_num_seqs);
-  }
-  const EngineCounters& counters() const { return engine.state().counters; }
-
-  Collected collected;
-  SimulatedBackend backend;
-  Engine engine;
-};
+const EngineCounters& counters_of(const Rig& rig) {
+  return rig.engine.state().counters;
+}
 
 GroupRequest group_of(int64_t request_id, const std::vector<int32_t>& prompt, int32_t num_samples,
                       int32_t response_length) {
@@ -81,10 +22,10 @@ GroupRequest group_of(int64_t request_id, const std::vector<int32_t>& prompt, in
   return group;
 }
 
-GroupRequest random_group(std::mt19937& random, int64_t request_id, int32_t vocab_size) {
+GroupRequest repetitive_group(std::mt19937& random, int64_t request_id) {
   const auto below = [&](int32_t n) { return static_cast<int32_t>(random() % n); };
   std::vector<int32_t> prompt(1 + below(20));
-  for (int32_t& token : prompt) token = below(vocab_size);
+  for (int32_t& token : prompt) token = below(3);
   GroupRequest group = group_of(request_id, prompt, 1 + below(6), 1 + below(40));
   group.sampling.min_tokens = below(12);
   if (below(3) == 0) group.sampling.stop_token_ids = {2};
@@ -122,19 +63,19 @@ TEST(Drafting, ChangesNoSampleOverRandomSchedules) {
                .prefix_sharing = random() % 4 != 0});
       const int64_t num_groups = 1 + random() % 6;
       for (int64_t id = 0; id < num_groups; ++id) {
-        rig.engine.add(random_group(random, id, 3));
+        rig.engine.add(repetitive_group(random, id));
         for (int steps = static_cast<int>(random() % 9); steps > 0; --steps) rig.engine.step(1s);
       }
       ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
       if (speculation == Speculation::kOff) {
-        EXPECT_EQ(rig.counters().num_drafts, 0);
+        EXPECT_EQ(counters_of(rig).num_drafts, 0);
         want = std::move(rig.collected);
         continue;
       }
       expect_same(rig.collected, want);
-      num_accepted += rig.counters().num_accepted_tokens;
-      num_rejected += rig.counters().num_draft_tokens - rig.counters().num_accepted_tokens;
-      num_preemptions += rig.counters().num_preemptions;
+      num_accepted += counters_of(rig).num_accepted_tokens;
+      num_rejected += counters_of(rig).num_draft_tokens - counters_of(rig).num_accepted_tokens;
+      num_preemptions += counters_of(rig).num_preemptions;
     }
   }
   EXPECT_GT(num_accepted, 10000);
@@ -146,11 +87,13 @@ TEST(Drafting, WeightSwitchesAndAbortsBetweenDraftsKeepEverySample) {
   for (uint32_t seed = 0; seed < 200; ++seed) {
     SCOPED_TRACE(seed);
     std::mt19937 random(seed);
-    Rig rig({.num_pages = static_cast<int32_t>(20 + random() % 40)});
-    Rig plain({.speculation = Speculation::kOff, .num_pages = 200});
+    Rig rig({.speculation = Speculation::kOn,
+             .vocab_size = 3,
+             .num_pages = static_cast<int32_t>(20 + random() % 40)});
+    Rig plain({.vocab_size = 3, .num_pages = 200});
     std::vector<GroupRequest> groups;
     for (int64_t id = 0; id < 4; ++id) {
-      groups.push_back(random_group(random, id, 3));
+      groups.push_back(repetitive_group(random, id));
       rig.engine.add(groups.back());
       plain.engine.add(groups.back());
     }
@@ -172,32 +115,34 @@ TEST(Drafting, WeightSwitchesAndAbortsBetweenDraftsKeepEverySample) {
 }
 
 // A prompt that says what will be sampled: every guess comes true, a step yields six tokens.
-TEST(Drafting, ALoneSequenceTakesAllFreeRows) {
+TEST(Drafting, ALoneSequenceTakesAllRows) {
   for (const Speculation speculation : {Speculation::kOn, Speculation::kAuto}) {
     Rig rig({.speculation = speculation, .vocab_size = 1, .num_pages = 200});
     rig.engine.add(group_of(0, std::vector<int32_t>(8, 0), 1, 601));
     ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
-    EXPECT_EQ(rig.counters().num_tokens_generated, 601);
-    EXPECT_EQ(rig.counters().num_steps, 1 + 600 / kFreeRows);
-    EXPECT_EQ(rig.counters().num_accepted_tokens, 500);
-    EXPECT_EQ(rig.counters().num_draft_tokens, 500);
-    EXPECT_EQ(rig.counters().num_rows_computed, 8 + 600);
+    EXPECT_EQ(counters_of(rig).num_tokens_generated, 601);
+    EXPECT_EQ(counters_of(rig).num_steps, 1 + 600 / kMaxDraftingRows);
+    EXPECT_EQ(counters_of(rig).num_accepted_tokens, 500);
+    EXPECT_EQ(counters_of(rig).num_draft_tokens, 500);
+    EXPECT_EQ(counters_of(rig).num_rows_computed, 8 + 600);
   }
 }
 
-TEST(Drafting, AStepOfDraftsNeverExceedsTheFreeRows) {
+TEST(Drafting, AStepOfDraftsNeverExceedsItsRows) {
   for (const int32_t num_samples : {2, 4, 5, 6, 7}) {
     Rig rig({.speculation = Speculation::kAuto, .vocab_size = 1, .num_pages = 500});
     rig.engine.add(group_of(0, std::vector<int32_t>(8, 0), num_samples, 61));
     int64_t most_rows = 0;
     while (rig.engine.has_work()) {
-      const EngineCounters before = rig.counters();
+      const EngineCounters before = counters_of(rig);
       rig.engine.step(1s);
       if (before.num_steps == 0) continue;  // the prompt
-      most_rows = std::max(most_rows, rig.counters().num_rows_computed - before.num_rows_computed);
+      most_rows =
+          std::max(most_rows, counters_of(rig).num_rows_computed - before.num_rows_computed);
     }
-    EXPECT_EQ(most_rows, std::max(num_samples, kFreeRows)) << num_samples << " samples";
-    EXPECT_EQ(rig.counters().num_drafts > 0, num_samples < kFreeRows) << num_samples << " samples";
+    EXPECT_EQ(most_rows, std::max(num_samples, kMaxDraftingRows)) << num_samples << " samples";
+    EXPECT_EQ(counters_of(rig).num_drafts > 0, num_samples < kMaxDraftingRows)
+        << num_samples << " samples";
   }
 }
 
@@ -211,9 +156,9 @@ TEST(Drafting, DraftsThatNeverComeTrueSoonCostAlmostNothing) {
   always.engine.add(group);
   ASSERT_NO_FATAL_FAILURE(always.run_to_end());
   expect_same(rig.collected, always.collected);
-  EXPECT_GT(always.counters().num_drafts, 1000);
-  EXPECT_GT(rig.counters().num_drafts, 10) << "it must have tried";
-  EXPECT_LT(rig.counters().num_drafts, always.counters().num_drafts / 2);
+  EXPECT_GT(counters_of(always).num_drafts, 1000);
+  EXPECT_GT(counters_of(rig).num_drafts, 10) << "it must have tried";
+  EXPECT_LT(counters_of(rig).num_drafts, counters_of(always).num_drafts / 2);
 }
 
 TEST(Drafting, FinishedSiblingsAreTheDraft) {
@@ -226,17 +171,17 @@ TEST(Drafting, FinishedSiblingsAreTheDraft) {
   ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
   EXPECT_EQ(rig.collected.samples.at({0, 0}).response_ids,
             rig.collected.samples.at({0, 1}).response_ids);
-  EXPECT_GT(rig.counters().num_accepted_tokens, 40);
+  EXPECT_GT(counters_of(rig).num_accepted_tokens, 40);
 }
 
 TEST(Drafting, TakesNoPageThatIsNotFreeAndPreemptsNobody) {
   // 8 + 20 tokens: 7 pages of 4, and nothing is left for a draft at the end of each page.
   for (const int32_t num_pages : {7, 8}) {
-    Rig rig({.vocab_size = 1, .num_pages = num_pages});
+    Rig rig({.speculation = Speculation::kOn, .vocab_size = 1, .num_pages = num_pages});
     rig.engine.add(group_of(0, std::vector<int32_t>(8, 0), 1, 20));
     ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
-    EXPECT_EQ(rig.counters().num_preemptions, 0);
-    EXPECT_GT(rig.counters().num_accepted_tokens, 0);
+    EXPECT_EQ(counters_of(rig).num_preemptions, 0);
+    EXPECT_GT(counters_of(rig).num_accepted_tokens, 0);
   }
 }
 

@@ -9,43 +9,43 @@ TEST(Acceptance, DraftsThatNeverComeTrueAreSoonRare) {
   Acceptance acceptance;
   int num_drafts = 0;
   for (int step = 0; step < 1000; ++step) {
-    if (acceptance.is_due()) {
-      acceptance.learn(0);
+    if (acceptance.is_due(1)) {
+      acceptance.learn(0, 5);
       ++num_drafts;
     } else {
       acceptance.skip();
     }
   }
-  // Thirteen to find out (0.875^13 < 0.2), then one in 33 steps.
-  EXPECT_EQ(num_drafts, 13 + (1000 - 13) / 33);
+  // Thirteen to find out (0.6 * 0.875^13 < 0.11), then one in 65 steps.
+  EXPECT_EQ(num_drafts, 13 + (1000 - 13) / 65);
 }
 
 TEST(Acceptance, OneGoodDraftBringsThemBack) {
   Acceptance acceptance;
-  for (int i = 0; i < 100; ++i) acceptance.learn(0);
-  EXPECT_FALSE(acceptance.is_due());
-  acceptance.learn(2);
-  EXPECT_TRUE(acceptance.is_due());
+  for (int i = 0; i < 100; ++i) acceptance.learn(0, 5);
+  EXPECT_FALSE(acceptance.is_due(1));
+  acceptance.learn(5, 5);
+  EXPECT_TRUE(acceptance.is_due(1));
 }
 
-TEST(Acceptance, AFewAcceptedTokensKeepThemGoing) {
+TEST(Acceptance, ASmallShareIsWorthItForOneSequenceAndNotForFive) {
   Acceptance acceptance;
-  for (int i = 0; i < 400; ++i) {
-    EXPECT_TRUE(acceptance.is_due()) << "draft " << i;
-    acceptance.learn(i % 3 == 0 ? 1 : 0);
-  }
+  for (int i = 0; i < 400; ++i) acceptance.learn(i % 2, 2);
+  EXPECT_TRUE(acceptance.is_due(1));
+  EXPECT_TRUE(acceptance.is_due(2));
+  EXPECT_FALSE(acceptance.is_due(5));
 }
 
 TEST(Acceptance, ADueDraftStaysDueUntilItIsMade) {
   Acceptance acceptance;
-  for (int i = 0; i < 100; ++i) acceptance.learn(0);
+  for (int i = 0; i < 100; ++i) acceptance.learn(0, 5);
   for (int i = 0; i < Acceptance::kProbeInterval; ++i) {
-    EXPECT_FALSE(acceptance.is_due());
+    EXPECT_FALSE(acceptance.is_due(1));
     acceptance.skip();
   }
-  EXPECT_TRUE(acceptance.is_due());
+  EXPECT_TRUE(acceptance.is_due(1));
   acceptance.skip();
-  EXPECT_TRUE(acceptance.is_due());
+  EXPECT_TRUE(acceptance.is_due(1));
 }
 
 }  // namespace
