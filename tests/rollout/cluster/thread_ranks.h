@@ -3,6 +3,7 @@
 #pragma once
 
 #include <condition_variable>
+#include <future>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -96,6 +97,15 @@ class ThreadRanks {
   }
 
   Dispatcher& dispatcher() { return *dispatcher_; }
+  // The numbers that all workers tell of, summed.
+  std::map<std::string, double> stats() {
+    std::promise<std::map<std::string, double>> told;
+    dispatcher_->take_measurement([&](bridge::Outcome error, Measurement measured) {
+      EXPECT_FALSE(error) << format_error(*error);
+      told.set_value(std::move(measured.stats));
+    });
+    return told.get_future().get();
+  }
   KeepingSink sink;
 
  private:
