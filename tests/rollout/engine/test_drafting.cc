@@ -115,13 +115,13 @@ TEST(Drafting, WeightSwitchesAndAbortsBetweenDraftsKeepEverySample) {
 }
 
 // A prompt that says what will be sampled: every guess comes true, a step yields six tokens.
-TEST(Drafting, ALoneSequenceTakesAllRows) {
+TEST(Drafting, ALoneSequenceTakesAWholeDraft) {
   for (const Speculation speculation : {Speculation::kOn, Speculation::kAuto}) {
     Rig rig({.speculation = speculation, .vocab_size = 1, .num_pages = 200});
     rig.engine.add(group_of(0, std::vector<int32_t>(8, 0), 1, 601));
     ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
     EXPECT_EQ(counters_of(rig).num_tokens_generated, 601);
-    EXPECT_EQ(counters_of(rig).num_steps, 1 + 600 / kMaxDraftingRows);
+    EXPECT_EQ(counters_of(rig).num_steps, 1 + 600 / 6);
     EXPECT_EQ(counters_of(rig).num_accepted_tokens, 500);
     EXPECT_EQ(counters_of(rig).num_draft_tokens, 500);
     EXPECT_EQ(counters_of(rig).num_rows_computed, 8 + 600);
@@ -129,8 +129,11 @@ TEST(Drafting, ALoneSequenceTakesAllRows) {
 }
 
 TEST(Drafting, AStepOfDraftsNeverExceedsItsRows) {
-  for (const int32_t num_samples : {2, 4, 5, 6, 7}) {
-    Rig rig({.speculation = Speculation::kAuto, .vocab_size = 1, .num_pages = 500});
+  for (const int32_t num_samples : {2, 3, 4, 7, 24}) {
+    Rig rig({.speculation = Speculation::kAuto,
+             .vocab_size = 1,
+             .num_pages = 1000,
+             .max_num_seqs = 30});
     rig.engine.add(group_of(0, std::vector<int32_t>(8, 0), num_samples, 61));
     int64_t most_rows = 0;
     while (rig.engine.has_work()) {
@@ -140,7 +143,7 @@ TEST(Drafting, AStepOfDraftsNeverExceedsItsRows) {
       most_rows =
           std::max(most_rows, counters_of(rig).num_rows_computed - before.num_rows_computed);
     }
-    EXPECT_EQ(most_rows, std::max(num_samples, kMaxDraftingRows)) << num_samples << " samples";
+    EXPECT_EQ(most_rows, std::min(6 * num_samples, kMaxDraftingRows)) << num_samples << " samples";
     EXPECT_EQ(counters_of(rig).num_drafts > 0, num_samples < kMaxDraftingRows)
         << num_samples << " samples";
   }

@@ -16,8 +16,8 @@ TEST(Acceptance, DraftsThatNeverComeTrueAreSoonRare) {
       acceptance.skip();
     }
   }
-  // Thirteen to find out (0.6 * 0.875^13 < 0.11), then one in 65 steps.
-  EXPECT_EQ(num_drafts, 13 + (1000 - 13) / 65);
+  // Nineteen to find out (0.6 * 0.875^19 < 0.05), then one in 65 steps.
+  EXPECT_EQ(num_drafts, 19 + (1000 - 19) / 65);
 }
 
 TEST(Acceptance, OneGoodDraftBringsThemBack) {
@@ -28,12 +28,12 @@ TEST(Acceptance, OneGoodDraftBringsThemBack) {
   EXPECT_TRUE(acceptance.is_due(1));
 }
 
-TEST(Acceptance, ASmallShareIsWorthItForOneSequenceAndNotForFive) {
+TEST(Acceptance, ASmallShareIsWorthItForOneSequenceAndNotForEight) {
   Acceptance acceptance;
   for (int i = 0; i < 400; ++i) acceptance.learn(i % 2, 2);
   EXPECT_TRUE(acceptance.is_due(1));
   EXPECT_TRUE(acceptance.is_due(2));
-  EXPECT_FALSE(acceptance.is_due(5));
+  EXPECT_FALSE(acceptance.is_due(8));
 }
 
 TEST(Acceptance, ADueDraftStaysDueUntilItIsMade) {
