@@ -8,6 +8,7 @@
 #include <functional>
 #include <limits>
 #include <string_view>
+#include <utility>
 
 #include "kernels/base/checksum.h"
 #include "kernels/base/error.h"
@@ -47,6 +48,19 @@ void check_one_of(const std::string& field, const std::string& value, const Rang
     allowed += (allowed.empty() ? "" : " or ") + std::string(std::invoke(name, each));
   }
   refuse(field, value, allowed);
+}
+
+void check_widths(const LayoutOptions& options) {
+  if (options.pad_to_multiple_of < 1) {
+    refuse("bridge.pad_to_multiple_of", std::to_string(options.pad_to_multiple_of), "1 or more");
+  }
+  for (const auto& [field, width] : {std::pair{"bridge.prompt_width", options.prompt_width},
+                                     std::pair{"bridge.response_width", options.response_width}}) {
+    if (width >= 0 && width % options.pad_to_multiple_of == 0) continue;
+    refuse(field, std::to_string(width),
+           fmt::format("0, or a multiple of bridge.pad_to_multiple_of = {}",
+                       options.pad_to_multiple_of));
+  }
 }
 
 void check_columns(const std::vector<std::string>& columns) {
@@ -160,6 +174,7 @@ void check_layout_options(const LayoutOptions& options) {
     refuse("bridge.max_tokens_per_row", std::to_string(options.max_tokens_per_row),
            fmt::format("1 to {}", kMaxI32));
   }
+  check_widths(options);
   check_columns(options.columns);
   check_one_of("rollout.logprobs_mode", options.logprobs_mode, logprobs_modes(), std::identity());
   if (options.pad_token_id < 0) {
@@ -175,22 +190,25 @@ std::unique_ptr<BatchLayout> make_layout(const LayoutOptions& options) {
   return known->make(options);
 }
 
-std::vector<Column> BatchLayout::checked_columns(std::span<const Sample* const> samples) const {
+std::vector<Column> BatchLayout::checked_columns(std::span<const Sample* const> samples,
+                                                 std::span<const int32_t> row_starts) const {
   for (const Sample* sample : samples) {
     check_sample(*sample);
     check_entropy(options_, *sample);
   }
   check_totals(samples);
-  return columns(samples);
+  return columns(samples, row_starts);
 }
 
-int64_t BatchLayout::batch_bytes(std::span<const Sample* const> samples) const {
-  return static_cast<int64_t>(place(checked_columns(samples)).back().end);
+int64_t BatchLayout::batch_bytes(std::span<const Sample* const> samples,
+                                 std::span<const int32_t> row_starts) const {
+  return static_cast<int64_t>(place(checked_columns(samples, row_starts)).back().end);
 }
 
 int64_t BatchLayout::write(std::span<const Sample* const> samples, uint64_t batch_seq,
-                           uint64_t generation, std::span<std::byte> slot, uint32_t& crc32) const {
-  const std::vector<Column> columns = checked_columns(samples);
+                           uint64_t generation, std::span<std::byte> slot, uint32_t& crc32,
+                           std::span<const int32_t> row_starts) const {
+  const std::vector<Column> columns = checked_columns(samples, row_starts);
   const std::vector<Placed> places = place(columns);
   const uint64_t bytes = places.back().end;
   check_slot(slot, bytes);

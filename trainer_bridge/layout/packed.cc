@@ -28,7 +28,8 @@ struct Rows {
 };
 using SharedRows = std::shared_ptr<const Rows>;
 
-Rows pack_rows(std::span<const Sample* const> samples, int64_t max_tokens_per_row) {
+std::vector<int64_t> checked_lengths(std::span<const Sample* const> samples,
+                                     int64_t max_tokens_per_row) {
   std::vector<int64_t> lengths;
   lengths.reserve(samples.size());
   for (const Sample* sample : samples) {
@@ -46,7 +47,11 @@ Rows pack_rows(std::span<const Sample* const> samples, int64_t max_tokens_per_ro
     }
     lengths.push_back(length);
   }
+  return lengths;
+}
 
+Rows pack_rows(std::span<const Sample* const> samples, int64_t max_tokens_per_row) {
+  const std::vector<int64_t> lengths = checked_lengths(samples, max_tokens_per_row);
   Rows rows{.cu_seqlens = {0}, .row_starts = {0}};
   for (const std::vector<int32_t>& row : pack_best_fit_decreasing(lengths, max_tokens_per_row)) {
     for (const int32_t s : row) {
@@ -54,6 +59,28 @@ Rows pack_rows(std::span<const Sample* const> samples, int64_t max_tokens_per_ro
       rows.cu_seqlens.push_back(rows.cu_seqlens.back() + static_cast<int32_t>(lengths[s]));
     }
     rows.row_starts.push_back(static_cast<int32_t>(rows.samples.size()));
+  }
+  return rows;
+}
+
+Rows given_rows(std::span<const Sample* const> samples, std::span<const int32_t> row_starts,
+                int64_t max_tokens_per_row) {
+  Rows rows{.samples = {samples.begin(), samples.end()},
+            .cu_seqlens = {0},
+            .row_starts = {row_starts.begin(), row_starts.end()}};
+  for (const int64_t length : checked_lengths(samples, max_tokens_per_row)) {
+    rows.cu_seqlens.push_back(rows.cu_seqlens.back() + static_cast<int32_t>(length));
+  }
+  for (size_t m = 0; m + 1 < row_starts.size(); ++m) {
+    const int32_t begin = row_starts[m], end = row_starts[m + 1];
+    if (begin > end || static_cast<size_t>(end) > samples.size() ||
+        rows.cu_seqlens[end] - rows.cu_seqlens[begin] > max_tokens_per_row) {
+      fail_invariant(fmt::format("row {} of samples {} to {}, of {}, at most {} tokens", m, begin,
+                                 end, samples.size(), max_tokens_per_row));
+    }
+  }
+  if (row_starts.front() != 0 || static_cast<size_t>(row_starts.back()) != samples.size()) {
+    fail_invariant("rows that leave samples out");
   }
   return rows;
 }
@@ -145,10 +172,14 @@ class PackedLayout : public BatchLayout {
  public:
   using BatchLayout::BatchLayout;
 
+  int64_t max_tokens_per_row() const override { return options().max_tokens_per_row; }
+
  protected:
-  std::vector<Column> columns(std::span<const Sample* const> samples) const override {
-    const auto rows =
-        std::make_shared<const Rows>(pack_rows(samples, options().max_tokens_per_row));
+  std::vector<Column> columns(std::span<const Sample* const> samples,
+                              std::span<const int32_t> row_starts) const override {
+    const auto rows = std::make_shared<const Rows>(
+        row_starts.empty() ? pack_rows(samples, options().max_tokens_per_row)
+                           : given_rows(samples, row_starts, options().max_tokens_per_row));
     std::vector<Column> columns = {
         input_ids(rows),
         position_ids(rows),

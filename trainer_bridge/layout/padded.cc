@@ -1,10 +1,13 @@
 // The padded layout, as verl's DataProto has it. Masks and positions come from lengths, so that a
 // pad id that is also an ordinary token or the EOS id confuses nothing.
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <memory>
 #include <numeric>
 #include <utility>
 
+#include "kernels/base/error.h"
 #include "trainer_bridge/layout/column.h"
 #include "trainer_bridge/layout/layouts.h"
 #include "trainer_bridge/layout/sample_columns.h"
@@ -19,13 +22,34 @@ struct Grid {
   uint64_t response_width = 0;  // R
 };
 
-Grid make_grid(std::span<const Sample* const> samples) {
+// The columns of one part: `fixed`, or where that is 0 the longest, rounded up.
+uint64_t width_of(std::span<const Sample* const> samples, size_t (*length)(const Sample&),
+                  const char* field, int32_t fixed, int32_t multiple_of) {
+  uint64_t longest = 0;
+  for (const Sample* sample : samples) {
+    longest = std::max<uint64_t>(longest, length(*sample));
+    if (fixed == 0 || longest <= static_cast<uint64_t>(fixed)) continue;
+    throw Error({.code = ErrorCode::kInvalidArgument,
+                 .field = field,
+                 .value = std::to_string(fixed),
+                 .origin = sample_name(*sample),
+                 .allowed = fmt::format("{} or more, its tokens", longest),
+                 .message = "a sample is never cut: raise it, or 0 for the longest of each batch"});
+  }
+  if (fixed != 0) return static_cast<uint64_t>(fixed);
+  const auto multiple = static_cast<uint64_t>(multiple_of);
+  return (longest + multiple - 1) / multiple * multiple;
+}
+
+Grid make_grid(std::span<const Sample* const> samples, const LayoutOptions& options) {
   Grid grid{.samples =
                 std::make_shared<const std::vector<const Sample*>>(samples.begin(), samples.end())};
-  for (const Sample* sample : samples) {
-    grid.prompt_width = std::max<uint64_t>(grid.prompt_width, sample->prompt_ids->size());
-    grid.response_width = std::max<uint64_t>(grid.response_width, sample->response_ids.size());
-  }
+  grid.prompt_width = width_of(
+      samples, [](const Sample& s) { return s.prompt_ids->size(); }, "bridge.prompt_width",
+      options.prompt_width, options.pad_to_multiple_of);
+  grid.response_width = width_of(
+      samples, [](const Sample& s) { return s.response_ids.size(); }, "bridge.response_width",
+      options.response_width, options.pad_to_multiple_of);
   return grid;
 }
 
@@ -104,9 +128,12 @@ class PaddedLayout : public BatchLayout {
  public:
   using BatchLayout::BatchLayout;
 
+  int64_t max_tokens_per_row() const override { return 0; }
+
  protected:
-  std::vector<Column> columns(std::span<const Sample* const> samples) const override {
-    const Grid grid = make_grid(samples);
+  std::vector<Column> columns(std::span<const Sample* const> samples,
+                              std::span<const int32_t>) const override {
+    const Grid grid = make_grid(samples, options());
     std::vector<Column> columns;
     append_id_columns(grid, options().pad_token_id, columns);
     append_mask_columns(grid, columns);

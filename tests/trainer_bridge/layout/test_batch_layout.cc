@@ -196,6 +196,14 @@ TEST(LayoutOptions, ErrorsNameKeyValueAndWhatIsAllowed) {
             "invalid_argument: bridge.layout = ragged: expected packed or padded");
   EXPECT_EQ(error_text([] { make_layout({.max_tokens_per_row = 0}); }),
             "invalid_argument: bridge.max_tokens_per_row = 0: expected 1 to 2147483647");
+  EXPECT_EQ(error_text([] { make_layout({.pad_to_multiple_of = 0}); }),
+            "invalid_argument: bridge.pad_to_multiple_of = 0: expected 1 or more");
+  EXPECT_EQ(error_text([] { make_layout({.prompt_width = 12, .pad_to_multiple_of = 8}); }),
+            "invalid_argument: bridge.prompt_width = 12: expected 0, or a multiple of "
+            "bridge.pad_to_multiple_of = 8");
+  EXPECT_EQ(error_text([] { make_layout({.response_width = -1}); }),
+            "invalid_argument: bridge.response_width = -1: expected 0, or a multiple of "
+            "bridge.pad_to_multiple_of = 1");
   EXPECT_EQ(error_text([] {
               make_layout({.columns = {"logprobs", "values"}});
             }),

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <map>
+#include <memory>
 #include <tuple>
 
 #include "tests/error_text.h"
@@ -111,6 +112,41 @@ TEST(Packed, APadIdInsideAResponseIsATokenLikeAnyOther) {
             (std::vector<int32_t>{kPadId, kPadId, 4, kPadId, kPadId}));
   EXPECT_EQ(batch.values<uint8_t>("loss_mask"), (std::vector<uint8_t>{0, 1, 1, 1, 1}));
   EXPECT_EQ(batch.values<int32_t>("weight_versions"), (std::vector<int32_t>{-1, 1, 1, 9, 9}));
+}
+
+TEST(Packed, RowsThatTheCallerDecidedAreKept) {
+  const std::vector<Sample> samples = example_samples(5, 9, false);
+  const std::vector<const Sample*> pointers = pointers_to(samples);
+  const std::unique_ptr<BatchLayout> layout =
+      make_layout({.max_tokens_per_row = 1 << 20, .pad_token_id = kPadId});
+  const std::vector<int32_t> row_starts = {0, 2, 2, 5};
+  TestSlot slot(static_cast<size_t>(layout->batch_bytes(pointers, row_starts)));
+  uint32_t crc32 = 0;
+  layout->write(pointers, 1, 1, slot.bytes(), crc32, row_starts);
+  const ReadBatch batch = read_batch(slot.bytes());
+  EXPECT_EQ(batch.values<int32_t>("row_starts"), row_starts);
+  for (size_t s = 0; s < samples.size(); ++s) {
+    EXPECT_EQ(batch.values<int32_t>("sample_index")[s], samples[s].key.sample_index);
+  }
+}
+
+TEST(Packed, RowsThatBreakTheRulesAreBrokenInvariants) {
+  const std::vector<Sample> samples = example_samples(3, 9, false);
+  const std::vector<const Sample*> pointers = pointers_to(samples);
+  int32_t longest = 0;
+  for (const Sample& sample : samples) {
+    longest = std::max(
+        longest, static_cast<int32_t>(sample.prompt_ids->size() + sample.response_ids.size()));
+  }
+  const std::unique_ptr<BatchLayout> layout =
+      make_layout({.max_tokens_per_row = longest, .pad_token_id = kPadId});
+  using Starts = std::vector<int32_t>;
+  EXPECT_GT(layout->batch_bytes(pointers, Starts{0, 1, 2, 3}), 0);
+  for (const Starts& starts : {Starts{0, 3}, Starts{0, 1, 2}, Starts{1, 2, 3}, Starts{0, 2, 1, 3},
+                               Starts{0, 1, 2, 3, 4}}) {
+    EXPECT_NE(error_text([&] { layout->batch_bytes(pointers, starts); }).find("internal"),
+              std::string::npos);
+  }
 }
 
 TEST(Packed, ASampleLongerThanARowNamesTheKeyAndItsLength) {

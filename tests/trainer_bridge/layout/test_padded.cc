@@ -1,6 +1,9 @@
 // The padded layout: rebuilt into the samples it was made of, pads and masks as lengths say.
 #include <gtest/gtest.h>
 
+#include <memory>
+
+#include "kernels/base/error.h"
 #include "tests/trainer_bridge/layout/example_samples.h"
 #include "tests/trainer_bridge/layout/rebuilt_samples.h"
 #include "tests/trainer_bridge/layout/written_batch.h"
@@ -88,6 +91,67 @@ TEST(Padded, TheSpelledOutRowHasPadsWhereLengthsSay) {
                                                          1, 1, 1}));
   EXPECT_EQ(batch.values<float>("rollout_log_probs"),
             (std::vector<float>{-0.5f, -0.5f, 0, -0.5f, -0.5f, -0.5f}));
+}
+
+std::vector<uint64_t> input_shape(const LayoutOptions& options,
+                                  const std::vector<Sample>& samples) {
+  const ReadBatch batch = write_and_read(options, pointers_to(samples));
+  const std::vector<RebuiltSample> rebuilt = rebuild_padded(batch, options.pad_token_id);
+  for (size_t b = 0; b < samples.size(); ++b) {
+    expect_same(rebuilt[b], samples[b], samples[b].logprobs);
+  }
+  return {batch.column("prompts").shape[1], batch.column("responses").shape[1]};
+}
+
+TEST(Padded, WidthsAreRoundedUpOrFixed) {
+  const std::vector<Sample> samples = example_samples(8, 4, false);
+  LayoutOptions options{
+      .layout = "padded", .pad_token_id = kPadId, .logprobs_mode = "raw_logprobs"};
+  const std::vector<uint64_t> longest = input_shape(options, samples);
+  const auto rounded = [](uint64_t width, uint64_t to) { return (width + to - 1) / to * to; };
+  using Widths = std::vector<uint64_t>;
+  for (const int32_t multiple : {2, 7, 64}) {
+    options.pad_to_multiple_of = multiple;
+    EXPECT_EQ(input_shape(options, samples),
+              (Widths{rounded(longest[0], multiple), rounded(longest[1], multiple)}));
+  }
+  options.prompt_width = 128;
+  EXPECT_EQ(input_shape(options, samples), (Widths{128, rounded(longest[1], 64)}));
+  options.response_width = 192;
+  EXPECT_EQ(input_shape(options, samples), (Widths{128, 192}));
+  options = {.layout = "padded",
+             .prompt_width = static_cast<int32_t>(longest[0]),
+             .response_width = static_cast<int32_t>(longest[1]),
+             .pad_token_id = kPadId,
+             .logprobs_mode = "raw_logprobs"};
+  EXPECT_EQ(input_shape(options, samples), longest);
+  EXPECT_EQ(write_and_read(options, {}).column("prompts").shape, (Widths{0, longest[0]}));
+}
+
+TEST(Padded, ASampleWiderThanAFixedWidthIsNamed) {
+  std::vector<Sample> samples = example_samples(1, 5, false);
+  const auto long_prompt = std::make_shared<std::vector<int32_t>>(9, 1);
+  samples[0].prompt_ids = long_prompt;
+  const auto make = [](int32_t prompt_width, int32_t response_width) {
+    return make_layout(
+        {.layout = "padded", .prompt_width = prompt_width, .response_width = response_width});
+  };
+  try {
+    make(8, 0)->batch_bytes(pointers_to(samples));
+    FAIL() << "9 tokens fit 8 columns";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.info.code, ErrorCode::kInvalidArgument);
+    EXPECT_EQ(error.info.field, "bridge.prompt_width");
+    EXPECT_EQ(error.info.value, "8");
+    EXPECT_NE(error.info.origin.find("sample"), std::string::npos) << error.info.origin;
+    EXPECT_EQ(error.info.allowed, "9 or more, its tokens");
+  }
+  samples[0].prompt_ids = std::make_shared<std::vector<int32_t>>(8, 1);
+  EXPECT_GT(make(8, 0)->batch_bytes(pointers_to(samples)), 0);
+  const auto num_response = static_cast<int32_t>(samples[0].response_ids.size());
+  ASSERT_GT(num_response, 1);
+  EXPECT_GT(make(8, num_response)->batch_bytes(pointers_to(samples)), 0);
+  EXPECT_THROW(make(8, num_response - 1)->batch_bytes(pointers_to(samples)), Error);
 }
 
 TEST(Padded, ThePadIdChangesPadsAndNothingElse) {
