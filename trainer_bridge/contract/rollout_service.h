@@ -94,6 +94,9 @@ struct ServiceInfo {
   int32_t pad_token_id = 0;  // pad_token_id, else the lowest EOS id: written, never read
   int64_t vocab_size = 0;
   std::string fingerprint;  // equal fingerprints give equal bits
+  // Length at which a sequence's attention costs as many FLOPs as its linear layers, the head
+  // included; what micro-batches are balanced by.
+  int64_t attention_parity_tokens = 0;
 };
 
 class RolloutService {

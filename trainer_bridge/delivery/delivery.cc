@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <limits>
 
 #include "kernels/base/error.h"
 
@@ -41,6 +42,11 @@ void fail_impossible(Group& group, const BatchLayout& layout) {
   group.samples = std::move(possible);
 }
 
+int64_t oldest_version(const Sample& sample, int64_t current) {
+  for (const VersionSpan& span : sample.weight_versions) current = std::min(current, span.version);
+  return current;
+}
+
 ErrorInfo too_big(const Group& group, int64_t bytes, int64_t slot_bytes) {
   const SampleKey& key = group.samples.front().key;
   return {.code = ErrorCode::kResourceExhausted,
@@ -64,7 +70,7 @@ void Delivery::fail(FailedSample sample) {
 
 // Every finished group fits a slot by itself from here on.
 void Delivery::check_last_finished() {
-  Group& group = groups_.finished().back();
+  Group& group = groups_.last_finished();
   if (group.samples.empty()) return;
   int64_t bytes = 0;
   try {
@@ -83,29 +89,59 @@ void Delivery::check_last_finished() {
   fail_all(group.samples, too_big(group, bytes, slots_.slot_bytes()), group.failed);
 }
 
-bool Delivery::fits(int64_t num_groups) const {
+void Delivery::fail_stale(Group& group) {
+  if (options_.max_version_lag < 0) return;
+  const int64_t current = options_.weight_version();
+  const int64_t oldest_allowed = current - options_.max_version_lag;
+  const auto is_fresh = [&](const Sample& s) {
+    return oldest_version(s, current) >= oldest_allowed;
+  };
+  const auto first_stale =
+      std::stable_partition(group.samples.begin(), group.samples.end(), is_fresh);
+  for (auto sample = first_stale; sample != group.samples.end(); ++sample) {
+    ++num_stale_samples_;
+    group.failed.push_back(
+        {std::move(sample->key),
+         {.code = ErrorCode::kFailedPrecondition,
+          .field = "weight_version",
+          .value = std::to_string(oldest_version(*sample, current)),
+          .origin = "bridge.max_version_lag",
+          .allowed = fmt::format("{} or later, {} behind the current {}", oldest_allowed,
+                                 options_.max_version_lag, current),
+          .message = "the sample is too stale to train on"}});
+  }
+  group.samples.erase(first_stale, group.samples.end());
+}
+
+bool Delivery::fits(const std::vector<Group*>& groups, const DpMember* member) const {
   std::vector<const Sample*> samples;
   size_t num_failed = 0;
-  for (int64_t g = 0; g < num_groups; ++g) {
-    const Group& group = groups_.finished()[static_cast<size_t>(g)];
-    for (const Sample& sample : group.samples) samples.push_back(&sample);
-    num_failed += group.failed.size();
+  for (const Group* group : groups) {
+    for (const Sample& sample : group->samples) samples.push_back(&sample);
+    num_failed += group->failed.size();
   }
   if (num_failed > kMaxFailedPerBatch) return false;
   if (samples.empty()) return true;
   try {
-    return layout_.batch_bytes(samples) <= slots_.slot_bytes();
+    if (member == nullptr) return layout_.batch_bytes(samples) <= slots_.slot_bytes();
+    const std::vector<SharePlan> shares = plan_shares(groups, *member, layout_.max_tokens_per_row(),
+                                                      options_.attention_parity_tokens);
+    return std::all_of(shares.begin(), shares.end(), [&](const SharePlan& share) {
+      return layout_.batch_bytes(share.samples, share.row_starts) <= slots_.slot_bytes();
+    });
   } catch (const Error&) {
     return false;  // e.g. offsets beyond i32: too many for one batch
   }
 }
 
 // Doubles, then bisects: a measurement looks at every sample, so one a group would be quadratic.
-int64_t Delivery::num_fitting(int64_t limit) const {
+int64_t Delivery::num_fitting(const std::vector<Group*>& groups, const DpMember* member) const {
+  const auto first = [&](int64_t n) { return std::vector(groups.begin(), groups.begin() + n); };
+  const auto limit = static_cast<int64_t>(groups.size());
   int64_t fitting = 1, refused = limit + 1;
   while (fitting < limit) {
     const int64_t next = std::min(2 * fitting, limit);
-    if (!fits(next)) {
+    if (!fits(first(next), member)) {
       refused = next;
       break;
     }
@@ -113,62 +149,107 @@ int64_t Delivery::num_fitting(int64_t limit) const {
   }
   while (refused - fitting > 1 && fitting < limit) {
     const int64_t middle = fitting + (refused - fitting) / 2;
-    (fits(middle) ? fitting : refused) = middle;
+    (fits(first(middle), member) ? fitting : refused) = middle;
   }
   return fitting;
 }
 
 std::optional<BatchNotice> Delivery::redeliver(uint64_t client) {
-  if (left_behind_.empty()) return std::nullopt;
-  BatchNotice notice = std::move(left_behind_.extract(left_behind_.begin()).mapped());
+  const auto is_for_client = [&](const auto& left) {
+    const std::optional<int32_t>& rank = left.second.dp_rank;
+    return rank ? ranks_.may_have(client, *rank) : ranks_.member(client) == nullptr;
+  };
+  const auto first = std::find_if(left_behind_.begin(), left_behind_.end(), is_for_client);
+  if (first == left_behind_.end()) return std::nullopt;
+  BatchNotice notice = std::move(left_behind_.extract(first).mapped());
   slots_.deliver(*notice.lease, client);
   delivered_[notice.lease->slot] = notice;
   ++num_redelivered_;
   return notice;
 }
 
-std::optional<BatchNotice> Delivery::next_batch(uint64_t client,
-                                                std::optional<int64_t> num_groups) {
+std::optional<BatchNotice> Delivery::next_share(uint64_t client) {
+  const Share* next = ranks_.next_share(client);
+  if (next == nullptr) return std::nullopt;
+  std::optional<SlotLease> lease;
+  if (next->needs_slot && !(lease = slots_.acquire())) return std::nullopt;
+  Share share = ranks_.pop(*next);
+  BatchNotice notice;
+  notice.num_groups = share.num_groups;
+  notice.num_complete_groups = share.num_complete_groups;
+  notice.step = share.step;
+  notice.dp_rank = share.rank;
+  notice.failed = std::move(share.failed);
+  return send(client, std::move(notice), std::move(share.samples), lease, share.row_starts);
+}
+
+std::optional<BatchNotice> Delivery::pending(uint64_t client) {
   if (auto again = redeliver(client)) return again;
-  const auto num_finished = static_cast<int64_t>(groups_.finished().size());
-  if (num_finished < num_groups.value_or(1)) return std::nullopt;
-  const int64_t take = num_fitting(num_groups.value_or(num_finished));
-  const auto last = groups_.finished().begin() + take;
-  const bool has_samples = std::any_of(groups_.finished().begin(), last,
-                                       [](const Group& group) { return !group.samples.empty(); });
+  return next_share(client);
+}
+
+std::optional<BatchNotice> Delivery::next_batch(uint64_t client, const BatchWish& wish) {
+  if (auto notice = pending(client)) return notice;
+  const DpMember* member = ranks_.member(client);
+  if (ranks_.next_share(client) != nullptr) return std::nullopt;  // no slot is free for it
+  const int64_t most = wish.num_groups.value_or(std::numeric_limits<int64_t>::max());
+  const std::vector<Group*> ready = groups_.ready(wish.order, most);
+  const int64_t least = wish.min_ready.value_or(wish.num_groups.value_or(1));
+  if (static_cast<int64_t>(ready.size()) < least) return std::nullopt;
+  for (Group* group : ready) fail_stale(*group);
+  const int64_t take = num_fitting(ready, member);
+  if (member != nullptr) {
+    ranks_.put_step(groups_.take(wish.order, take), *member, layout_.max_tokens_per_row(),
+                    options_.attention_parity_tokens);
+    return next_share(client);
+  }
+  const bool has_samples = std::any_of(ready.begin(), ready.begin() + take,
+                                       [](const Group* group) { return !group->samples.empty(); });
   std::optional<SlotLease> lease;
   if (has_samples && !(lease = slots_.acquire())) return std::nullopt;
   BatchNotice notice;
   notice.num_groups = take;
   std::vector<Sample> samples;
-  for (int64_t g = 0; g < take; ++g) {
-    Group group = groups_.pop();
+  for (Group& group : groups_.take(wish.order, take)) {
+    notice.num_complete_groups += group.is_complete() ? 1 : 0;
     std::move(group.samples.begin(), group.samples.end(), std::back_inserter(samples));
     std::move(group.failed.begin(), group.failed.end(), std::back_inserter(notice.failed));
   }
-  if (lease) write(notice, std::move(samples), *lease);
-  if (!notice.lease) return notice;
-  slots_.deliver(*notice.lease, client);
-  delivered_[notice.lease->slot] = notice;
+  return send(client, std::move(notice), std::move(samples), lease, {});
+}
+
+// A layout that refuses now what it measured before is a bug; its samples are reported all the
+// same, so that their request ends.
+BatchNotice Delivery::send(uint64_t client, BatchNotice notice, std::vector<Sample> samples,
+                           std::optional<SlotLease> lease, std::span<const int32_t> row_starts) {
+  if (!lease) return notice;
+  try {
+    notice.bytes = layout_.write(pointers_to(samples), last_batch_seq_ + 1, lease->generation,
+                                 slots_.bytes(*lease), notice.crc32, row_starts);
+  } catch (const Error& error) {
+    slots_.cancel(*lease);
+    fail_all(samples, error.info, notice.failed);
+    return notice;
+  }
+  const int64_t current = options_.weight_version();
+  for (const Sample& sample : samples) {
+    notice.version_lag = std::max(notice.version_lag, current - oldest_version(sample, current));
+  }
+  notice.lease = lease;
+  notice.batch_seq = ++last_batch_seq_;
+  notice.num_samples = static_cast<int64_t>(samples.size());
+  slots_.deliver(*lease, client);
+  delivered_[lease->slot] = notice;
   ++num_delivered_;
   num_samples_delivered_ += notice.num_samples;
   return notice;
 }
 
-// A layout that refuses now what it measured before is a bug; its samples are reported all the
-// same, so that their request ends.
-void Delivery::write(BatchNotice& notice, std::vector<Sample> samples, SlotLease lease) {
-  try {
-    notice.bytes = layout_.write(pointers_to(samples), last_batch_seq_ + 1, lease.generation,
-                                 slots_.bytes(lease), notice.crc32);
-  } catch (const Error& error) {
-    slots_.cancel(lease);
-    fail_all(samples, error.info, notice.failed);
-    return;
-  }
-  notice.lease = lease;
-  notice.batch_seq = ++last_batch_seq_;
-  notice.num_samples = static_cast<int64_t>(samples.size());
+void Delivery::join(uint64_t client, const DpMember& member) {
+  const auto is_share = [](const auto& entry) { return entry.second.dp_rank.has_value(); };
+  ranks_.join(client, member,
+              std::count_if(delivered_.begin(), delivered_.end(), is_share) +
+                  std::count_if(left_behind_.begin(), left_behind_.end(), is_share));
 }
 
 void Delivery::release(uint64_t client, SlotLease lease, uint64_t batch_seq) {
@@ -187,6 +268,7 @@ void Delivery::release(uint64_t client, SlotLease lease, uint64_t batch_seq) {
 }
 
 void Delivery::client_gone(uint64_t client, GoneClient memory) {
+  ranks_.leave(client);
   for (const SlotLease& lease : slots_.recall_all(client)) {
     BatchNotice notice = std::move(delivered_.extract(lease.slot).mapped());
     const uint64_t batch_seq = notice.batch_seq;
@@ -209,9 +291,12 @@ std::vector<std::pair<std::string, double>> Delivery::stats() const {
           {"num_batches_left_behind", number(left_behind_.size())},
           {"num_samples_delivered", number(num_samples_delivered_)},
           {"num_samples_held", number(num_held_samples())},
+          {"num_stale_samples", number(num_stale_samples_)},
+          {"num_dp_steps", number(ranks_.num_steps())},
+          {"num_dp_shares_waiting", number(ranks_.num_shares())},
           {"num_duplicate_samples", number(groups_.num_duplicates())},
           {"num_open_groups", number(groups_.num_open_groups())},
-          {"num_finished_groups", number(groups_.finished().size())}};
+          {"num_finished_groups", number(groups_.num_finished_groups())}};
 }
 
 }  // namespace rollpack::bridge

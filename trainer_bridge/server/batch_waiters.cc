@@ -21,12 +21,18 @@ void BatchWaiters::add(Waiter waiter) {
 
 // Callbacks only queue replies, so that none of them comes back in here.
 void BatchWaiters::serve() {
-  while (!waiting_.empty()) {
-    auto notice = delivery_.next_batch(waiting_.front().client, waiting_.front().num_groups);
-    if (!notice) break;
-    const Waiter waiter = std::move(waiting_.front());
-    waiting_.pop_front();
-    waiter.deliver(*std::move(notice));
+  bool is_blocked = false;
+  for (auto waiter = waiting_.begin(); waiter != waiting_.end();) {
+    auto notice = is_blocked ? delivery_.pending(waiter->client)
+                             : delivery_.next_batch(waiter->client, waiter->wish);
+    if (!notice) {
+      is_blocked = true;
+      ++waiter;
+      continue;
+    }
+    const Waiter served = std::move(*waiter);
+    waiter = waiting_.erase(waiter);
+    served.deliver(*std::move(notice));
   }
   if (waiting_.empty()) return;
   if (const Outcome sick = health_()) refuse_all(*sick);
@@ -75,7 +81,8 @@ ErrorInfo BatchWaiters::timed_out(const Waiter& waiter) const {
   return {.code = ErrorCode::kDeadlineExceeded,
           .field = "next_batch",
           .value = fmt::format("{} finished groups after {} ms", num_finished, waiter.timeout_ms),
-          .allowed = fmt::format("{} or more", waiter.num_groups.value_or(1)),
+          .allowed = fmt::format(
+              "{} or more", waiter.wish.min_ready.value_or(waiter.wish.num_groups.value_or(1))),
           .message = num_in_use == num_slots
                          ? fmt::format("all {} slots are held: release batches", num_slots)
                          : "nothing came in time; ask again"};

@@ -1,5 +1,6 @@
 // next_batch calls that wait, served in the order they were asked. A call for many groups is not
-// overtaken by later calls for few, so that it cannot starve.
+// overtaken by later calls for few, so that it cannot starve; only what is there for a later client
+// alone (its rank's share of a step, what was left behind) goes to it past those that wait.
 #pragma once
 
 #include <chrono>
@@ -19,7 +20,7 @@ class BatchWaiters {
  public:
   struct Waiter {
     uint64_t client = 0;
-    std::optional<int64_t> num_groups;
+    BatchWish wish;
     int64_t timeout_ms = 0;  // 0 looks once
     std::chrono::steady_clock::time_point deadline;
     std::function<void(BatchNotice)> deliver;

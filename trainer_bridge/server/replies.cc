@@ -11,7 +11,8 @@ Json id_value(const PromptId& id) {
   return number.is_number_integer() ? number : Json(id.text);
 }
 
-Json hello_reply(const ServiceInfo& info, int64_t weight_version, const SlotRing& slots) {
+Json hello_reply(const ServiceInfo& info, int64_t weight_version, const SlotRing& slots,
+                 const std::string& instance) {
   return {{"protocol_version", kProtocolVersion},
           {"schema_version", kSchemaVersion},
           {"config", Json::parse(info.resolved_config_json)},
@@ -19,6 +20,8 @@ Json hello_reply(const ServiceInfo& info, int64_t weight_version, const SlotRing
           {"pad_token_id", info.pad_token_id},
           {"vocab_size", info.vocab_size},
           {"fingerprint", info.fingerprint},
+          {"instance", instance},
+          {"attention_parity_tokens", info.attention_parity_tokens},
           {"weight_version", weight_version},
           {"num_slots", slots.num_slots()},
           {"slot_bytes", slots.slot_bytes()},
@@ -43,6 +46,9 @@ Json batch_reply(const BatchNotice& notice) {
           {"crc32", notice.crc32},
           {"num_samples", notice.num_samples},
           {"num_groups", notice.num_groups},
+          {"num_complete_groups", notice.num_complete_groups},
+          {"version_lag", notice.version_lag},
+          {"step", notice.step},
           {"failed", std::move(failed)}};
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "trainer_bridge/contract/rollout_service.h"
@@ -11,7 +12,9 @@
 
 namespace rollpack::bridge {
 
-Json hello_reply(const ServiceInfo& info, int64_t weight_version, const SlotRing& slots);
+// `instance`: of this server's life.
+Json hello_reply(const ServiceInfo& info, int64_t weight_version, const SlotRing& slots,
+                 const std::string& instance);
 Json batch_reply(const BatchNotice& notice);
 Json score_reply(const std::vector<ScoredSequence>& results);
 // Text or integer, as it was given.

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kMaxI32 = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMaxI64 = std::numeric_limits<int64_t>::max();
+constexpr int64_t kMaxDpSize = 65536;
 // A wait without end by another name; keeps deadlines away from the clock's limit.
 constexpr int64_t kMaxTimeoutMs = int64_t{365} * 24 * 3600 * 1000;
 
@@ -100,9 +101,34 @@ InFlight read_in_flight(Fields& fields) {
   return kModes[fields.one_of("mode", {"keep", "wait", "abort"})];
 }
 
+HelloRequest read_hello(Fields& fields) {
+  HelloRequest request;
+  request.protocol_version = fields.integer("protocol_version", 0, kMaxI64);
+  fields.text("client");
+  const auto size = fields.optional_integer("dp_size", 1, kMaxDpSize);
+  const auto rank = fields.optional_integer("dp_rank", 0, size.value_or(kMaxDpSize) - 1);
+  const bool keeps_groups_whole = fields.optional_boolean("whole_groups").value_or(false);
+  fields.finish();
+  if (size.has_value() != rank.has_value()) {
+    fields.refuse(size ? "dp_rank" : "dp_size", nullptr, "dp_rank and dp_size together");
+  }
+  if (size) {
+    request.member = DpMember{.rank = static_cast<int32_t>(*rank),
+                              .size = static_cast<int32_t>(*size),
+                              .keeps_groups_whole = keeps_groups_whole};
+  }
+  return request;
+}
+
 NextBatchRequest read_next_batch(Fields& fields) {
+  constexpr std::array kOrders = {GroupOrder::kCompletion, GroupOrder::kCanonical};
   NextBatchRequest request;
-  request.num_groups = fields.optional_integer("num_groups", 1, kMaxI64);
+  BatchWish& wish = request.wish;
+  wish.num_groups = fields.optional_integer("num_groups", 1, kMaxI64);
+  wish.min_ready = fields.optional_integer("min_ready", 1, wish.num_groups.value_or(kMaxI64));
+  if (fields.optional_any("order") != nullptr) {
+    wish.order = kOrders[fields.one_of("order", {"completion", "canonical"})];
+  }
   request.timeout_ms = std::min(fields.integer("timeout_ms", 0, kMaxI64), kMaxTimeoutMs);
   fields.finish();
   return request;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "trainer_bridge/contract/rollout_service.h"
+#include "trainer_bridge/delivery/delivery.h"
 #include "trainer_bridge/shared_memory/slot_ring.h"
 #include "trainer_bridge/wire/fields.h"
 
@@ -19,8 +20,14 @@ std::vector<PromptRequest> read_prompts(Fields& fields);
 std::vector<ScoreSequence> read_sequences(Fields& fields);
 InFlight read_in_flight(Fields& fields);
 
+struct HelloRequest {
+  int64_t protocol_version = 0;
+  std::optional<DpMember> member;  // of a data-parallel trainer
+};
+HelloRequest read_hello(Fields& fields);
+
 struct NextBatchRequest {
-  std::optional<int64_t> num_groups;
+  BatchWish wish;
   int64_t timeout_ms = 0;
 };
 NextBatchRequest read_next_batch(Fields& fields);

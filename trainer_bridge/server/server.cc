@@ -9,6 +9,8 @@
 #include <exception>
 #include <map>
 #include <optional>
+#include <random>
+#include <string>
 #include <thread>
 #include <utility>
 
@@ -35,6 +37,12 @@ constexpr auto kFlushPoll = std::chrono::milliseconds(5);
 struct Loop {
   asio::io_context io{1};
 };
+
+// batch_seq counts from 1 in each life of a server; this tells the lives apart.
+std::string new_instance() {
+  std::random_device random;
+  return fmt::format("{:08x}{:08x}", random(), random());
+}
 
 ServerOptions checked(ServerOptions options) {
   if (options.slots > kMaxFdsPerFrame) {
@@ -112,6 +120,7 @@ VerbParts Server::State::verb_parts(RolloutService& given_service) {
           .waiters = waiters,
           .weights = *weights,
           .max_held_samples = options.max_held_samples,
+          .instance = new_instance(),
           .on_server_thread = poster(),
           .num_pending_samples = [this] { return inbox.size(); },
           .num_clients = [this] { return static_cast<int64_t>(connections.size()); },
@@ -126,6 +135,10 @@ void Server::State::start(RolloutService& given_service) {
       given_service,
       [pool = checksums.get()](std::function<void()> task) { asio::post(*pool, std::move(task)); },
       poster());
+  delivery.configure(
+      {.max_version_lag = options.max_version_lag,
+       .attention_parity_tokens = given_service.info().attention_parity_tokens,
+       .weight_version = [&given_service] { return given_service.weight_version(); }});
   verbs = std::make_unique<Verbs>(verb_parts(given_service));
   listener->listen();
   acceptor.assign(OwnedFd::duplicate(listener->fd()).release());

@@ -20,6 +20,7 @@ struct ServerOptions {
   LayoutOptions layout;
   int32_t max_clients = 64;
   int64_t max_held_samples = 65536;  // beyond it submit says would_block
+  int64_t max_version_lag = -1;      // samples staler than this become failures; -1: none do
   FrameSocketOptions frames;         // of each client
 };
 

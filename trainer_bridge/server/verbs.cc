@@ -74,14 +74,12 @@ void Verbs::handle(Request& request) {
 }
 
 void Verbs::hello(Request& request) {
-  const int64_t version = request.fields.integer("protocol_version", 0, kMaxI64);
-  request.fields.text("client");
-  request.fields.finish();
+  const HelloRequest hello = read_hello(request.fields);
   check_no_fds(request);
-  if (version != kProtocolVersion) {
+  if (hello.protocol_version != kProtocolVersion) {
     throw Error({.code = ErrorCode::kUnsupported,
                  .field = "protocol_version",
-                 .value = std::to_string(version),
+                 .value = std::to_string(hello.protocol_version),
                  .origin = "hello",
                  .allowed = std::to_string(kProtocolVersion),
                  .message = "client and server are of different releases"});
@@ -91,7 +89,9 @@ void Verbs::hello(Request& request) {
   for (int32_t slot = 0; slot < parts_.slots.num_slots(); ++slot) {
     fds.push_back(OwnedFd::duplicate(parts_.slots.fd(slot)));
   }
-  Json reply = hello_reply(parts_.service.info(), parts_.service.weight_version(), parts_.slots);
+  Json reply = hello_reply(parts_.service.info(), parts_.service.weight_version(), parts_.slots,
+                           parts_.instance);
+  if (hello.member) parts_.delivery.join(request.connection.client, *hello.member);
   request.connection.said_hello = true;
   request.responder.ok(std::move(reply), std::move(fds));
 }
@@ -109,7 +109,11 @@ void Verbs::submit(Request& request) {
                  .allowed = fmt::format("fewer than {}", parts_.max_held_samples),
                  .message = "take batches, then try again"});
   }
-  request.responder.ok({{"request_id", parts_.service.submit(std::move(prompts))}});
+  const auto num_prompts = static_cast<int64_t>(prompts.size());
+  const int64_t request_id = parts_.service.submit(std::move(prompts));
+  // Its samples come by way of this thread, so none of them is ahead of this.
+  parts_.delivery.expect(request_id, num_prompts);
+  request.responder.ok({{"request_id", request_id}});
 }
 
 void Verbs::next_batch(Request& request) {
@@ -117,7 +121,7 @@ void Verbs::next_batch(Request& request) {
   check_no_fds(request);
   parts_.waiters.add(
       {.client = request.connection.client,
-       .num_groups = wanted.num_groups,
+       .wish = wanted.wish,
        .timeout_ms = wanted.timeout_ms,
        .deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(wanted.timeout_ms),
        .deliver = [responder = request.responder](

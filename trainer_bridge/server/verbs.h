@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -25,6 +26,7 @@ struct VerbParts {
   BatchWaiters& waiters;
   WeightInbox& weights;
   int64_t max_held_samples = 0;
+  std::string instance;                                         // of this server's life
   std::function<void(std::function<void()>)> on_server_thread;  // from any thread
   std::function<int64_t()> num_pending_samples;                 // committed, not yet delivered to
   std::function<int64_t()> num_clients;

@@ -12,35 +12,19 @@
 #include <vector>
 
 #include "kernels/base/checksum.h"
+#include "tests/trainer_bridge/delivery/made_samples.h"
 #include "tests/trainer_bridge/layout/batch_reader.h"
 #include "trainer_bridge/contract/batch_schema.h"
 
 namespace rollpack::bridge {
 namespace {
 
+using testing::failure_of;
 using testing::read_batch;
 using testing::ReadBatch;
+using testing::sample_of;
 
 constexpr uint64_t kAnna = 1, kBerta = 2;
-
-SampleKey key_of(int64_t request, int32_t prompt, int32_t index, int32_t group) {
-  return {request, prompt, {std::to_string(prompt), true}, index, group};
-}
-
-Sample sample_of(int64_t request, int32_t prompt, int32_t index, int32_t group, int32_t tokens) {
-  Sample sample{.key = key_of(request, prompt, index, group)};
-  sample.prompt_ids = std::make_shared<const std::vector<int32_t>>(std::vector<int32_t>{1, 2, 3});
-  for (int32_t i = 0; i < tokens; ++i) sample.response_ids.push_back(prompt + index + i);
-  sample.logprobs.assign(sample.response_ids.size(), -1.0f);
-  sample.scaled_logprobs = sample.support_logmass = sample.logprobs;
-  if (tokens > 0) sample.weight_versions = {{0, 0}};
-  return sample;
-}
-
-FailedSample failure_of(int64_t request, int32_t prompt, int32_t index, int32_t group) {
-  return {key_of(request, prompt, index, group),
-          {.code = ErrorCode::kNonFinite, .field = "logits"}};
-}
 
 ErrorInfo error_of(const std::function<void()>& act) {
   try {
@@ -72,6 +56,11 @@ class DeliveryTest : public ::testing::Test {
     return read_batch(bytes_of(notice)).values<int32_t>("prompt_index");
   }
 
+  std::optional<BatchNotice> next_batch(uint64_t client,
+                                        std::optional<int64_t> num_groups = std::nullopt) {
+    return delivery.next_batch(client, {.num_groups = num_groups});
+  }
+
   void release(uint64_t client, const BatchNotice& notice) {
     delivery.release(client, *notice.lease, notice.batch_seq);
   }
@@ -91,9 +80,9 @@ class DeliveryTest : public ::testing::Test {
 TEST_F(DeliveryTest, OnlyWholeGroupsAreDelivered) {
   delivery.commit(sample_of(1, 0, 1, 3, 4));
   delivery.commit(sample_of(1, 0, 0, 3, 4));
-  EXPECT_FALSE(delivery.next_batch(kAnna, std::nullopt));
+  EXPECT_FALSE(next_batch(kAnna));
   delivery.fail(failure_of(1, 0, 2, 3));
-  const auto notice = delivery.next_batch(kAnna, std::nullopt);
+  const auto notice = next_batch(kAnna);
   ASSERT_TRUE(notice);
   EXPECT_EQ(notice->num_groups, 1);
   EXPECT_EQ(notice->num_samples, 2);
@@ -104,7 +93,7 @@ TEST_F(DeliveryTest, OnlyWholeGroupsAreDelivered) {
 
 TEST_F(DeliveryTest, HeaderAndNoticeAgreeAndTheChecksumHolds) {
   commit_group(1, 0, 2);
-  const auto notice = delivery.next_batch(kAnna, std::nullopt);
+  const auto notice = next_batch(kAnna);
   const std::vector<std::byte> bytes = bytes_of(*notice);
   const ReadBatch batch = read_batch(bytes);
   EXPECT_EQ(batch.batch_seq, 1u);
@@ -121,7 +110,7 @@ TEST_F(DeliveryTest, GroupsComeInOrderOfFinishing) {
   commit_group(1, 1, 3);
   delivery.commit(sample_of(1, 0, 1, 2, 4));
   for (const int32_t prompt : {2, 1, 0}) {
-    const auto notice = delivery.next_batch(kAnna, 1);
+    const auto notice = next_batch(kAnna, 1);
     ASSERT_TRUE(notice);
     EXPECT_EQ(prompts_of(*notice).front(), prompt);
     EXPECT_EQ(notice->num_samples, prompt == 1 ? 3 : 2);
@@ -131,21 +120,22 @@ TEST_F(DeliveryTest, GroupsComeInOrderOfFinishing) {
 
 TEST_F(DeliveryTest, TheSameSamplesGiveTheSameColumnsInWhateverOrderTheyWereCommitted) {
   for (const int32_t index : {0, 1, 2}) delivery.commit(sample_of(1, 0, index, 3, 4));
+  const auto first = next_batch(kAnna, 1);
   for (const int32_t index : {2, 0, 1}) delivery.commit(sample_of(1, 0, index, 3, 4));
-  const auto first = delivery.next_batch(kAnna, 1), second = delivery.next_batch(kAnna, 1);
+  const auto second = next_batch(kAnna, 1);
   EXPECT_EQ(first->crc32, second->crc32);
 }
 
 TEST_F(DeliveryTest, AGivenNumberOfGroupsIsWaitedForAndNotExceeded) {
   commit_group(1, 0, 2);
-  EXPECT_FALSE(delivery.next_batch(kAnna, 2));
+  EXPECT_FALSE(next_batch(kAnna, 2));
   commit_group(1, 1, 2);
   commit_group(1, 2, 2);
-  const auto first = delivery.next_batch(kAnna, 2);
+  const auto first = next_batch(kAnna, 2);
   ASSERT_TRUE(first);
   EXPECT_EQ(first->num_groups, 2);
-  EXPECT_FALSE(delivery.next_batch(kAnna, 2));
-  const auto second = delivery.next_batch(kAnna, std::nullopt);
+  EXPECT_FALSE(next_batch(kAnna, 2));
+  const auto second = next_batch(kAnna);
   EXPECT_EQ(prompts_of(*second), (std::vector<int32_t>{2, 2}));
   EXPECT_EQ(second->batch_seq, first->batch_seq + 1);
 }
@@ -155,14 +145,14 @@ TEST_F(DeliveryTest, PartialSamplesAreSamples) {
   cut.finish_reason = FinishReason::kAbort;
   delivery.commit(std::move(cut));
   delivery.commit(sample_of(1, 0, 1, 2, 3));
-  const auto notice = delivery.next_batch(kAnna, std::nullopt);
+  const auto notice = next_batch(kAnna);
   EXPECT_EQ(notice->num_samples, 2);
   EXPECT_TRUE(notice->failed.empty());
 }
 
 TEST_F(DeliveryTest, FailuresAloneTakeNoSlot) {
   for (int32_t prompt = 0; prompt < 3; ++prompt) delivery.fail(failure_of(1, prompt, 0, 1));
-  const auto notice = delivery.next_batch(kAnna, 3);
+  const auto notice = next_batch(kAnna, 3);
   ASSERT_TRUE(notice);
   EXPECT_FALSE(notice->lease);
   EXPECT_EQ(notice->failed.size(), 3u);
@@ -176,7 +166,9 @@ TEST_F(DeliveryTest, ADuplicateIsDroppedAndCounted) {
   delivery.fail(failure_of(1, 0, 0, 2));
   EXPECT_EQ(stat("num_duplicate_samples"), 2);
   delivery.commit(sample_of(1, 0, 1, 2, 4));
-  const auto notice = delivery.next_batch(kAnna, std::nullopt);
+  delivery.commit(sample_of(1, 0, 1, 2, 9));  // its group is finished, but still here
+  EXPECT_EQ(stat("num_duplicate_samples"), 3);
+  const auto notice = next_batch(kAnna);
   EXPECT_EQ(notice->num_samples, 2);
   EXPECT_EQ(read_batch(bytes_of(*notice)).values<int32_t>("response_lens"),
             (std::vector<int32_t>{4, 4}));
@@ -192,13 +184,13 @@ TEST_F(DeliveryTest, AKeyAtOddsWithItsGroupIsABrokenInvariant) {
 
 TEST_F(DeliveryTest, NoFreeSlotMeansWaitingForARelease) {
   for (int32_t prompt = 0; prompt < 3; ++prompt) commit_group(1, prompt, 1);
-  const auto first = delivery.next_batch(kAnna, 1);
-  const auto second = delivery.next_batch(kAnna, 1);
+  const auto first = next_batch(kAnna, 1);
+  const auto second = next_batch(kAnna, 1);
   ASSERT_TRUE(first && second);
-  EXPECT_FALSE(delivery.next_batch(kAnna, 1));
+  EXPECT_FALSE(next_batch(kAnna, 1));
   EXPECT_EQ(delivery.num_held_samples(), 1);
   release(kAnna, *first);
-  const auto third = delivery.next_batch(kAnna, 1);
+  const auto third = next_batch(kAnna, 1);
   ASSERT_TRUE(third);
   EXPECT_EQ(third->lease->slot, first->lease->slot);
   EXPECT_EQ(third->lease->generation, first->lease->generation + 1);
@@ -206,7 +198,7 @@ TEST_F(DeliveryTest, NoFreeSlotMeansWaitingForARelease) {
 
 TEST_F(DeliveryTest, ReleasesThatAreNotTheClientsAreErrors) {
   commit_group(1, 0, 1);
-  const auto notice = *delivery.next_batch(kAnna, 1);
+  const auto notice = *next_batch(kAnna, 1);
   EXPECT_EQ(error_of([&] { delivery.release(kAnna, {9, 1}, 1); }).code, ErrorCode::kNotFound);
   EXPECT_EQ(error_of([&] {
               delivery.release(kAnna, {1, 1}, 1);
@@ -224,23 +216,23 @@ TEST_F(DeliveryTest, WhatAGoneClientHeldComesAgainFirstAndByteForByte) {
   for (const GoneClient memory : {GoneClient::kKeepMemory, GoneClient::kReplaceMemory}) {
     commit_group(1, 0, 2);
     delivery.fail(failure_of(2, 0, 0, 1));
-    const auto first = *delivery.next_batch(kAnna, std::nullopt);
+    const auto first = *next_batch(kAnna);
     const std::vector<std::byte> bytes = bytes_of(first);
     commit_group(1, 1, 2);
-    const auto second = *delivery.next_batch(kAnna, std::nullopt);
+    const auto second = *next_batch(kAnna);
     commit_group(1, 2, 2);
     delivery.client_gone(kAnna, memory);
-    const auto again = *delivery.next_batch(kBerta, 1);
+    const auto again = *next_batch(kBerta, 1);
     EXPECT_EQ(again.batch_seq, first.batch_seq);
     EXPECT_EQ(*again.lease, *first.lease);
     EXPECT_EQ(again.num_groups, 2);
     EXPECT_EQ(again.failed.size(), 1u);
     EXPECT_TRUE(bytes_of(again) == bytes);
-    EXPECT_EQ(delivery.next_batch(kBerta, 1)->batch_seq, second.batch_seq);
+    EXPECT_EQ(next_batch(kBerta, 1)->batch_seq, second.batch_seq);
     release(kBerta, again);
-    EXPECT_EQ(prompts_of(*delivery.next_batch(kBerta, 1)), (std::vector<int32_t>{2, 2}));
+    EXPECT_EQ(prompts_of(*next_batch(kBerta, 1)), (std::vector<int32_t>{2, 2}));
     delivery.client_gone(kBerta, memory);  // the last two; taken and released by a third
-    while (const auto rest = delivery.next_batch(3, std::nullopt)) release(3, *rest);
+    while (const auto rest = next_batch(3)) release(3, *rest);
     EXPECT_EQ(slots.num_free(), 2);
   }
   EXPECT_EQ(stat("num_batches_redelivered"), 8);
@@ -249,25 +241,25 @@ TEST_F(DeliveryTest, WhatAGoneClientHeldComesAgainFirstAndByteForByte) {
 TEST_F(DeliveryTest, WhatWasReleasedBeforeTheClientWentDoesNotComeAgain) {
   commit_group(1, 0, 1);
   commit_group(1, 1, 1);
-  const auto first = *delivery.next_batch(kAnna, 1);
-  const auto second = *delivery.next_batch(kAnna, 1);
+  const auto first = *next_batch(kAnna, 1);
+  const auto second = *next_batch(kAnna, 1);
   release(kAnna, first);
   delivery.client_gone(kAnna, GoneClient::kKeepMemory);
-  EXPECT_EQ(delivery.next_batch(kBerta, 1)->batch_seq, second.batch_seq);
-  EXPECT_FALSE(delivery.next_batch(kBerta, std::nullopt));
+  EXPECT_EQ(next_batch(kBerta, 1)->batch_seq, second.batch_seq);
+  EXPECT_FALSE(next_batch(kBerta));
 }
 
 TEST_F(DeliveryTest, ReplacedMemoryLeavesOldMapsAsTheyWere) {
   commit_group(1, 0, 2);
-  const auto first = *delivery.next_batch(kAnna, std::nullopt);
+  const auto first = *next_batch(kAnna);
   const auto old_map =
       MappedSegment::map(slots.fd(first.lease->slot), first.bytes, kOwnerSeals, "test");
   const std::vector<std::byte> before(old_map.bytes().begin(), old_map.bytes().end());
   delivery.client_gone(kAnna, GoneClient::kReplaceMemory);
-  release(kBerta, *delivery.next_batch(kBerta, std::nullopt));
+  release(kBerta, *next_batch(kBerta));
   for (int32_t prompt = 1; prompt < 4; ++prompt) {
     commit_group(1, prompt, 3);
-    release(kBerta, *delivery.next_batch(kBerta, std::nullopt));
+    release(kBerta, *next_batch(kBerta));
   }
   EXPECT_TRUE(std::equal(before.begin(), before.end(), old_map.bytes().begin()));
 }
@@ -282,7 +274,7 @@ TEST_F(SmallSlots, AsManyGroupsAsFitAndTheRestNextTime) {
   for (int32_t prompt = 0; prompt < 20; ++prompt) commit_group(1, prompt, 2, 8);
   std::vector<int32_t> prompts;
   int num_batches = 0;
-  for (; const auto notice = delivery.next_batch(kAnna, std::nullopt); ++num_batches) {
+  for (; const auto notice = next_batch(kAnna); ++num_batches) {
     EXPECT_LE(notice->bytes, 8192);
     EXPECT_EQ(notice->num_samples, 2 * notice->num_groups);
     for (const int32_t prompt : prompts_of(*notice)) prompts.push_back(prompt);
@@ -297,7 +289,7 @@ TEST_F(SmallSlots, AsManyGroupsAsFitAndTheRestNextTime) {
 
 TEST_F(SmallSlots, AGivenNumberThatDoesNotFitIsSplitBetweenGroups) {
   for (int32_t prompt = 0; prompt < 20; ++prompt) commit_group(1, prompt, 2, 8);
-  const auto notice = delivery.next_batch(kAnna, 20);
+  const auto notice = next_batch(kAnna, 20);
   ASSERT_TRUE(notice);
   EXPECT_GE(notice->num_groups, 1);
   EXPECT_LT(notice->num_groups, 20);
@@ -314,7 +306,7 @@ TEST_F(SmallSlots, AGivenNumberThatDoesNotFitIsSplitBetweenGroups) {
 TEST_F(SmallSlots, AGroupTooBigForASlotFailsNamingSlotBytesAndTheBytesNeeded) {
   commit_group(7, 3, 2, 1000);
   commit_group(7, 4, 2, 8);
-  const auto notice = delivery.next_batch(kAnna, 2);
+  const auto notice = next_batch(kAnna, 2);
   ASSERT_TRUE(notice);
   EXPECT_EQ(notice->num_samples, 2);
   ASSERT_EQ(notice->failed.size(), 2u);
@@ -338,7 +330,7 @@ class ShortRows : public DeliveryTest {
 TEST_F(ShortRows, ASampleNoRowCanHoldFailsAloneAndItsSiblingsAreDelivered) {
   delivery.commit(sample_of(1, 0, 0, 2, 4));
   delivery.commit(sample_of(1, 0, 1, 2, 40));
-  const auto notice = delivery.next_batch(kAnna, std::nullopt);
+  const auto notice = next_batch(kAnna);
   EXPECT_EQ(notice->num_samples, 1);
   ASSERT_EQ(notice->failed.size(), 1u);
   EXPECT_EQ(notice->failed[0].key.sample_index, 1);
@@ -357,7 +349,7 @@ TEST_F(PaddedSlots, BatchesFitThoughSizesDoNotAddUp) {
   for (int32_t prompt = 0; prompt < 60; ++prompt) {
     commit_group(1, prompt, 2, prompt % 10 == 9 ? 200 : 3);
   }
-  while (const auto notice = delivery.next_batch(kAnna, std::nullopt)) {
+  while (const auto notice = next_batch(kAnna)) {
     EXPECT_LE(notice->bytes, 32768);
     EXPECT_TRUE(notice->failed.empty());
     num_samples += notice->num_samples;

@@ -2,7 +2,8 @@
 // for tests of clients. Says "ready" once hello succeeds; ends at SIGTERM, SIGINT or the shutdown
 // verb.
 //   --socket PATH  --layout packed|padded  --columns a,b  --max-tokens-per-row N  --slots N
-//   --slot-bytes N  --max-held-samples N  --sample-ms N (what each sample takes)
+//   --widths P,R,MULTIPLE (of the padded layout)  --slot-bytes N  --max-held-samples N
+//   --max-version-lag N  --sample-ms N (what each sample takes)
 #include <fmt/format.h>
 #include <unistd.h>
 
@@ -65,12 +66,19 @@ Arguments read_arguments(int argc, char** argv) {
       }
     } else if (name == "--max-tokens-per-row") {
       server.layout.max_tokens_per_row = std::stoi(value);
+    } else if (name == "--widths") {
+      if (std::sscanf(value.c_str(), "%d,%d,%d", &server.layout.prompt_width,
+                      &server.layout.response_width, &server.layout.pad_to_multiple_of) != 3) {
+        throw std::invalid_argument(fmt::format("--widths {}: expected P,R,MULTIPLE", value));
+      }
     } else if (name == "--slots") {
       server.slots = std::stoi(value);
     } else if (name == "--slot-bytes") {
       server.slot_bytes = std::stoll(value);
     } else if (name == "--max-held-samples") {
       server.max_held_samples = std::stoll(value);
+    } else if (name == "--max-version-lag") {
+      server.max_version_lag = std::stoll(value);
     } else if (name == "--sample-ms") {
       arguments.fake.sample_time = std::chrono::milliseconds(std::stoll(value));
     } else {

@@ -88,7 +88,8 @@ ServiceInfo FakeService::info() const {
           .eos_token_ids = {kFakeEos},
           .pad_token_id = 0,
           .vocab_size = kFakeVocab,
-          .fingerprint = "fake"};
+          .fingerprint = "fake",
+          .attention_parity_tokens = kFakeParityTokens};
 }
 
 int64_t FakeService::submit(std::vector<PromptRequest> prompts) {

@@ -24,6 +24,8 @@ namespace rollpack::bridge {
 inline constexpr int32_t kFakeVocab = 64;
 inline constexpr int32_t kFakeEos = 2;  // said in hello; ends a response only as a stop_token_id
 
+inline constexpr int64_t kFakeParityTokens = 16;
+
 struct FakeOptions {
   int32_t n = 2;
   int32_t response_length = 8;
