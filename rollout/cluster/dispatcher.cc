@@ -63,7 +63,8 @@ bridge::ServiceInfo Dispatcher::info() const {
           .eos_token_ids = eos,
           .pad_token_id = model_.pad_token_id >= 0 ? model_.pad_token_id : lowest_eos,
           .vocab_size = model_.vocab_size,
-          .fingerprint = fingerprint_};
+          .fingerprint = fingerprint_,
+          .attention_parity_tokens = model_.attention_parity_tokens()};
 }
 
 void Dispatcher::run(Effects& effects) {

@@ -19,8 +19,12 @@ bridge::ServerOptions server_options(const Job& job) {
   options.socket = section.socket;
   options.slots = section.slots;
   options.slot_bytes = section.slot_bytes;
+  options.max_version_lag = section.max_version_lag;
   options.layout = {.layout = section.layout,
                     .max_tokens_per_row = section.max_tokens_per_row,
+                    .prompt_width = section.prompt_width,
+                    .response_width = section.response_width,
+                    .pad_to_multiple_of = section.pad_to_multiple_of,
                     .columns = section.columns,
                     .logprobs_mode = job.config().rollout.logprobs_mode};
   if (!job.config().reference_model.path.empty()) {

@@ -142,6 +142,10 @@ struct BridgeSection {
   int64_t slot_bytes = int64_t{64} << 20;
   std::string layout = "packed";
   int32_t max_tokens_per_row = 16384;
+  int32_t prompt_width = 0;
+  int32_t response_width = 0;
+  int32_t pad_to_multiple_of = 1;
+  int32_t max_version_lag = -1;
   std::vector<std::string> columns;
 
   bool operator==(const BridgeSection&) const = default;
@@ -158,6 +162,14 @@ struct BridgeSection {
     field("layout", self.layout, OneOf{{"packed", "padded"}}, "of a batch");
     field("max_tokens_per_row", self.max_tokens_per_row, Between{1, 1 << 24},
           "packed layout: most tokens of one row (micro-batch)");
+    field("prompt_width", self.prompt_width, Between{0, 1 << 24},
+          "padded layout: columns of prompts; 0: the batch's longest");
+    field("response_width", self.response_width, Between{0, 1 << 24},
+          "padded layout: columns of responses; 0: the batch's longest");
+    field("pad_to_multiple_of", self.pad_to_multiple_of, Between{1, 1 << 16},
+          "padded layout: widths are a multiple of this");
+    field("max_version_lag", self.max_version_lag, Between{-1, 1 << 30},
+          "samples with a token drawn more weight versions ago end as errors; -1: none do");
     field("columns", self.columns,
           SubsetOf{{"logprobs", "scaled_logprobs", "support_logmass", "entropy"}},
           "further columns of a batch, besides rollout_log_probs");

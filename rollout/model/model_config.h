@@ -43,6 +43,17 @@ struct ModelConfig {
   std::vector<int32_t> eos_token_ids;  // config.json's and generation_config.json's, sorted
   int32_t pad_token_id = -1;           // -1: none given
 
+  // Sequence length whose attention costs as many FLOPs as its linear layers, the head included,
+  // rounded down: 2 W t against 2 L H K t^2 for t tokens, W weights used for each token. Sliding
+  // windows are not taken into account.
+  int64_t attention_parity_tokens() const {
+    const int64_t heads = num_attention_heads * head_dim;
+    const int64_t projections = 2 * heads + 2 * num_key_value_heads * head_dim;
+    const int64_t layer = hidden_size * (projections + 3 * intermediate_size);
+    const int64_t weights = num_hidden_layers * layer + hidden_size * vocab_size;
+    return weights / (num_hidden_layers * heads);
+  }
+
   kernels::ModelShape shape(DType dtype) const {
     return {.D = hidden_size, .H = num_attention_heads, .G = num_key_value_heads, .K = head_dim,
             .F = intermediate_size, .V = vocab_size, .L = num_hidden_layers, .dtype = dtype};

@@ -44,6 +44,10 @@ Config unusual() {
                    .slot_bytes = 1536 << 10,
                    .layout = "padded",
                    .max_tokens_per_row = 4096,
+                   .prompt_width = 64,
+                   .response_width = 128,
+                   .pad_to_multiple_of = 32,
+                   .max_version_lag = 2,
                    .columns = {"entropy", "logprobs"}};
   return config;
 }
@@ -91,7 +95,8 @@ TEST(ConfigText, JsonHoldsEveryFieldWithItsType) {
             R"("share_weights":"auto","tensor_model_parallel_size":1},)"
             R"("reference_model":{"path":"","kv_cache_memory":536870912},)"
             R"("bridge":{"socket":"run/rollpack.sock","slots":4,"slot_bytes":67108864,)"
-            R"("layout":"packed","max_tokens_per_row":16384,"columns":["entropy"]},"cluster":{}})");
+            R"("layout":"packed","max_tokens_per_row":16384,"prompt_width":0,"response_width":0,)"
+            R"("pad_to_multiple_of":1,"max_version_lag":-1,"columns":["entropy"]},"cluster":{}})");
 }
 
 TEST(ConfigText, HelpListsEveryFieldWithRangeDefaultAndAliases) {

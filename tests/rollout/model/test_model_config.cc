@@ -99,6 +99,13 @@ std::string error_of(const std::string& config, const std::string& generation_co
   return with_replaced(error_text([&] { read_model_config(folder.path()); }), folder.path(), "DIR");
 }
 
+TEST(ModelConfig, AttentionCostsAsMuchAsLinearLayersWhereTheirFlopsAreEqual) {
+  // A token is multiplied with 30 x 576 x (2 x 576 + 2 x 192 + 3 x 1536) + 576 x 49152 weights;
+  // causal attention takes 30 x 576 multiplications for each token of the sequence: twice that
+  // many a pair, and half the pairs.
+  EXPECT_EQ(read(kSmolLm2).attention_parity_tokens(), 134479872 / (30 * 576));
+}
+
 TEST(ModelConfig, SmolLm2AsPublished) {
   const ModelConfig config = read(kSmolLm2);
   EXPECT_EQ(config.architecture, "LlamaForCausalLM");
