@@ -122,6 +122,8 @@ class FakeServer:
             "pad_token_id": 0,
             "vocab_size": 100,
             "fingerprint": "fake",
+            "instance": "a life",
+            "attention_parity_tokens": 16,
             "weight_version": 0,
             "num_slots": num_slots,
             "slot_bytes": SLOT_BYTES,

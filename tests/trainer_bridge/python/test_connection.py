@@ -304,8 +304,8 @@ def test_a_forked_child_gets_a_clear_error_and_the_parent_goes_on(
 ) -> None:
     server.handlers["health"] = lambda request, fds: {"status": "ok"}
     text = in_child(client.health)
-    assert text.startswith("Unavailable: client = server at ")
-    assert f"this process was forked from process {os.getpid()}, which owns the conn" in text
+    assert text.startswith("WrongProcess: client = server at ")
+    assert f"the connection belongs to process {os.getpid()}, from which this one, " in text
     assert client.health() == "ok"
 
 

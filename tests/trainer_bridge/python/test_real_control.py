@@ -212,7 +212,7 @@ def test_a_forked_child_is_told_to_connect_again_and_the_parents_batch_stays(sta
     with rollpack.connect(server.path) as client:
         client.submit([[5, 6]], n=1)
         batch = client.next_batch(timeout_s=20)
-        assert "was forked from process" in in_child(client.stats)
+        assert "the connection belongs to process" in in_child(client.stats)
 
         def own() -> str:
             with rollpack.connect(server.path) as mine:
@@ -232,7 +232,7 @@ def test_a_forked_child_is_told_to_connect_again_and_the_parents_batch_stays(sta
 
 
 @pytest.mark.parametrize(
-    "name", [("PROTOCOL_VERSION", "rollpack.client"), ("SCHEMA_VERSION", "rollpack.schema")]
+    "name", [("PROTOCOL_VERSION", "rollpack.hello"), ("SCHEMA_VERSION", "rollpack.schema")]
 )
 def test_another_version_is_an_error_naming_both(
     start: Start, monkeypatch: pytest.MonkeyPatch, name: tuple[str, str]

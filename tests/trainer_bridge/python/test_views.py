@@ -311,8 +311,19 @@ def test_a_batch_of_failures_alone_has_no_view(start: Start) -> None:
     with rollpack.connect(start().path) as client:
         client.submit([[63]])
         batch = client.next_batch(timeout_s=20)
-        with pytest.raises(rollpack.FailedPrecondition, match="0 samples: expected a batch with"):
+        with pytest.raises(rollpack.FailedPrecondition, match="failures alone: expected a batch"):
             batch.view("verl")
+
+
+def test_widths_of_the_configuration_need_no_copy(start: Start) -> None:
+    server = start("--layout", "padded", "--widths", "32,0,32")
+    with rollpack.connect(server.path) as client:
+        client.submit([[5, 6, 7], [1]], n=2)
+        with client.next_batch(2, timeout_s=20) as batch:
+            view = batch.view("trl", prompt_width=32)
+            assert (view["prompt_ids"].shape, view["completion_ids"].shape) == ((4, 32), (4, 32))
+            assert not view.copied
+            del view
 
 
 @pytest.mark.parametrize("name", [*EXPECTED, "flash_attn_varlen"])

@@ -7,7 +7,7 @@ with rollpack.launch("configs/quickstart.yaml") as engine:
     engine.update_weights(model.state_dict(), version=1)
 """
 
-from rollpack import metrics
+from rollpack import aio, metrics
 from rollpack.batch import Batch, FailedSample, Row
 from rollpack.client import Client, connect
 from rollpack.columns import Columns, NoSuchColumn
@@ -24,6 +24,7 @@ from rollpack.errors import (
     Unavailable,
     Unsupported,
     WouldBlock,
+    WrongProcess,
 )
 from rollpack.generation import SamplesFailed
 from rollpack.launcher import launch
@@ -57,6 +58,8 @@ __all__ = [
     "Unavailable",
     "Unsupported",
     "WouldBlock",
+    "WrongProcess",
+    "aio",
     "connect",
     "launch",
     "metrics",

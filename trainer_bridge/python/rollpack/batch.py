@@ -99,7 +99,12 @@ class Batch:
     Attributes:
         batch_seq: counts batches from 1; 0 for a batch that only reports failures.
         num_samples: S.
-        num_groups: whole groups in it, those that failed included.
+        num_groups: whole groups in it, those that failed included; of a data-parallel rank, the
+            groups of the step, which all ranks share.
+        num_complete_groups: of these, those without a failed or aborted sample.
+        version_lag: how many weight versions old the oldest token was when the batch was delivered.
+        step: counts the steps of data-parallel ranks from 1; 0 for a client that is none. Batches
+            of one step belong together, on whatever rank.
         failed: samples that ended in an error, none of which has tokens here.
         num_bytes: size in the slot.
         pad_token_id: what `view` writes into pads unless told otherwise.
@@ -130,6 +135,9 @@ class Batch:
         self.batch_seq = int(reply.get("batch_seq") or 0) if lease else 0
         self.num_samples = int(reply.get("num_samples") or 0)
         self.num_groups = int(reply.get("num_groups") or 0)
+        self.num_complete_groups = int(reply.get("num_complete_groups") or 0)
+        self.version_lag = int(reply.get("version_lag") or 0)
+        self.step = int(reply.get("step") or 0)
         self.failed: Sequence[FailedSample] = tuple(map(_failed_sample, reply.get("failed") or ()))
         self.num_bytes = int(reply.get("bytes") or 0) if lease else 0
         self.pad_token_id = pad_token_id
@@ -279,12 +287,12 @@ class Batch:
         Raises:
             InvalidArgument: there is no such view; an option that it does not have; a width that
                 the longest does not fit.
-            FailedPrecondition: the batch was released, or has no samples.
+            FailedPrecondition: the batch was released, or only reports failures.
         """
         columns = {each: column.array for each, column in self._opened().items()}
-        if not self.num_samples:
+        if not columns:
             raise FailedPrecondition(
-                field=self._name, value="0 samples", allowed="a batch with samples"
+                field=self._name, value="failures alone", allowed="a batch with columns"
             )
         pad = self.pad_token_id if pad_token_id is None else pad_token_id
         padding = Padding(pad_to_multiple_of, prompt_width, response_width, width, pad)

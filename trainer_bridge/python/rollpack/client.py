@@ -1,66 +1,57 @@
 """The trainer's side of the bridge: requests out, batches in, weights out.
 
 One Client is one connection. It may be used from several threads, e.g. a trainer and a background
-loop that takes batches; after a fork only the parent's works.
+loop that takes batches; after a fork only the parent's works. `rollpack.aio` has the same calls for
+asyncio.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
-import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from rollpack.batch import Batch
-from rollpack.connection import Connection, Reply, open_socket
-from rollpack.errors import (
-    FailedPrecondition,
-    InvalidArgument,
-    RollpackError,
-    Unavailable,
-)
-from rollpack.generation import RequestSamples
-from rollpack.hello import PROTOCOL_VERSION, ServerInfo, read_hello
-from rollpack.inbox import REPLY_GRACE_S, Inbox, end_connection
-from rollpack.prompts import (
-    Prompt,
-    Sampling,
-    ScoredSequence,
-    ScoreSequence,
-    TokenIds,
-    decode_scores,
-    encode_prompts,
-    encode_sequences,
-)
+from rollpack.hello import ServerInfo
+from rollpack.inbox import end_connection
+from rollpack.prompts import Prompt, Sampling, ScoredSequence, ScoreSequence, TokenIds
 from rollpack.samples import Sample
-from rollpack.slots import Lease, Slot
-from rollpack.weights import CHUNK_BYTES, Tensor, write_chunks
-
-DEFAULT_SOCKET = "run/rollpack.sock"
-
-Mode = Literal["keep", "wait", "abort"]
-_MODES = ("keep", "wait", "abort")
+from rollpack.session import Mode, Opening, Order, Session, State, opening
+from rollpack.weights import CHUNK_BYTES, Tensor
 
 
-def connect(socket: str | os.PathLike[str] | None = None, *, timeout_s: float = 10.0) -> Client:
+def connect(
+    socket: str | os.PathLike[str] | None = None,
+    *,
+    timeout_s: float = 10.0,
+    dp_rank: int | None = None,
+    dp_size: int | None = None,
+    whole_groups: bool = False,
+    resume: State | Sequence[State] | None = None,
+) -> Client:
     """Connect to a running server.
 
     Args:
         socket: path of its socket; None takes ROLLPACK_SOCKET, else run/rollpack.sock.
         timeout_s: longest wait for the server to listen and to answer, seconds.
+        dp_rank: this process's rank in a data-parallel trainer. Each step is then split over the
+            ranks, balanced by what samples cost the model, and this client gets its rank's share.
+        dp_size: how many ranks there are; all must say the same.
+        whole_groups: do not split a group between ranks; all must say the same.
+        resume: what `Client.state_dict` returned when the checkpoint was saved from which the
+            trainer goes on, or a list of those of several clients. Batches that it says were
+            consumed are not delivered again.
 
     Raises:
         NotFound: no socket is there.
         Unavailable: nobody answers on it.
         Unsupported: client and server speak different versions; names both.
         DeadlineExceeded: a server listens but does not say hello.
+        InvalidArgument: dp_rank, dp_size or resume is not what it must be.
+        FailedPrecondition: the server splits steps for other ranks; names theirs.
     """
-    path = os.fspath(socket or os.environ.get("ROLLPACK_SOCKET") or DEFAULT_SOCKET)
-    return Client(path, timeout_s=timeout_s)
+    return Client(opening(socket, timeout_s, dp_rank, dp_size, whole_groups, resume))
 
 
 class Client:
@@ -69,54 +60,21 @@ class Client:
     Attributes:
         info: what the server said of itself: config, eos_token_ids, num_slots and more.
         socket_path: where it is connected.
+        verify: whether the checksum of every batch is compared.
     """
 
-    def __init__(
-        self,
-        socket_path: str,
-        *,
-        timeout_s: float = 10.0,
-        verify: bool = True,
-        describe_server: Callable[[], str] | None = None,
-    ) -> None:
-        """Connect and say hello; `rollpack.connect` and `rollpack.launch` are the usual ways.
+    info: ServerInfo
 
-        Args:
-            socket_path: the server's socket.
-            timeout_s: longest wait for it, seconds.
-            verify: compare the checksum of every batch.
-            describe_server: asked for the server's end when the connection breaks.
-        """
-        self.socket_path = socket_path
-        self.verify = verify
-        # Not a bound method: a cycle would keep a dropped client until the next collection.
-        self._explain = functools.partial(_with_servers_end, describe_server)
-        self._connection = Connection(open_socket(socket_path, timeout_s), socket_path)
-        self._abandoned: set[int] = set()
-        leases: weakref.WeakSet[Lease] = weakref.WeakSet()
-        self._finalizer = weakref.finalize(self, end_connection, self._connection, leases)
-        try:
-            self.info, slots = self._say_hello(timeout_s)
-            self._inbox = Inbox(
-                self._connection,
-                slots,
-                self.info.slot_bytes,
-                self.info.pad_token_id,
-                leases,
-                self._explain,
-            )
-        except BaseException:
-            self.close()
-            raise
-
-    def _say_hello(self, timeout_s: float) -> tuple[ServerInfo, list[Slot]]:
-        hello = {"protocol_version": PROTOCOL_VERSION, "client": f"python, pid {os.getpid()}"}
-        reply = self._wait(self._connection.post("hello", hello), "hello", timeout_s)
-        try:
-            return read_hello(reply.fields, reply.fds, self._connection.peer)
-        finally:
-            for fd in reply.fds:
-                os.close(fd)
+    def __init__(self, how: Opening) -> None:
+        """Connect and say hello; `rollpack.connect` and `rollpack.launch` are the usual ways."""
+        self.socket_path = how.socket_path
+        self.verify = how.verify
+        self._session = Session(how)
+        self._connection = self._session.connection
+        self._finalizer = weakref.finalize(
+            self, end_connection, self._connection, self._session.leases
+        )
+        self.info = self._session.info
 
     def submit(
         self,
@@ -141,29 +99,47 @@ class Client:
             InvalidArgument: names the prompt and the field; nothing was accepted.
             WouldBlock: queues are full; take batches, then try again.
         """
-        encoded = encode_prompts(prompts, n, sampling)
-        return int(self._request("submit", {"prompts": encoded}, timeout_s)["request_id"])
+        return self._session.run(self._session.submit(prompts, n, sampling, timeout_s))
 
-    def next_batch(self, num_groups: int | None = None, *, timeout_s: float = 60.0) -> Batch:
+    def next_batch(
+        self,
+        num_groups: int | None = None,
+        *,
+        min_ready: int | None = None,
+        order: Order = "completion",
+        timeout_s: float = 60.0,
+    ) -> Batch:
         """Wait for finished groups and return them as a batch on shared memory, without a copy.
 
         Args:
             num_groups: groups of the batch; None takes as many finished ones as fit, at least one.
+            min_ready: do not wait for all num_groups: that many are enough, up to num_groups come.
+            order: "completion", as groups finish, or "canonical", by request and prompt, each group
+                waiting for those before it, so that the same requests give the same batches.
             timeout_s: longest wait, seconds; 0 looks once.
 
         Returns:
             The batch, to be released. If this call was interrupted before and its batch came all
-            the same, that batch comes first.
+            the same, that batch comes first. A data-parallel rank gets its share of the next step,
+            which whichever rank asked first has formed, with its arguments.
 
         Raises:
             DeadlineExceeded: not that many groups finished in time.
-            InvalidArgument: num_groups is not positive. Where that many do not fit a slot, the
-                first ones that do are returned instead.
+            InvalidArgument: num_groups or min_ready is not positive, or the order unknown. Where
+                num_groups do not fit a slot, the first ones that do are returned instead.
             DataLoss: the batch's bytes are not those that were written.
         """
-        return self._inbox.take(num_groups, timeout_s, verify=self.verify)
+        call = self._session.next_batch(num_groups, min_ready, order, timeout_s, self.verify)
+        return self._session.run(call)
 
-    def batches(self, num_groups: int | None = None, *, timeout_s: float = 60.0) -> Iterator[Batch]:
+    def batches(
+        self,
+        num_groups: int | None = None,
+        *,
+        min_ready: int | None = None,
+        order: Order = "completion",
+        timeout_s: float = 60.0,
+    ) -> Iterator[Batch]:
         """Yield batches without end; asking for the next one releases the one before.
 
         A batch whose loop body raised, or after which the loop was left, is not released: it is
@@ -171,13 +147,17 @@ class Client:
 
         Args:
             num_groups: as in `next_batch`.
+            min_ready: as in `next_batch`.
+            order: as in `next_batch`.
             timeout_s: longest wait for each, seconds.
 
         Raises:
             DeadlineExceeded: no batch came in time; as `next_batch`.
         """
         while True:
-            batch = self.next_batch(num_groups, timeout_s=timeout_s)
+            batch = self.next_batch(
+                num_groups, min_ready=min_ready, order=order, timeout_s=timeout_s
+            )
             yield batch
             batch.release()
             del batch  # this frame's reference would keep the slot through the next wait
@@ -213,41 +193,9 @@ class Client:
             FailedPrecondition: samples of another request came; they stay for `next_batch`.
             InvalidArgument, WouldBlock: as in `submit`.
         """
-        deadline = time.monotonic() + timeout_s
-        encoded = encode_prompts(prompts, n, sampling)
-        if not encoded:
-            return []
-        fields = {"prompts": encoded}
-        request_id = self._request("submit", fields, timeout_s)["request_id"]
-        samples = RequestSamples(request_id, len(encoded))
-        try:
-            while not samples.are_complete:
-                batch = self.next_batch(timeout_s=max(0.0, deadline - time.monotonic()))
-                self._keep_if_foreign(batch, samples.other_requests(batch))
-                with batch:
-                    samples.add(batch)
-        except BaseException:
-            self._abandon(request_id)
-            raise
-        return samples.result()
-
-    def _keep_if_foreign(self, batch: Batch, other_requests: set[int]) -> None:
-        foreign = sorted(other_requests - self._abandoned)
-        if foreign:
-            self._inbox.put_back(batch)
-            raise FailedPrecondition(
-                "take their batches with next_batch() first",
-                field="generate",
-                value=f"samples of request {', '.join(map(str, foreign))}",
-                allowed="no other request to be under way",
-            )
-
-    def _abandon(self, request_id: int) -> None:
-        """End a request that no one waits for; later generate() calls pass over its samples."""
-        self._abandoned.add(request_id)
-        if self._connection.is_open:
-            with contextlib.suppress(RollpackError):
-                self._connection.request("abort", {"request_id": request_id}, REPLY_GRACE_S)
+        return self._session.run(
+            self._session.generate(prompts, n, sampling, timeout_s, self.verify)
+        )
 
     def score(
         self, sequences: Iterable[ScoreSequence | Sample], *, timeout_s: float = 600.0
@@ -265,14 +213,7 @@ class Client:
             InvalidArgument: names the sequence and the field.
             DeadlineExceeded: not done in time.
         """
-        deadline = time.monotonic() + timeout_s
-        parts, ids = encode_sequences(sequences)
-        futures = [self._post("score", {"sequences": part}) for part in parts]
-        results: list[dict[str, Any]] = []
-        for future in futures:
-            left_s = max(0.0, deadline - time.monotonic())
-            results += self._wait(future, "score", left_s).fields["results"]
-        return decode_scores(results, ids)
+        return self._session.run(self._session.score(sequences, timeout_s))
 
     def abort(self, request_id: int | None = None, *, timeout_s: float = 60.0) -> int:
         """End a request's samples, or all; what they have comes as partial samples.
@@ -283,7 +224,7 @@ class Client:
         Raises:
             NotFound: there is no such request.
         """
-        return int(self._request("abort", {"request_id": request_id}, timeout_s)["num_aborted"])
+        return self._session.run(self._session.abort(request_id, timeout_s))
 
     def pause(self, mode: Mode = "keep", *, timeout_s: float = 300.0) -> None:
         """Stop generating; `resume` goes on.
@@ -296,11 +237,11 @@ class Client:
         Raises:
             InvalidArgument: another mode.
         """
-        self._request("pause", {"mode": _checked_mode(mode)}, timeout_s)
+        self._session.run(self._session.pause(mode, timeout_s))
 
     def resume(self, *, timeout_s: float = 60.0) -> None:
         """Go on generating after `pause`."""
-        self._request("resume", {}, timeout_s)
+        self._session.run(self._session.resume(timeout_s))
 
     def update_weights(
         self,
@@ -334,53 +275,48 @@ class Client:
             DataLoss: a tensor's bytes are not those that were sent.
             FailedPrecondition: another update is under way.
         """
-        deadline = time.monotonic() + timeout_s
-        mode = _checked_mode(mode)
-
-        def left_s() -> float:
-            return max(0.0, deadline - time.monotonic())
-
-        begin: dict[str, Any] = {"phase": "begin", "version": version}
-        if base_version is not None:
-            begin["base_version"] = base_version
-        self._request("update_weights", begin, left_s())
-        try:
-            in_flight: Future[Reply] | None = None
-            for chunk in write_chunks(weights, chunk_bytes):
-                posted = self._post("update_weights", chunk.request(version), [chunk.fd])
-                if in_flight is not None:  # the server checks one while the next is written
-                    self._wait(in_flight, "update_weights", left_s())
-                in_flight = posted
-            if in_flight is not None:
-                self._wait(in_flight, "update_weights", left_s())
-            commit = {"phase": "commit", "version": version, "mode": mode}
-            return int(self._request("update_weights", commit, left_s())["weight_version"])
-        except BaseException:
-            self._cancel_update(version)
-            raise
-
-    def _cancel_update(self, version: int) -> None:
-        """Take an unfinished update back; a server that refused it has done so already."""
-        if self._connection.is_open:
-            with contextlib.suppress(RollpackError):
-                fields = {"phase": "cancel", "version": version}
-                self._connection.request("update_weights", fields, REPLY_GRACE_S)
+        call = self._session.update_weights(
+            weights, version, mode, base_version, timeout_s, chunk_bytes
+        )
+        return self._session.run(call)
 
     def get_weight_version(self, *, timeout_s: float = 60.0) -> int:
         """The version that new tokens are drawn from."""
-        return int(self._request("get_weight_version", {}, timeout_s)["weight_version"])
+        return self._session.run(self._session.get_weight_version(timeout_s))
 
     def stats(self, *, timeout_s: float = 60.0) -> dict[str, float]:
         """Counters and gauges by name, e.g. "num_running_seqs"."""
-        return dict(self._request("stats", {}, timeout_s)["stats"])
+        return self._session.run(self._session.stats(timeout_s))
 
     def health(self, *, timeout_s: float = 10.0) -> str:
         """Return "ok", or raise why the engine can make no more samples."""
-        return str(self._request("health", {}, timeout_s)["status"])
+        return self._session.run(self._session.health(timeout_s))
 
     def shutdown(self, *, timeout_s: float = 10.0) -> None:
         """Ask the whole server to end; other clients lose it too."""
-        self._request("shutdown", {}, timeout_s)
+        self._session.run(self._session.shutdown(timeout_s))
+
+    def state_dict(self, consumed: Iterable[Batch] = ()) -> dict[str, Any]:
+        """What a checkpoint of the trainer must hold for every batch to count exactly once.
+
+        Save it together with the weights, then release what it lists, and pass it to
+        `connect(resume=...)` when the trainer starts again from that checkpoint:
+
+            state = {"model": model.state_dict(), "rollpack": client.state_dict([batch])}
+            torch.save(state, path)
+            batch.release()
+
+        Batches that are delivered again though they are listed are released and passed over. It is
+        small: what the server has confirmed never comes again and is not listed.
+
+        Args:
+            consumed: batches that the checkpoint includes and that are not released yet.
+
+        Returns:
+            {"instance": str, "consumed": [batch_seq]}, plain values. It counts for the life of the
+            server that it was made in.
+        """
+        return self._session.inbox.state(consumed)
 
     def close(self) -> None:
         """End the connection; a second call does nothing.
@@ -402,32 +338,3 @@ class Client:
         """Where it is connected."""
         state = "" if self._connection.is_open else ", closed"
         return f"<rollpack.Client: {self._connection.peer}{state}>"
-
-    def _post(
-        self, verb: str, fields: dict[str, Any], fds: tuple[int, ...] | list[int] = ()
-    ) -> Future[Reply]:
-        try:
-            return self._connection.post(verb, fields, fds)
-        except Unavailable as error:
-            raise self._explain(error) from None
-
-    def _wait(self, future: Future[Reply], verb: str, timeout_s: float) -> Reply:
-        try:
-            return self._connection.wait(future, verb, timeout_s)
-        except Unavailable as error:
-            raise self._explain(error) from None
-
-    def _request(self, verb: str, fields: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        return self._wait(self._post(verb, fields), verb, timeout_s).fields
-
-
-def _with_servers_end(describe: Callable[[], str] | None, error: Unavailable) -> Unavailable:
-    if describe and error.field == "server":
-        error.message = f"{error.message}; {describe()}"
-    return error
-
-
-def _checked_mode(mode: Mode) -> Mode:
-    if mode not in _MODES:
-        raise InvalidArgument(field="mode", value=repr(mode), allowed=" or ".join(_MODES))
-    return mode

@@ -34,6 +34,7 @@ from rollpack.errors import (
     NotFound,
     RollpackError,
     Unavailable,
+    WrongProcess,
     error_from_map,
 )
 from rollpack.wire import FrameReader, encode_frame
@@ -191,9 +192,13 @@ class Connection:
         except RollpackError as error:
             raise copy.copy(error) from None  # one error may end many waits, on many threads
         except FutureTimeoutError:
-            raise DeadlineExceeded(
-                "the server did not answer", field=verb, value=f"{timeout_s:g} s", origin=self.peer
-            ) from None
+            raise self.no_answer(verb, timeout_s) from None
+
+    def no_answer(self, verb: str, timeout_s: float) -> DeadlineExceeded:
+        """The error of a wait that ran out of time."""
+        return DeadlineExceeded(
+            "the server did not answer", field=verb, value=f"{timeout_s:g} s", origin=self.peer
+        )
 
     def request(self, verb: str, fields: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         """Post, wait and return the reply's fields; raises as `post` and `wait` do."""
@@ -291,9 +296,9 @@ class Connection:
         """After fork: close our copies, so that the server sees EOF when the parent goes."""
         if self._end is not None:
             return
-        self._end = Unavailable(
-            f"this process was forked from process {self._owner_pid}, which owns the connection; "
-            "open one here with rollpack.connect()",
+        self._end = WrongProcess(
+            f"the connection belongs to process {self._owner_pid}, from which this one, "
+            f"{os.getpid()}, was forked; open one here with rollpack.connect()",
             field="client",
             value=self.peer,
         )

@@ -109,6 +109,10 @@ class Unavailable(RollpackError, ConnectionError):
     code = "unavailable"
 
 
+class WrongProcess(Unavailable):
+    """A forked child used its parent's connection; it belongs to the process that opened it."""
+
+
 class NonFinite(RollpackError, ArithmeticError):
     """A NaN or infinity where numbers are promised."""
 

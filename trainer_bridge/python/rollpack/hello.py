@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rollpack.errors import DataLoss, Unsupported
+from rollpack.errors import DataLoss, InvalidArgument, Unsupported
 from rollpack.schema import check_schema_version
 from rollpack.slots import Slot
 
@@ -25,6 +26,9 @@ class ServerInfo:
         pad_token_id: written into pads, never read.
         vocab_size: V; token ids are below it.
         fingerprint: equal fingerprints give equal bits.
+        instance: names this life of the server; batch_seq counts from 1 in each.
+        attention_parity_tokens: sequence length whose attention costs as much as its linear layers,
+            what samples are balanced by over data-parallel ranks.
         num_slots: batches that can be out at once, over all clients.
         slot_bytes: size of a slot.
     """
@@ -34,8 +38,57 @@ class ServerInfo:
     pad_token_id: int
     vocab_size: int
     fingerprint: str
+    instance: str
+    attention_parity_tokens: int
     num_slots: int
     slot_bytes: int
+
+
+@dataclass(frozen=True)
+class DpRank:
+    """Which rank of a data-parallel trainer a client is.
+
+    Attributes:
+        rank: 0 to size - 1.
+        size: how many share each step.
+        whole_groups: no group is split between ranks.
+    """
+
+    rank: int
+    size: int
+    whole_groups: bool = False
+
+    @classmethod
+    def checked(cls, rank: int | None, size: int | None, whole_groups: bool) -> DpRank | None:
+        """The rank that `connect` was told, None where it was told none.
+
+        Raises:
+            InvalidArgument: one of rank and size without the other, or out of range.
+        """
+        if rank is None and size is None:
+            if whole_groups:
+                raise InvalidArgument(
+                    field="whole_groups", value="True", allowed="dp_rank and dp_size with it"
+                )
+            return None
+        if rank is None or size is None:
+            missing = "dp_rank" if rank is None else "dp_size"
+            raise InvalidArgument(
+                field=missing, value="None", allowed="dp_rank and dp_size together"
+            )
+        if size < 1 or not 0 <= rank < size:
+            raise InvalidArgument(
+                field="dp_rank", value=str(rank), allowed=f"0 or more, below dp_size = {size}"
+            )
+        return cls(rank, size, whole_groups)
+
+
+def hello_fields(dp: DpRank | None) -> dict[str, Any]:
+    """The fields of a hello of this process."""
+    fields = {"protocol_version": PROTOCOL_VERSION, "client": f"python, pid {os.getpid()}"}
+    if dp is not None:
+        fields |= {"dp_rank": dp.rank, "dp_size": dp.size, "whole_groups": dp.whole_groups}
+    return fields
 
 
 def read_hello(
@@ -68,6 +121,8 @@ def read_hello(
             pad_token_id=fields["pad_token_id"],
             vocab_size=fields["vocab_size"],
             fingerprint=fields["fingerprint"],
+            instance=fields["instance"],
+            attention_parity_tokens=fields["attention_parity_tokens"],
             num_slots=fields["num_slots"],
             slot_bytes=fields["slot_bytes"],
         )

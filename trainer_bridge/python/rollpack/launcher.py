@@ -25,6 +25,7 @@ from typing import IO, Any
 
 from rollpack.client import Client
 from rollpack.errors import DeadlineExceeded, InvalidArgument, NotFound, RollpackError, Unavailable
+from rollpack.session import Opening
 
 _NUM_TAIL_LINES = 20
 _SHUTDOWN_TIMEOUT_S = 5.0
@@ -108,7 +109,7 @@ class LaunchedClient(Client):
 
     def __init__(self, socket_path: str, server: ServerProcess, directory: str) -> None:
         """Connect to a server that is ready; its end and its directory's come with `close()`."""
-        super().__init__(socket_path, describe_server=server.describe_end)
+        super().__init__(Opening(socket_path, describe_server=server.describe_end))
         # Finalizers run youngest first at exit: the server is asked before the connection ends.
         self._stop = weakref.finalize(
             self, _stop_server, os.getpid(), self._connection, self._finalizer, server, directory

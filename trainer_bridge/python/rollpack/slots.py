@@ -66,17 +66,20 @@ class Lease:
     """One filling of a slot in this client's hands, from next_batch to its release message.
 
     Attributes:
+        batch_seq: the batch's number.
+        name: how errors call it.
         released: the trainer has said that it is done with the batch.
         ended: the client has closed, so that the slot is the server's whatever the trainer does.
     """
 
     def __init__(
-        self, slot: Slot, num_bytes: int, name: str, give_back: Callable[[], None]
+        self, slot: Slot, num_bytes: int, batch_seq: int, give_back: Callable[[], None]
     ) -> None:
         """Hold the first `num_bytes` bytes of `slot`; `give_back` sends the release message."""
         self.released = False
         self.ended = False
-        self.name = name
+        self.batch_seq = batch_seq
+        self.name = f"batch {batch_seq}"
         self._slot = slot
         self._num_bytes = num_bytes
         self._give_back = give_back

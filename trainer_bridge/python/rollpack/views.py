@@ -219,8 +219,8 @@ def _two_sided(source: Source, padding: Padding) -> tuple[dict[str, Array], dict
         prompt_width = shared["prompts"].shape[1]
         shared["prompt_mask"] = shared["attention_mask"][:, :prompt_width]
         return shared, {}
-    prompt_width = padding.widen("prompt_width", int(prompt_lens.max()))
-    response_width = padding.widen("response_width", int(response_lens.max()))
+    prompt_width = padding.widen("prompt_width", int(prompt_lens.max(initial=0)))
+    response_width = padding.widen("response_width", int(response_lens.max(initial=0)))
     tokens, is_response = source.tokens(), source.is_response()
     prompt_mask = _right(prompt_lens, prompt_width)
     response_mask = _left(response_lens, response_width)
@@ -290,7 +290,7 @@ def _nemo_rl(source: Source, padding: Padding) -> LayoutView:
 def _right_padded(source: Source, padding: Padding) -> dict[str, Array]:
     """Prompt and response together, all pads on the right; values 0 but on sampled tokens."""
     lengths = source.prompt_lens + source.response_lens
-    width = padding.widen("width", int(lengths.max()))
+    width = padding.widen("width", int(lengths.max(initial=0)))
     real = _left(lengths, width)
     is_response = real & ~_left(source.prompt_lens, width)
     right = {
