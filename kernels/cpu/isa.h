@@ -6,9 +6,9 @@
 
 namespace rollpack::kernels::cpu {
 
-enum class Isa { kPortable, kAvx2, kAvx512Bf16 };
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 
-// "portable", "avx2" or "avx512_bf16".
+// "portable", "avx2", "avx512" or "avx512_bf16".
 std::string_view isa_name(Isa isa);
 
 // Those this machine and its operating system support, best first; kPortable is always the last.

@@ -7,6 +7,7 @@ struct KernelTable;
 
 const KernelTable& portable_kernels();
 const KernelTable& avx2_kernels();
+const KernelTable& avx512_kernels();
 const KernelTable& avx512_bf16_kernels();
 
 }  // namespace rollpack::kernels::cpu

@@ -17,8 +17,9 @@ namespace rollpack::kernels::cpu {
 namespace {
 namespace avx512_bf16 {
 
-#include "kernels/cpu/lanes_avx512_bf16.h"
 // clang-format off: each needs the one before
+#include "kernels/cpu/lanes_avx512.h"
+#include "kernels/cpu/lanes_avx512_bf16.h"
 #include "kernels/cpu/product_bodies.h"
 #include "kernels/cpu/kernel_bodies.h"
 #include "kernels/cpu/attention_bodies.h"
@@ -33,7 +34,9 @@ constexpr KernelTable kTable = make_table(Isa::kAvx512Bf16);
 }  // namespace avx512_bf16
 }  // namespace
 
-const KernelTable& avx512_bf16_kernels() { return avx512_bf16::kTable; }
+const KernelTable& avx512_bf16_kernels() {
+  return avx512_bf16::kTable;
+}
 
 }  // namespace rollpack::kernels::cpu
 
