@@ -57,7 +57,8 @@ struct MemoryPlan {
 
 struct BackendInfo {
   std::string name;         // "cpu", "reference"
-  std::string description;  // e.g. "cpu: avx512_bf16, 2 threads"
+  // e.g. "cpu: avx512_bf16, 2 threads, weights in 2 MiB pages", the last part from the first commit
+  std::string description;
   std::string fingerprint;  // two backends with equal fingerprints give equal bits
   KvLayout kv;
   MemoryPlan memory;

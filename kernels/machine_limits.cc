@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <functional>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -18,6 +19,7 @@ constexpr int kNumBursts = 5;
 constexpr auto kBurst = std::chrono::milliseconds(200);
 constexpr int kNumChains = 24;       // covers latency 6 x 2 issues a cycle, with room to spare
 constexpr int64_t kRounds = 100000;  // 24 chains at 3 GHz: about 1 ms between looks at the clock
+constexpr int kNumEstimates = 20;    // rounds of each thread for an estimate: some 10 ms
 constexpr int64_t kReadBytes = int64_t{1} << 30;
 
 // Each returns how many FLOPs `kRounds` rounds took; `sink` keeps the chains alive.
@@ -185,6 +187,22 @@ double measure_read_bandwidth(int32_t num_threads) {
 MachineLimits measure_machine_limits(DType dtype, int32_t num_threads) {
   return {.peak_flops = measure_peak_flops(dtype, num_threads),
           .read_bandwidth_bytes_per_s = measure_read_bandwidth(num_threads)};
+}
+
+double estimate_peak_flops(DType dtype, int32_t num_threads) {
+  double (*const burst)(float*) = pick_burst(dtype, RegisterWidth::kWidest);
+  std::vector<double> rates(num_threads);
+  on_threads(num_threads, [&](int32_t thread) {
+    float sink = 0;
+    for (int call = 0; call < kNumEstimates; ++call) {
+      const auto start = Clock::now();
+      const double flops = burst(&sink);
+      const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+      rates[thread] = std::max(rates[thread], flops / seconds);
+    }
+    asm volatile("" : : "g"(&sink) : "memory");
+  });
+  return std::accumulate(rates.begin(), rates.end(), 0.0);
 }
 
 }  // namespace rollpack::kernels

@@ -26,4 +26,8 @@ double measure_peak_flops(DType dtype, int32_t num_threads,
                           RegisterWidth width = RegisterWidth::kWidest);
 double measure_read_bandwidth(int32_t num_threads);
 
+// The same peak from the best millisecond of some 10 of each thread, whether threads ran at a time
+// or not: for a line at start, not to report speed against.
+double estimate_peak_flops(DType dtype, int32_t num_threads);
+
 }  // namespace rollpack::kernels

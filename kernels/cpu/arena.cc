@@ -9,7 +9,10 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
+#include <fstream>
+#include <string>
 #include <utility>
 
 #include "kernels/base/error.h"
@@ -153,6 +156,32 @@ void Arena::populate(int64_t begin, int64_t end) {
   end = std::min(round_to_huge_pages(end), bytes_);
   // Linux before 5.14 refuses: then every page waits for its first write.
   if (begin < end) madvise(data_ + begin, static_cast<size_t>(end - begin), MADV_POPULATE_WRITE);
+}
+
+double Arena::huge_page_share() const {
+  unsigned sum = 0;
+  for (int64_t at = 0; at < bytes_; at += kHugePageBytes) {
+    sum += std::to_integer<unsigned>(static_cast<const volatile std::byte*>(data_)[at]);
+  }
+  (void)sum;
+  const auto begin = reinterpret_cast<uintptr_t>(data_), end = begin + static_cast<size_t>(bytes_);
+  std::ifstream smaps("/proc/self/smaps");
+  bool is_ours = false;
+  int64_t resident = 0, huge = 0;
+  for (std::string line; std::getline(smaps, line);) {
+    unsigned long from = 0, to = 0;
+    long kibibytes = 0;
+    if (std::sscanf(line.c_str(), "%lx-%lx ", &from, &to) == 2) {
+      is_ours = from < end && begin < to;
+    } else if (is_ours && std::sscanf(line.c_str(), "Rss: %ld kB", &kibibytes) == 1) {
+      resident += kibibytes;
+    } else if (is_ours && (std::sscanf(line.c_str(), "AnonHugePages: %ld kB", &kibibytes) == 1 ||
+                           std::sscanf(line.c_str(), "ShmemPmdMapped: %ld kB", &kibibytes) == 1 ||
+                           std::sscanf(line.c_str(), "FilePmdMapped: %ld kB", &kibibytes) == 1)) {
+      huge += kibibytes;
+    }
+  }
+  return resident > 0 ? static_cast<double>(huge) / static_cast<double>(resident) : 0;
 }
 
 void Arena::seal() {

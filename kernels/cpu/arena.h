@@ -34,6 +34,10 @@ class Arena {
   // are rounded outwards to 2 MiB. Where that fails, the first write does it.
   void populate(int64_t begin, int64_t end);
 
+  // Share of the memory in use, 0 to 1, that the system really put into huge pages, from
+  // /proc/self/smaps; 0 where that cannot be read. Touches every page; takes some milliseconds.
+  double huge_page_share() const;
+
   // Ends writing for good: seals the descriptor and maps it again read-only, at the same address.
   // Errors: failed_precondition if the arena is private.
   void seal();

@@ -337,6 +337,10 @@ const WeightStore::Declared& WeightStore::declared(WeightId id, const char* op) 
 
 bool WeightStore::has_committed() const { return committed_.has_value(); }
 
+double WeightStore::huge_page_share() const {
+  return committed_ ? committed_->arena.huge_page_share() : 0;
+}
+
 PackedMatrix WeightStore::matrix(WeightId id, const char* op) const {
   const Declared& weight = declared(id, op);
   if (!committed_) fail_state(weight.spec.name, "not committed", "commit weights before a step");

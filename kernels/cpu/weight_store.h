@@ -39,6 +39,8 @@ class WeightStore {
   int64_t set_bytes() const { return next_offset_; }
 
   bool has_committed() const;
+  // Share of the committed set that lies in huge pages; see Arena.
+  double huge_page_share() const;
   // Views of the committed set. Errors: failed_precondition before the first commit,
   // invalid_argument for an id or a kind that does not fit the op.
   PackedMatrix matrix(WeightId id, const char* op) const;

@@ -12,6 +12,7 @@
 #include <spdlog/spdlog.h>
 
 #include "kernels/base/error.h"
+#include "kernels/machine_limits.h"
 #include "rollout/cluster/weight_sharing.h"
 
 namespace rollpack::rollout {
@@ -71,15 +72,17 @@ Job::Job(const Config& config, Launch& launch, const JobOptions& options)
                                        ReplicaOptions{.num_threads = num_threads_,
                                                       .shared_weights = shares_weights_,
                                                       .profiles = options.profiles});
-  const kernels::BackendInfo& info = replica_->backend().info();
-  spdlog::info("{}; {} ranks, {} threads each; {} KV pages of {} tokens; weights {} ({})",
-               info.description, num_ranks(), num_threads_, info.kv.num_pages, info.kv.page_tokens,
-               shares_weights_ ? "shared" : "private", sharing.reason);
   replica_->load_checkpoint();
   if (shares_weights_) {
     first_weights_ = bridge::OwnedFd::duplicate(replica_->backend().export_staged_weights());
   }
   replica_->backend().commit_weights();
+  const kernels::BackendInfo& info = replica_->backend().info();
+  spdlog::info("{}; peak {:.2f} TFLOP/s; {} ranks; {} KV pages of {} tokens; weights {} ({})",
+               info.description,
+               kernels::estimate_peak_flops(compute_dtype(config), num_threads_) * 1e-12,
+               num_ranks(), info.kv.num_pages, info.kv.page_tokens,
+               shares_weights_ ? "shared" : "private", sharing.reason);
   dispatcher_ = std::make_unique<Dispatcher>(config, model, replica_->limits(), info.fingerprint,
                                              shares_weights_);
 }
