@@ -1,9 +1,7 @@
 #include "rollout/cluster/job.h"
 
-#include <sched.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
@@ -26,12 +24,9 @@ constexpr auto kStartTimeout = 30min;
 // mpirun follows SIGTERM with SIGKILL after 1 s; the rest is for writing what was handed back.
 constexpr auto kStopTimeout = 600ms;
 
-int threads_per_rank(const EngineSection& engine, int num_ranks) {
+int threads_per_rank(const EngineSection& engine, const Placement& placement) {
   if (engine.num_threads > 0) return engine.num_threads;
-  cpu_set_t cpus;
-  CPU_ZERO(&cpus);
-  if (::sched_getaffinity(0, sizeof(cpus), &cpus) != 0) return 1;
-  return std::max(1, CPU_COUNT(&cpus) / num_ranks);
+  return kernels::usable_cores().num_threads(placement.cpus.num_processes, placement.num_ranks);
 }
 
 std::string make_private_folder() {
@@ -55,7 +50,7 @@ DType compute_dtype(const Config& config) {
 Job::Job(const Config& config, Launch& launch, const JobOptions& options)
     : config_(config),
       placement_(launch.placement()),
-      num_threads_(threads_per_rank(config.engine, launch.placement().num_ranks)) {
+      num_threads_(threads_per_rank(config.engine, launch.placement())) {
   const ModelConfig model = read_model_config(config.model.path);
   const WeightSharing sharing = decide_weight_sharing(config.engine.share_weights, num_ranks(),
                                                       weight_bytes(model, compute_dtype(config)));
@@ -78,10 +73,10 @@ Job::Job(const Config& config, Launch& launch, const JobOptions& options)
   }
   replica_->backend().commit_weights();
   const kernels::BackendInfo& info = replica_->backend().info();
-  spdlog::info("{}; peak {:.2f} TFLOP/s; {} ranks; {} KV pages of {} tokens; weights {} ({})",
+  spdlog::info("{}; peak {:.2f} TFLOP/s; {}; {} ranks; {} KV pages of {} tokens; weights {} ({})",
                info.description,
                kernels::estimate_peak_flops(compute_dtype(config), num_threads_) * 1e-12,
-               num_ranks(), info.kv.num_pages, info.kv.page_tokens,
+               kernels::usable_cores().text(), num_ranks(), info.kv.num_pages, info.kv.page_tokens,
                shares_weights_ ? "shared" : "private", sharing.reason);
   dispatcher_ = std::make_unique<Dispatcher>(config, model, replica_->limits(), info.fingerprint,
                                              shares_weights_);
@@ -129,14 +124,14 @@ void run_worker_rank(const Config& config, Launch& launch, const JobOptions& opt
   };
   try {
     Replica replica(config, read_model_config(config.model.path),
-                    {.num_threads = threads_per_rank(config.engine, launch.placement().num_ranks),
+                    {.num_threads = threads_per_rank(config.engine, launch.placement()),
                      .shared_weights = is_shared,
                      .profiles = options.profiles});
     if (!is_shared) {
       replica.load_checkpoint();
       replica.backend().commit_weights();
     }
-    const int num_threads = threads_per_rank(config.engine, launch.placement().num_ranks);
+    const int num_threads = threads_per_rank(config.engine, launch.placement());
     Worker worker(replica, tell_rank_0,
                   make_reference_replica(config, replica.model(), num_threads));
     worker.start();

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <vector>
 
 #include <fmt/format.h>
 
@@ -40,6 +41,20 @@ std::filesystem::path mpi_folder() {
          fmt::format("rollpack-mpi-{}-{}", ::getuid(), job != nullptr ? job : "job");
 }
 
+// mpirun may bind ranks to CPUs of their own, to a node's, or not at all: each learns all masks.
+kernels::CpuSharing sharing_of_cpus(const Placement& placement) {
+  std::vector<char> mine(kernels::kMaxCpus);
+  for (const int cpu : kernels::affinity_cpus()) mine[static_cast<size_t>(cpu)] = 1;
+  std::vector<char> all(mine.size() * static_cast<size_t>(placement.num_ranks));
+  MPI_Allgather(mine.data(), kernels::kMaxCpus, MPI_CHAR, all.data(), kernels::kMaxCpus, MPI_CHAR,
+                MPI_COMM_WORLD);
+  std::vector<std::vector<int>> masks(static_cast<size_t>(placement.num_ranks));
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (all[i] != 0) masks[i / mine.size()].push_back(static_cast<int>(i % mine.size()));
+  }
+  return kernels::sharing_of(masks, placement.rank);
+}
+
 }  // namespace
 
 Launch::Launch(int* argc, char*** argv) {
@@ -63,7 +78,10 @@ Launch::Launch(int* argc, char*** argv) {
   MPI_Comm_free(&host);
   int fewest = 0;
   MPI_Allreduce(&num_on_host, &fewest, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD);
-  if (fewest == placement_.num_ranks) return;
+  if (fewest == placement_.num_ranks) {
+    placement_.cpus = sharing_of_cpus(placement_);
+    return;
+  }
   throw Error(
       {.code = ErrorCode::kUnsupported,
        .field = "ranks",

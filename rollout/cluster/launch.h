@@ -6,11 +6,14 @@
 #include <filesystem>
 #include <string>
 
+#include "kernels/usable_cores.h"
+
 namespace rollpack::rollout {
 
 struct Placement {
   int rank = 0;
   int num_ranks = 1;
+  kernels::CpuSharing cpus;  // with how many ranks this one shares its CPUs
 };
 
 class Launch {

@@ -108,7 +108,8 @@ struct EngineSection {
     field("kv_cache_memory", self.kv_cache_memory, Bytes{int64_t{4} << 10, int64_t{64} << 40},
           "of the KV cache of a rank");
     field("num_threads", self.num_threads, Between{0, 1024},
-          "compute threads of a rank; 0: the CPUs it may use, shared out among the node's ranks");
+          "compute threads of a rank; 0: the cores that affinity and cgroups leave it, shared by "
+          "ranks");
     field("speculation", self.speculation, OneOf{{"auto", "on", "off"}},
           "verify guessed tokens beside decoding rows, same bits; auto: where it has paid");
     field("num_speculative_tokens", self.num_speculative_tokens, Between{1, 64},
