@@ -32,7 +32,11 @@ struct ModelShape {
 };
 
 struct BackendOptions {
-  int32_t num_threads = 0;  // 0: CPUs of the affinity mask
+  int32_t num_threads = 0;  // 0: what usable_cores() advises
+  // Of the equal processes that compute on the same CPUs, all of them and which this one is: where
+  // memory has nodes, their threads are spread over those.
+  int32_t num_processes = 1;
+  int32_t process_index = 0;
   int64_t kv_cache_bytes = 0;
   int32_t max_num_seqs = 256;             // sequence slots
   int32_t max_num_batched_tokens = 2048;  // token rows of one step

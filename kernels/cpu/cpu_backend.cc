@@ -21,6 +21,7 @@
 #include "kernels/cpu/weight_store.h"
 #include "kernels/step/draft_draws.h"
 #include "kernels/step/step_queue.h"
+#include "kernels/usable_cores.h"
 
 namespace rollpack::kernels {
 namespace cpu {
@@ -76,6 +77,14 @@ PathChoice choose_kernels(const CpuOptions& cpu_options) {
   return choose_path(candidates);
 }
 
+ThreadPool make_pool(const BackendOptions& options) {
+  const int num_threads =
+      options.num_threads > 0 ? options.num_threads : usable_cores().num_threads();
+  return ThreadPool(num_threads,
+                    spread_over_nodes(cpus_by_node(affinity_cpus()), num_threads,
+                                      options.process_index, options.num_processes));
+}
+
 void expect_shape(const Tensor& tensor, int64_t rows, int64_t cols, const char* what) {
   if (tensor.rows() == rows && tensor.cols() == cols) return;
   throw Error({.code = ErrorCode::kInvalidArgument,
@@ -99,7 +108,7 @@ class CpuBackend final : public Backend {
         options_(options),
         cpu_options_(cpu_options),
         kernels_(*path.kernels),
-        pool_(options.num_threads),
+        pool_(make_pool(options)),
         weights_(kernels_, shape.dtype, options.shared_weights),
         pages_(shape, options.kv_cache_bytes),
         step_(shape, options, pages_.num_pages()),
@@ -240,6 +249,7 @@ class CpuBackend final : public Backend {
   template <class Work>
   void with_idle_pool(Work work) {
     const std::unique_lock lock(pool_mutex_, std::try_to_lock);
+    const ThreadPool::CallerAtPlace here(pool_);  // weights lie where they are packed
     work(lock.owns_lock() ? &pool_ : nullptr);
   }
 
@@ -309,6 +319,7 @@ StepResult CpuBackend<Element>::run(const StepPlan& plan, StepProgram& program) 
                  .message = "no weights are committed yet"});
   }
   flush_subnormals();  // this is the driver's thread, and it computes too
+  const ThreadPool::CallerAtPlace here(pool_);
   const std::lock_guard lock(pool_mutex_);
   step_.begin(plan);
   has_head_results_ = false;

@@ -6,7 +6,9 @@
 #include <algorithm>
 #include <utility>
 
+#include "kernels/base/error.h"
 #include "kernels/cpu/float_mode.h"
+#include "kernels/usable_cores.h"
 
 namespace rollpack::kernels::cpu {
 namespace {
@@ -15,21 +17,52 @@ namespace {
 // serial gap between two ops of a step, shorter than a scheduler's time slice.
 constexpr int kSpins = 2000;
 
-}  // namespace
-
-int num_available_cpus() {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  if (sched_getaffinity(0, sizeof set, &set) != 0) {
-    return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-  }
-  return std::max(1, CPU_COUNT(&set));
+// Advice: where the system refuses, the thread computes all the same.
+void move_to(const std::vector<int>& cpus) {
+  const int capacity = std::ranges::max(cpus) + 1;
+  const size_t bytes = CPU_ALLOC_SIZE(capacity);
+  std::vector<cpu_set_t> set((bytes + sizeof(cpu_set_t) - 1) / sizeof(cpu_set_t));
+  for (const int cpu : cpus) CPU_SET_S(cpu, bytes, set.data());
+  sched_setaffinity(0, bytes, set.data());
 }
 
-ThreadPool::ThreadPool(int num_threads) {
-  const int count = num_threads > 0 ? num_threads : num_available_cpus();
-  workers_.reserve(static_cast<size_t>(count - 1));
-  for (int thread = 1; thread < count; ++thread) {
+}  // namespace
+
+ThreadPlaces spread_over_nodes(const std::vector<std::vector<int>>& nodes, int num_threads,
+                               int process_index, int num_processes) {
+  if (nodes.size() < 2) return {};
+  int64_t num_cpus = 0;
+  for (const auto& cpus : nodes) num_cpus += static_cast<int64_t>(cpus.size());
+  const int64_t all = int64_t{num_threads} * num_processes;
+  ThreadPlaces places;
+  for (int thread = 0; thread < num_threads; ++thread) {
+    // Threads in order along the CPUs in order of their nodes.
+    int64_t at = (int64_t{process_index} * num_threads + thread) * num_cpus / all;
+    size_t node = 0;
+    while (at >= static_cast<int64_t>(nodes[node].size())) {
+      at -= static_cast<int64_t>(nodes[node++].size());
+    }
+    places.push_back(nodes[node]);
+  }
+  return places;
+}
+
+ThreadPool::CallerAtPlace::CallerAtPlace(const ThreadPool& pool) {
+  if (pool.places_.empty()) return;
+  former_cpus_ = affinity_cpus();
+  move_to(pool.places_.front());
+}
+
+ThreadPool::CallerAtPlace::~CallerAtPlace() {
+  if (!former_cpus_.empty()) move_to(former_cpus_);
+}
+
+ThreadPool::ThreadPool(int num_threads, ThreadPlaces places) : places_(std::move(places)) {
+  if (num_threads < 1 || (!places_.empty() && std::ssize(places_) != num_threads)) {
+    fail_invariant("a thread pool has a thread at least, and a place for each or none");
+  }
+  workers_.reserve(static_cast<size_t>(num_threads - 1));
+  for (int thread = 1; thread < num_threads; ++thread) {
     workers_.emplace_back([this, thread] { worker_main(thread); });
   }
 }
@@ -84,6 +117,7 @@ void ThreadPool::work(int thread) {
 
 void ThreadPool::worker_main(int thread) {
   flush_subnormals();
+  if (!places_.empty()) move_to(places_[static_cast<size_t>(thread)]);
   uint32_t seen = 0;
   for (;;) {
     await_loop(seen);

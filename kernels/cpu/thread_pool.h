@@ -13,19 +13,41 @@
 
 namespace rollpack::kernels::cpu {
 
-// CPUs in the calling thread's affinity mask, at least 1.
-int num_available_cpus();
+// CPUs that each thread of a pool may run on; empty: wherever the system puts them, which is best
+// where all memory is equally near: a thread that could not move would wait for whoever else is on
+// its core, such as the trainer.
+using ThreadPlaces = std::vector<std::vector<int>>;
+
+// Spreads the threads of `num_processes` equal processes, of which this is `process_index`, over
+// the memory nodes whose CPUs are `nodes` (kernels/usable_cores.h), in proportion to those:
+// consecutive threads share a node, each may use all of its CPUs. Empty for a single node.
+ThreadPlaces spread_over_nodes(const std::vector<std::vector<int>>& nodes, int num_threads,
+                               int process_index, int num_processes);
 
 class ThreadPool {
  public:
-  // num_threads computing threads: the caller of parallel_for and num_threads - 1 workers, which
-  // inherit the affinity mask of the constructing thread; 0: num_available_cpus().
-  explicit ThreadPool(int num_threads);
+  // num_threads computing threads, at least 1: the caller of parallel_for and num_threads - 1
+  // workers, which go to their places or inherit the affinity mask of the constructing thread. The
+  // system may refuse a place; the thread then runs where it may.
+  explicit ThreadPool(int num_threads, ThreadPlaces places = {});
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
+
+  // Keeps the calling thread at the place of thread 0 for a scope, so that what it touches first
+  // lies near it. Costs nothing where there are no places.
+  class CallerAtPlace {
+   public:
+    explicit CallerAtPlace(const ThreadPool& pool);
+    ~CallerAtPlace();
+    CallerAtPlace(const CallerAtPlace&) = delete;
+    CallerAtPlace& operator=(const CallerAtPlace&) = delete;
+
+   private:
+    std::vector<int> former_cpus_;
+  };
 
   // Calls task(index, thread) once for every index in [0, num_tasks), each thread taking ascending
   // indices; thread is in [0, num_threads()), 0 for the caller. Returns when all calls have; what
@@ -58,6 +80,7 @@ class ThreadPool {
   // Set in gate_ while workers may join the loop; the low bits count those inside.
   static constexpr uint32_t kOpen = 1u << 31;
 
+  const ThreadPlaces places_;
   Loop loop_;  // written while the gate is shut and empty, read by those inside
   alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<uint32_t> gate_{0};

@@ -65,6 +65,7 @@ Job::Job(const Config& config, Launch& launch, const JobOptions& options)
   launch.meet((shares_weights_ ? "shared:" : "private:") + socket);
   replica_ = std::make_unique<Replica>(config, model,
                                        ReplicaOptions{.num_threads = num_threads_,
+                                                      .cpus = placement_.cpus,
                                                       .shared_weights = shares_weights_,
                                                       .profiles = options.profiles});
   replica_->load_checkpoint();
@@ -125,6 +126,7 @@ void run_worker_rank(const Config& config, Launch& launch, const JobOptions& opt
   try {
     Replica replica(config, read_model_config(config.model.path),
                     {.num_threads = threads_per_rank(config.engine, launch.placement()),
+                     .cpus = launch.placement().cpus,
                      .shared_weights = is_shared,
                      .profiles = options.profiles});
     if (!is_shared) {

@@ -19,6 +19,8 @@ std::unique_ptr<kernels::Backend> configured_backend(const Config& config, const
   const kernels::ModelShape shape = model.shape(compute_dtype(config));
   auto backend = kernels::make_backend(engine.backend, shape,
                                        {.num_threads = options.num_threads,
+                                        .num_processes = options.cpus.num_processes,
+                                        .process_index = options.cpus.index,
                                         .kv_cache_bytes = engine.kv_cache_memory,
                                         .max_num_seqs = engine.max_num_seqs,
                                         .max_num_batched_tokens = engine.max_num_batched_tokens,

@@ -8,6 +8,7 @@
 
 #include "kernels/backend.h"
 #include "kernels/profile/profiled_backend.h"
+#include "kernels/usable_cores.h"
 #include "rollout/config/config.h"
 #include "rollout/engine/engine_state.h"
 #include "rollout/model/model_config.h"
@@ -18,6 +19,7 @@ namespace rollpack::rollout {
 
 struct ReplicaOptions {
   int32_t num_threads = 1;
+  kernels::CpuSharing cpus;  // the processes that compute on the same CPUs
   bool shared_weights = false;
   bool profiles = false;  // times every op; see take_profile()
 };
