@@ -9,22 +9,26 @@
 namespace rollpack::kernels::cpu {
 namespace {
 
-// A product is cut into items of one panel x up to kChunkRows rows, and their k into blocks of
-// kBlockSteps: 512 steps of a panel are 128 KiB, the same steps of 256 rows 512 KiB in bf16, the
-// block that is prefetched meanwhile 128 KiB and the sums 64 KiB, which L2 holds (1 MiB and more).
-// A block is read from memory once a chunk and from L2 by every further tile of rows.
+// A product is cut into items of one panel x up to kChunkRows rows, and their k
+// into blocks of kBlockSteps: 512 steps of a panel are 128 KiB, the same steps
+// of 256 rows 512 KiB in bf16, the block that is prefetched meanwhile 128 KiB
+// and the sums 64 KiB, which L2 holds (1 MiB and more). A block is read from
+// memory once a chunk and from L2 by every further tile of rows.
 constexpr int64_t kChunkRows = 256;
 constexpr int64_t kBlockSteps = 512;
-// Items a thread should find at least, so that waiting for the last one is short, and the fewest
-// row tiles of an item: two halves of a tile cost two tiles.
+// Items a thread should find at least, so that waiting for the last one is
+// short, and the fewest row tiles of an item: two halves of a tile cost two
+// tiles.
 constexpr int64_t kItemsPerThread = 4;
 constexpr int64_t kMinTilesPerItem = 2;
 
-// What a lone tile brings in of the next block: it reads its own as fast as memory gives it, so
-// this only bridges the gap between two blocks, 4 KiB, which the hardware's prefetcher does not.
+// What a lone tile brings in of the next block: it reads its own as fast as
+// memory gives it, so this only bridges the gap between two blocks, 4 KiB,
+// which the hardware's prefetcher does not.
 constexpr int64_t kBridgeLines = 64;
-// A row's step takes 2 cycles (4 VDPBF16PS at two a cycle), and memory gives a core a line every 6
-// to 11 cycles (24 to 40 GB/s at 4 GHz): more prefetches than that only queue up.
+// A row's step takes 2 cycles (4 VDPBF16PS at two a cycle), and memory gives a
+// core a line every 6 to 11 cycles (24 to 40 GB/s at 4 GHz): more prefetches
+// than that only queue up.
 constexpr int64_t kCyclesPerRowStep = 2;
 constexpr int64_t kCyclesPerLine = 8;
 
@@ -41,6 +45,26 @@ TileOutput tile_output(const GemmArgs& args, int64_t row, int64_t panel) {
   if (args.bias != nullptr) output.bias = args.bias + column;
   output.up_bias = args.weight.columns;
   return output;
+}
+
+// Chunks of rows to cut a product into: `wanted`, or some more where a thread's
+// share of items would be fuller: 9 panels are 5 and 4 for two threads, a tenth
+// of their time idle, 18 halves are 9 and
+// 9. Threads that read the same panel at a time find it in the cache that they
+// share.
+int64_t balanced_chunks(int64_t wanted, int64_t most, int64_t num_panels, int64_t num_threads) {
+  const auto idle_share = [&](int64_t chunks) {
+    const int64_t items = chunks * num_panels;
+    const int64_t idle = (num_threads - items % num_threads) % num_threads;
+    return static_cast<double>(idle) / static_cast<double>(items + idle);
+  };
+  int64_t best = std::min(wanted, most);
+  const int64_t end = std::min(most, 2 * best) + 1;
+  for (int64_t chunks = best + 1; chunks < end; ++chunks) {
+    // A half tile in each chunk costs about as much as this gains.
+    if (idle_share(chunks) + 0.03 < idle_share(best)) best = chunks;
+  }
+  return best;
 }
 
 }  // namespace
@@ -83,8 +107,8 @@ void gemm(const KernelTable& kernels, ThreadPool& pool, const InputRows<Element>
   const int64_t wanted =
       std::max((in.rows + kChunkRows - 1) / kChunkRows,
                (pool.num_threads() * kItemsPerThread + num_panels - 1) / num_panels);
-  const int64_t num_chunks =
-      std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, tiles.count / kMinTilesPerItem));
+  const int64_t num_chunks = balanced_chunks(
+      wanted, std::max<int64_t>(1, tiles.count / kMinTilesPerItem), num_panels, pool.num_threads());
   const int64_t num_blocks = (weight.steps() + kBlockSteps - 1) / kBlockSteps;
   PanelShares shares(num_chunks * num_panels, pool.num_threads());
   shares.run(pool, [&](int64_t item, int64_t next, int) {
@@ -97,7 +121,8 @@ void gemm(const KernelTable& kernels, ThreadPool& pool, const InputRows<Element>
       const int64_t first_step = weight.steps() * block / num_blocks;
       const int64_t steps = weight.steps() * (block + 1) / num_blocks - first_step;
       const Element* columns = weight.panel<Element>(panel) + first_step * kPanelColumns * kWidth;
-      // Panels lie one after the other, and so do their blocks: the next is what follows.
+      // Panels lie one after the other, and so do their blocks: the next is
+      // what follows.
       const bool has_next = block + 1 < num_blocks || next == item + 1;
       const auto* ahead =
           reinterpret_cast<const std::byte*>(columns + steps * kPanelColumns * kWidth);
