@@ -2,6 +2,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <random>
+#include <vector>
+
 #include "kernels/base/error.h"
 
 namespace rollpack::rollout {
@@ -62,6 +66,60 @@ TEST(PagePool, ListsKeptPagesByWhenTheyFellIdleTheEndOfASequenceFirst) {
   }
   EXPECT_EQ(pool.oldest_idle(), -1);
   EXPECT_EQ(pool.num_free(), 5);
+}
+
+TEST(PagePool, SequencesThatGrowInTurnGetConsecutivePages) {
+  PagePool pool(16 * 10);
+  std::vector<std::vector<int32_t>> sequences(10);
+  for (int i = 0; i < 16; ++i) {
+    for (auto& pages : sequences) ASSERT_TRUE(pool.try_allocate(1, pages));
+  }
+  for (const auto& pages : sequences) {
+    for (size_t i = 1; i < pages.size(); ++i) EXPECT_EQ(pages[i], pages[i - 1] + 1);
+  }
+  EXPECT_EQ(pool.num_free(), 0);
+}
+
+TEST(PagePool, ALongSequenceGoesOnIntoTheNextRunUnlessOthersHaveBegunIt) {
+  PagePool pool(100);
+  std::vector<int32_t> longer, other;
+  ASSERT_TRUE(pool.try_allocate(40, longer));
+  for (int32_t i = 0; i < 40; ++i) EXPECT_EQ(longer[static_cast<size_t>(i)], i);
+  ASSERT_TRUE(pool.try_allocate(1, other));
+  EXPECT_EQ(other[0], 48);
+  ASSERT_TRUE(pool.try_allocate(9, longer));
+  EXPECT_EQ(longer[47], 47);
+  EXPECT_EQ(longer[48], 64);
+}
+
+// Against a set of free pages, in every state of fragmentation.
+TEST(PagePool, HandsOutEveryFreePageOnceInAnyOrderOfCalls) {
+  for (const int32_t num_pages : {1, 15, 16, 17, 50, 100}) {
+    PagePool pool(num_pages);
+    std::vector<std::vector<int32_t>> sequences(7);
+    std::vector<bool> is_used(static_cast<size_t>(num_pages));
+    std::mt19937 random(static_cast<uint32_t>(num_pages));
+    for (int call = 0; call < 3000; ++call) {
+      auto& pages = sequences[random() % sequences.size()];
+      if (random() % 4 == 0) {
+        for (const int32_t page : pages) is_used[static_cast<size_t>(page)] = false;
+        pool.release_all(pages);
+        continue;
+      }
+      const auto count = static_cast<int32_t>(random() % 6);
+      const size_t before = pages.size();
+      const bool fits = count <= std::ranges::count(is_used, false);
+      ASSERT_EQ(pool.try_allocate(count, pages), fits);
+      ASSERT_EQ(pages.size() - before, fits ? static_cast<size_t>(count) : 0u);
+      for (size_t i = before; i < pages.size(); ++i) {
+        ASSERT_GE(pages[i], 0);
+        ASSERT_LT(pages[i], num_pages);
+        ASSERT_FALSE(is_used[static_cast<size_t>(pages[i])]) << pages[i];
+        is_used[static_cast<size_t>(pages[i])] = true;
+      }
+      ASSERT_EQ(pool.num_free(), std::ranges::count(is_used, false));
+    }
+  }
 }
 
 TEST(PagePool, RefusesWhatWouldLoseCount) {
