@@ -1,32 +1,35 @@
 // The micro-kernels of the vocabulary head: sums over panels of logits, their merging, cuts.
 // Included like kernel_bodies.h, after it, since they use its exp.
 
+// x of vector v of a panel; columns past the vocabulary are -infinity.
+inline Lanes scaled_logits(const LogitsRow& row, int v, int columns) {
+  const Lanes x = mul(load(row.logits + 16 * v), broadcast(row.scale));
+  if (columns >= kPanelColumns) return x;
+  return select(first_lanes(columns - 16 * v), x, broadcast(-__builtin_inff()));
+}
+
 void panel_stats(const LogitsRow* rows, int count, int columns, int lane, bool with_weighted) {
   constexpr int kVectors = kPanelColumns / 16;
-  const Lanes lowest = broadcast(-__builtin_inff());
+  // All maxima first: a row's exponentials then wait for nothing.
   for (int r = 0; r < count; ++r) {
-    const Lanes scale = broadcast(rows[r].scale);
-    Lanes x[kVectors];
-    Lanes highest = lowest;
+    Lanes highest = broadcast(-__builtin_inff());
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      x[v] = mul(load(rows[r].logits + 16 * v), scale);
-      if (columns < kPanelColumns) x[v] = select(first_lanes(columns - 16 * v), x[v], lowest);
-      highest = max(highest, x[v]);
-    }
-    const float m = max_lanes(highest);
+    for (int v = 0; v < kVectors; ++v) highest = max(highest, scaled_logits(rows[r], v, columns));
+    rows[r].block->max[lane] = max_lanes(highest);
+  }
+  for (int r = 0; r < count; ++r) {
+    BlockPanels& block = *rows[r].block;
+    const Lanes m = broadcast(block.max[lane]);
     Lanes sum = broadcast(0.0f);
     Lanes weighted = broadcast(0.0f);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      const Lanes d = sub(x[v], broadcast(m));
+      const Lanes d = sub(scaled_logits(rows[r], v, columns), m);
       const Lanes e = exp_of_nonpositive(d);
       sum = add(sum, e);
       // A column past the vocabulary has d = -infinity and e = 0: keep their product 0.
       if (with_weighted) weighted = fma(max(d, broadcast(-1e30f)), e, weighted);
     }
-    BlockPanels& block = *rows[r].block;
-    block.max[lane] = m;
     block.sum[lane] = sum_lanes(sum);
     block.weighted[lane] = with_weighted ? sum_lanes(weighted) : 0.0f;
   }
