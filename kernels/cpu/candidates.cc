@@ -48,7 +48,8 @@ void CandidateLists::add(int thread, int32_t distribution, const float* logits, 
     return mask.above | mask.equal;
   };
   uint64_t mask = wanted();
-  if (lists.sizes[d] + std::popcount(mask) > capacity(counts_[d])) {
+  const int32_t room = capacity(counts_[d]) - lists.sizes[d];
+  if (room < kPanelColumns && std::popcount(mask) > room) {
     cut_back(lists, distribution);
     mask = wanted();
   }
