@@ -129,9 +129,13 @@ void VocabStats<Element>::compute_block(std::span<const int32_t> head_rows, int6
                   work.tiles[static_cast<size_t>(t)], work);
       if (logits == nullptr) continue;
       for (size_t r = 0; r < rows; ++r) {
-        std::copy_n(
-            tile + r * kPanelColumns, kPanelColumns,
-            logits + (row + static_cast<int64_t>(r)) * logits_stride() + panel * kPanelColumns);
+        float* const kept =
+            logits + (row + static_cast<int64_t>(r)) * logits_stride() + panel * kPanelColumns;
+        std::copy_n(tile + r * kPanelColumns, kPanelColumns, kept);
+        // Rows are far apart, so nothing else brings in what the next panel's stores need.
+        for (int c = 0; c < kPanelColumns; c += 16) {
+          __builtin_prefetch(kept + kPanelColumns + c, 1, 3);
+        }
       }
     }
   }
@@ -175,7 +179,11 @@ template <class Element>
 void VocabStats<Element>::reduce_tile(std::span<const int32_t> tile_rows, const float* tile,
                                       int64_t panel, const TileRows& listed, Workspace& work) {
   const int columns = panel_columns(panel);
-  for (size_t r = 0; r < tile_rows.size(); ++r) {
+  // The rows of a tile follow each other: one look at all of them, if all columns are in use.
+  const bool is_whole = columns == kPanelColumns;
+  const bool is_finite =
+      is_whole && kernels_.all_finite(tile, static_cast<int64_t>(tile_rows.size()) * columns);
+  for (size_t r = 0; !is_finite && r < tile_rows.size(); ++r) {
     if (kernels_.all_finite(tile + r * kPanelColumns, columns)) continue;
     // Relaxed: several threads store the same value, read after the loop's end.
     std::atomic_ref<uint8_t>(row_not_finite_[static_cast<size_t>(tile_rows[r])])
