@@ -110,6 +110,7 @@ int run(int argc, char** argv) {
   } catch (const Error& error) {
     // Every rank reads the same files: one of them says what is wrong.
     if (launch.placement().rank == 0) print_error(error);
+    if (status != kUsageStatus) launch.call_off();
   }
   launch.exit(status);
 }

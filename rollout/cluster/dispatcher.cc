@@ -19,15 +19,6 @@ constexpr int32_t kMaxGroupSize = 65536;
 // A frame has at most 16 MiB: a message is full after 4 MiB of groups.
 constexpr size_t kMaxGroupBytes = size_t{4} << 20;
 
-bridge::Sample empty_sample(const GroupRequest& request, int32_t sample_index) {
-  bridge::Sample sample{.key = request.key,
-                        .prompt_ids = request.prompt_ids,
-                        .finish_reason = bridge::FinishReason::kAbort,
-                        .temperature = request.sampling.params.temperature};
-  sample.key.sample_index = sample_index;
-  return sample;
-}
-
 bridge::PromptId id_of(const bridge::PromptRequest& prompt, size_t index) {
   if (prompt.prompt_id) return *prompt.prompt_id;
   return {.text = std::to_string(index), .is_integer = true};
@@ -47,12 +38,13 @@ std::string origin_of(const bridge::PromptRequest& prompt, size_t index) {
 }  // namespace
 
 Dispatcher::Dispatcher(const Config& config, const ModelConfig& model, const EngineLimits& limits,
-                       std::string fingerprint, bool shares_weights)
+                       std::string fingerprint, bool shares_weights, RecoveryOptions recovery)
     : config_(config),
       model_(model),
       limits_(limits),
       fingerprint_(std::move(fingerprint)),
-      shares_weights_(shares_weights) {
+      shares_weights_(shares_weights),
+      recovery_(std::move(recovery)) {
   ledger_.set_longest_first(wants_longest_first(config.engine.batching));
 }
 
@@ -226,12 +218,10 @@ int64_t Dispatcher::abort(std::optional<int64_t> request_id) {
   {
     const std::lock_guard lock(mutex_);
     num_open = request_id ? ledger_.num_open_samples(*request_id) : ledger_.num_open_samples();
-    for (const GroupRequest& request : ledger_.take_queued(request_id)) {
-      for (int32_t i = 0; i < request.key.group_size; ++i) {
-        effects.push_back([this, sample = empty_sample(request, i)] { sink_->commit(sample); });
-      }
+    for (const GroupRequest& request : ledger_.abort(request_id)) commit_empty(request, effects);
+    for (const int32_t worker : all_workers()) {
+      workers_[worker].link->send(AbortSamples{request_id});
     }
-    for (const WorkerState& worker : workers_) worker.link->send(AbortSamples{request_id});
   }
   run(effects);
   return num_open;
@@ -244,41 +234,63 @@ void Dispatcher::score(
   {
     const std::lock_guard lock(mutex_);
     error = fatal_;
+    if (!error && all_workers().empty()) {
+      error =
+          ErrorInfo{.code = ErrorCode::kUnavailable, .message = "no worker takes part at present"};
+    }
     for (const bridge::ScoreSequence& sequence : sequences) {
       if (!error) error = check_score(sequence, limits_, model_.vocab_size);
     }
     if (!error && !sequences.empty()) {
       auto batch = std::make_shared<ScoreBatch>();
       batch->results.resize(sequences.size());
+      batch->num_deaths.resize(sequences.size());
       batch->num_missing = sequences.size();
+      batch->sequences = std::move(sequences);
       batch->done = std::move(done);
-      for (size_t i = 0; i < sequences.size(); ++i) {
-        const uint64_t ticket = ++num_tickets_;
-        scores_[ticket] = {batch, i};
-        WorkerState& worker = workers_[i % workers_.size()];
-        AddScores command;
-        command.requests.push_back({.ticket = ticket, .sequence = std::move(sequences[i])});
-        worker.link->send(std::move(command));
-      }
+      for (size_t i = 0; i < batch->sequences.size(); ++i) send_score(batch, i);
       return;
     }
   }
   done(std::move(error), {});
 }
 
+void Dispatcher::send_score(const std::shared_ptr<ScoreBatch>& batch, size_t index) {
+  const std::vector<int32_t> live = all_workers();
+  const int32_t worker = live[index % live.size()];
+  const uint64_t ticket = new_ticket(worker);
+  scores_[ticket] = {batch, index};
+  AddScores command;
+  command.requests.push_back({.ticket = ticket, .sequence = batch->sequences[index]});
+  workers_[worker].link->send(std::move(command));
+}
+
 void Dispatcher::pause(bridge::InFlight in_flight, bridge::OutcomeCallback done) {
-  const std::lock_guard lock(mutex_);
-  broadcast(
-      all_workers(),
-      [&](uint64_t ticket) {
-        return Pause{ticket, in_flight};
-      },
-      [done = std::move(done)](bridge::Outcome error, int) { done(std::move(error)); });
+  Effects effects;
+  {
+    const std::lock_guard lock(mutex_);
+    is_paused_ = true;
+    broadcast(
+        all_workers(),
+        [&](uint64_t ticket) {
+          return Pause{ticket, in_flight};
+        },
+        [done = std::move(done)](bridge::Outcome error, int) { done(std::move(error)); }, effects)
+        ->pauses = true;
+  }
+  run(effects);
 }
 
 void Dispatcher::resume() {
   const std::lock_guard lock(mutex_);
-  for (const WorkerState& worker : workers_) worker.link->send(Resume{});
+  is_paused_ = false;
+  for (const auto& [ticket, collection] : collections_) collection->pauses = false;
+  for (const int32_t worker : all_workers()) {
+    WorkerState& state = workers_[worker];
+    // Who stood still without being told to gets no new lease.
+    if (std::exchange(state.is_paused, false)) state.last_progress = recovery_.now();
+    state.link->send(Resume{});
+  }
 }
 
 // Gives queued groups to workers that asked, each to the one with the least work at hand. A worker
@@ -286,26 +298,38 @@ void Dispatcher::resume() {
 void Dispatcher::dispatch() {
   std::map<int32_t, AddGroups> shares;
   std::map<int32_t, size_t> num_bytes;
+  dispatch_suspect();
   while (!askers_.empty()) {
     const std::optional<Ledger::GroupKey> key = ledger_.next();
     if (!key) break;
     const int32_t index = askers_.begin()->second;
-    askers_.erase(askers_.begin());
-    WorkerState& worker = workers_[index];
-    worker.num_outstanding += ledger_.expected_tokens(*key);
-    GroupRequest group = ledger_.assign(*key, index);
-    worker.num_wanted -= group.key.group_size;
-    if (worker.num_wanted > 0) askers_.emplace(worker.num_outstanding, index);
+    GroupRequest group = take_group(*key, index);
     AddGroups& share = shares[index];
     num_bytes[index] += bytes_in_message(group);
     share.groups.push_back(std::move(group));
     if (num_bytes[index] < kMaxGroupBytes) continue;
-    worker.link->send(std::exchange(share, {}));
+    workers_[index].link->send(std::exchange(share, {}));
     num_bytes[index] = 0;
   }
   for (auto& [index, share] : shares) {
     if (!share.groups.empty()) workers_[index].link->send(std::move(share));
   }
+}
+
+bool Dispatcher::asks(int32_t worker) const {
+  const WorkerState& state = workers_[worker];
+  return state.takes_part() && state.num_wanted > 0 && quarantine_ != worker;
+}
+
+GroupRequest Dispatcher::take_group(const Ledger::GroupKey& key, int32_t worker) {
+  WorkerState& state = workers_[worker];
+  expect_progress(worker);
+  askers_.erase({state.num_outstanding, worker});
+  state.num_outstanding += ledger_.expected_tokens(key);
+  GroupRequest group = ledger_.assign(key, worker);
+  state.num_wanted -= group.num_samples();
+  if (asks(worker)) askers_.emplace(state.num_outstanding, worker);
+  return group;
 }
 
 // ---- state
@@ -322,7 +346,11 @@ std::vector<std::pair<std::string, double>> Dispatcher::stats() const {
   for (const WorkerState& worker : workers_) {
     for (const auto& [name, value] : worker.stats) sums[name] += value;
   }
-  sums["num_workers"] = static_cast<double>(workers_.size());
+  sums["num_workers"] = static_cast<double>(all_workers().size());
+  sums["num_worker_deaths"] = static_cast<double>(num_worker_deaths_);
+  sums["num_replacements"] = static_cast<double>(num_replacements_);
+  sums["num_groups_requeued"] = static_cast<double>(num_groups_requeued_);
+  sums["num_groups_convicted"] = static_cast<double>(num_groups_convicted_);
   sums["num_open_samples"] = static_cast<double>(ledger_.num_open_samples());
   sums["num_queued_groups"] = static_cast<double>(ledger_.num_queued_groups());
   sums["num_late_samples_dropped"] = static_cast<double>(ledger_.num_dropped());

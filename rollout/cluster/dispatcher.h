@@ -1,6 +1,10 @@
 // Rank 0's dispatcher: takes requests, hands whole groups to workers that ask for work, commits
 // what comes back, and switches weights on all workers or on none. The RolloutService of the
 // bridge. All methods are thread-safe and none blocks but wait_ready() and stop().
+//
+// A worker is lost when its link breaks, when it says that it failed, or when it owes something and
+// has shown no progress for a lease. It is killed, what it held goes to others, and the rest of the
+// job goes on, where the launcher lets it (RecoveryOptions).
 #pragma once
 
 #include <chrono>
@@ -14,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#include "rollout/cluster/kept_weights.h"
 #include "rollout/cluster/ledger.h"
 #include "rollout/cluster/messages.h"
 #include "rollout/config/config.h"
@@ -24,15 +29,23 @@
 
 namespace rollpack::rollout {
 
+struct RecoveryOptions {
+  bool is_on = false;  // false: the loss of a worker ends the job
+  std::chrono::milliseconds lease{30000};
+  std::function<std::chrono::steady_clock::time_point()> now = [] {
+    return std::chrono::steady_clock::now();
+  };
+};
+
 class Dispatcher : public bridge::RolloutService {
  public:
   // `limits` and `fingerprint` are those of rank 0's replica; every worker has the same.
   // `shares_weights`: worker 0 packs updates and the others adopt its set.
   Dispatcher(const Config& config, const ModelConfig& model, const EngineLimits& limits,
-             std::string fingerprint, bool shares_weights);
+             std::string fingerprint, bool shares_weights, RecoveryOptions recovery = {});
 
   void set_sink(bridge::SampleSink& sink) { sink_ = &sink; }
-  // Called once, from any thread, when shutdown() is asked for or a worker is lost.
+  // Called once, from any thread, when shutdown() is asked for or no worker can go on.
   void set_on_end(std::function<void()> on_end) { on_end_ = std::move(on_end); }
 
   // Workers: number them from 0 in the order of the calls, then feed their events.
@@ -40,8 +53,17 @@ class Dispatcher : public bridge::RolloutService {
   void handle(int32_t worker, Event event);
   // Sends the packed set that worker 0 has committed to all others, as version 0.
   void share_first_weights(bridge::OwnedFd fd);
-  // The link broke: ends the job, naming the rank.
+  // The link broke. `error` names the rank.
   void lose_worker(int32_t worker, ErrorInfo error);
+  // How a worker is started in a lost one's place; without it capacity only shrinks. Called from
+  // any thread, must not block, and is answered by add_replacement() or replacement_failed().
+  void set_replace(std::function<void()> replace) { replace_ = std::move(replace); }
+  // As add_worker(). It takes part once it is ready and has the current weights.
+  int32_t add_replacement(std::shared_ptr<WorkerLink> link);
+  void replacement_failed(ErrorInfo error);
+  // Gives up workers whose lease has run out. To be called several times a lease: a call that comes
+  // late says that this process was stopped, and renews all leases.
+  void check_leases();
   // Errors: deadline_exceeded naming the ranks that are not ready; or what a rank reported.
   void wait_ready(std::chrono::steady_clock::time_point deadline);
   // Stops all workers; with hand_back open samples reach the sink as partial samples first.
@@ -75,22 +97,40 @@ class Dispatcher : public bridge::RolloutService {
   void shutdown() override;
 
  private:
+  using TimePoint = std::chrono::steady_clock::time_point;
   struct WorkerState {
     std::shared_ptr<WorkerLink> link;
     bool is_ready = false;
-    bool is_stopped = false;
+    bool is_stopped = false;  // also once it is lost
+    bool is_lost = false;
+    bool is_replacement = false;
+    bool is_joining = false;      // started, and does not take part yet
+    bool waits_to_join = false;   // for the end of a weight update
+    int64_t joined_version = 0;   // of the weights it has, while it joins
+    bool has_committed = false;   // a sample
+    bool is_paused = false;       // it said so: no progress is expected
     int32_t num_wanted = 0;       // samples it has asked for
     int64_t num_outstanding = 0;  // expected tokens of what it works on
+    std::set<uint64_t> tickets;   // it has to answer
+    TimePoint last_progress;      // or since when it owes something
     std::map<std::string, double> stats;
+
+    bool takes_part() const { return !is_stopped && !is_joining; }
+    bool owes() const { return !tickets.empty() || (num_outstanding > 0 && !is_paused); }
   };
   // Acks still missing of one command to several workers.
   struct Collection {
     size_t num_missing = 0;
-    bridge::Outcome error;  // the first
+    size_t num_answers = 0;     // the others were lost
+    bool pauses = false;        // who answers makes no progress from then on
+    bool must_succeed = false;  // who refuses is given up
+    bridge::Outcome error;      // the first
     int fd = -1;
     std::function<void(bridge::Outcome, int fd)> done;
   };
   struct ScoreBatch {
+    std::vector<bridge::ScoreSequence> sequences;  // kept, in case a worker is lost
+    std::vector<int32_t> num_deaths;               // of workers that had it, a sequence
     std::vector<bridge::ScoredSequence> results;
     size_t num_missing = 0;
     bridge::Outcome error;
@@ -111,15 +151,43 @@ class Dispatcher : public bridge::RolloutService {
   void check_room(int64_t num_samples) const;
   void check_health() const;
   void dispatch();
-  void broadcast(const std::vector<int32_t>& workers, const MakeCommand& make,
-                 std::function<void(bridge::Outcome, int fd)> done);
-  std::vector<int32_t> all_workers() const;
+  bool asks(int32_t worker) const;
+  GroupRequest take_group(const Ledger::GroupKey& key, int32_t worker);
+  void dispatch_suspect();
+  void send_score(const std::shared_ptr<ScoreBatch>& batch, size_t index);
+  uint64_t new_ticket(int32_t worker);
+  void expect_progress(int32_t worker);
+  // Asks those of `workers` that live; an error when none answers.
+  std::shared_ptr<Collection> broadcast(const std::vector<int32_t>& workers,
+                                        const MakeCommand& make,
+                                        std::function<void(bridge::Outcome, int fd)> done,
+                                        Effects& effects);
+  std::vector<int32_t> all_workers() const;  // that take part
   std::vector<int32_t> packing_workers() const;
   void release_tokens(int32_t worker, int64_t num_tokens);
   void share_weights(bridge::InFlight in_flight, bridge::OutcomeCallback done);
+  void adopt_weights(bridge::OwnedFd fd, bridge::InFlight in_flight,
+                     const bridge::OutcomeCallback& done);
   void switch_weights(bridge::InFlight in_flight, bridge::OutcomeCallback done);
+  void end_switch(int64_t version, bridge::Outcome error, const bridge::OutcomeCallback& done);
+  std::vector<int32_t> workers_beside_first() const;
   void drop_update(const bridge::OutcomeCallback& done, bridge::Outcome error);
   void end_with(ErrorInfo error, Effects& effects);
+  void give_up(int32_t worker, ErrorInfo error, Effects& effects);
+  void give_up_ticket(uint64_t ticket, const ErrorInfo& error, Effects& effects);
+  void finish_score(const std::shared_ptr<ScoreBatch>& batch, size_t index, Scored event,
+                    Effects& effects);
+  static void finish(const std::shared_ptr<Collection>& collection, Effects& effects);
+  bool has_worker_processes() const;
+  void ask(int32_t worker, const std::shared_ptr<Collection>& collection, const MakeCommand& make);
+  void replace(const WorkerState& lost, Effects& effects);
+  void end_if_nobody_is_left(const ErrorInfo& last, Effects& effects);
+  void begin_join(int32_t worker, Effects& effects);
+  void send_weights(int32_t worker, const std::shared_ptr<Collection>& collection);
+  void end_join(int32_t worker, int64_t version);
+  void resume_joins(Effects& effects);
+  void commit_empty(const GroupRequest& request, Effects& effects);
+  void fail_open(const GroupRequest& request, const ErrorInfo& error, Effects& effects);
   void run(Effects& effects);
 
   void on_event(int32_t worker, WorkerReady& event, Effects& effects);
@@ -128,6 +196,7 @@ class Dispatcher : public bridge::RolloutService {
   void on_event(int32_t worker, SampleFailed& event, Effects& effects);
   void on_event(int32_t worker, Scored& event, Effects& effects);
   void on_event(int32_t worker, Ack& event, Effects& effects);
+  void on_event(int32_t worker, StepProgress& event, Effects& effects);
   void on_event(int32_t worker, WorkerStats& event, Effects& effects);
   void on_event(int32_t worker, Measured& event, Effects& effects);
   void on_event(int32_t worker, WorkerStopped& event, Effects& effects);
@@ -138,6 +207,7 @@ class Dispatcher : public bridge::RolloutService {
   const EngineLimits limits_;
   const std::string fingerprint_;
   const bool shares_weights_;
+  const RecoveryOptions recovery_;
   bridge::SampleSink* sink_ = nullptr;
   std::function<void()> on_end_;
 
@@ -145,8 +215,19 @@ class Dispatcher : public bridge::RolloutService {
   std::condition_variable changed_;
   std::vector<WorkerState> workers_;
   std::set<std::pair<int64_t, int32_t>> askers_;  // (outstanding, worker) of those that want work
+  std::function<void()> replace_;
+  KeptWeights kept_weights_;
+  int32_t num_starting_ = 0;   // replacements asked for and not there yet
+  int32_t num_fruitless_ = 0;  // in a row that were lost without a sample
+  int64_t num_replacements_ = 0;
+  bool is_paused_ = false;
+  std::optional<int32_t> quarantine_;  // the worker that is kept free for a suspect
   Ledger ledger_;
+  TimePoint last_check_;  // of leases
   int64_t num_requests_ = 0;
+  int64_t num_worker_deaths_ = 0;
+  int64_t num_groups_requeued_ = 0;
+  int64_t num_groups_convicted_ = 0;
   uint64_t num_tickets_ = 0;
   std::map<uint64_t, std::shared_ptr<Collection>> collections_;  // by ticket
   std::map<uint64_t, std::pair<std::shared_ptr<ScoreBatch>, size_t>> scores_;

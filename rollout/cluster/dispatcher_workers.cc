@@ -5,7 +5,6 @@
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
-#include <spdlog/spdlog.h>
 
 #include "kernels/base/error.h"
 #include "rollout/batching/batching_policy.h"
@@ -23,56 +22,30 @@ void Dispatcher::handle(int32_t worker, Event event) {
   Effects effects;
   {
     const std::lock_guard lock(mutex_);
-    std::visit([&](auto& known) { on_event(worker, known, effects); }, event);
+    workers_[worker].last_progress = recovery_.now();
+    // Of a lost worker only samples are looked at: the ledger drops and counts them.
+    const bool is_sample =
+        std::holds_alternative<SampleDone>(event) || std::holds_alternative<SampleFailed>(event);
+    if (!workers_[worker].is_lost || is_sample) {
+      std::visit([&](auto& known) { on_event(worker, known, effects); }, event);
+    }
   }
   changed_.notify_all();
   run(effects);
-}
-
-void Dispatcher::lose_worker(int32_t worker, ErrorInfo error) {
-  Effects effects;
-  {
-    const std::lock_guard lock(mutex_);
-    if (workers_[worker].is_stopped) return;
-    workers_[worker].is_stopped = true;
-    spdlog::error("{}", format_error(error));  // at once: mpirun may end this process any moment
-    end_with(std::move(error), effects);
-  }
-  changed_.notify_all();
-  run(effects);
-}
-
-// Without recovery the loss of a worker ends the job: everything open fails with its error.
-void Dispatcher::end_with(ErrorInfo error, Effects& effects) {
-  if (fatal_) return;
-  fatal_ = error;
-  for (auto& [ticket, collection] : std::exchange(collections_, {})) {
-    if (!collection->done) continue;
-    effects.push_back([done = std::move(collection->done), error] { done(error, -1); });
-  }
-  for (auto& [ticket, place] : std::exchange(scores_, {})) {
-    ScoreBatch& batch = *place.first;
-    if (!batch.done) continue;
-    effects.push_back([done = std::exchange(batch.done, nullptr), error] { done(error, {}); });
-  }
-  for (auto& [ticket, sum] : std::exchange(measurements_, {})) {
-    if (!sum->done) continue;
-    effects.push_back([done = std::exchange(sum->done, nullptr), error] { done(error, {}); });
-  }
-  if (!std::exchange(is_ending_, true) && on_end_) effects.push_back(on_end_);
 }
 
 void Dispatcher::wait_ready(std::chrono::steady_clock::time_point deadline) {
   std::unique_lock lock(mutex_);
   const auto all_ready = [&] {
-    return fatal_ || std::ranges::all_of(workers_, [](const auto& w) { return w.is_ready; });
+    return fatal_ ||
+           std::ranges::all_of(workers_, [](const auto& w) { return w.is_ready || w.is_lost; });
   };
   const bool in_time = changed_.wait_until(lock, deadline, all_ready);
   if (fatal_) throw Error(*fatal_);
   if (in_time) return;
   std::vector<size_t> missing;
   for (size_t i = 0; i < workers_.size(); ++i) {
-    if (!workers_[i].is_ready) missing.push_back(i);
+    if (!workers_[i].is_ready && !workers_[i].is_lost) missing.push_back(i);
   }
   throw Error({.code = ErrorCode::kDeadlineExceeded,
                .field = "ranks",
@@ -84,8 +57,12 @@ void Dispatcher::stop(bool hand_back, std::chrono::steady_clock::time_point dead
   if (hand_back) abort(std::nullopt);
   std::unique_lock lock(mutex_);
   is_ending_ = true;
-  for (const WorkerState& worker : workers_) {
-    if (!worker.is_stopped) worker.link->send(Stop{.hand_back = hand_back});
+  for (WorkerState& worker : workers_) {
+    if (worker.is_stopped) continue;
+    worker.link->send(Stop{.hand_back = hand_back});
+    if (!worker.is_joining) continue;
+    worker.is_stopped = true;  // it holds nothing, and may be loading for minutes yet
+    worker.link->kill();
   }
   changed_.wait_until(lock, deadline, [&] {
     return std::ranges::all_of(workers_, [](const auto& w) { return w.is_stopped; });
@@ -93,21 +70,52 @@ void Dispatcher::stop(bool hand_back, std::chrono::steady_clock::time_point dead
 }
 
 std::vector<int32_t> Dispatcher::all_workers() const {
-  std::vector<int32_t> all(workers_.size());
-  for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int32_t>(i);
+  std::vector<int32_t> all;
+  for (size_t i = 0; i < workers_.size(); ++i) {
+    if (workers_[i].takes_part()) all.push_back(static_cast<int32_t>(i));
+  }
   return all;
 }
 
-void Dispatcher::broadcast(const std::vector<int32_t>& workers, const MakeCommand& make,
-                           std::function<void(bridge::Outcome, int fd)> done) {
+uint64_t Dispatcher::new_ticket(int32_t worker) {
+  expect_progress(worker);
+  workers_[worker].tickets.insert(++num_tickets_);
+  return num_tickets_;
+}
+
+// Who had nothing to do has not been silent: its lease begins with the work.
+void Dispatcher::expect_progress(int32_t worker) {
+  if (!workers_[worker].owes()) workers_[worker].last_progress = recovery_.now();
+}
+
+std::shared_ptr<Dispatcher::Collection> Dispatcher::broadcast(
+    const std::vector<int32_t>& workers, const MakeCommand& make,
+    std::function<void(bridge::Outcome, int fd)> done, Effects& effects) {
   auto collection = std::make_shared<Collection>();
-  collection->num_missing = workers.size();
   collection->done = std::move(done);
   for (const int32_t worker : workers) {
-    const uint64_t ticket = ++num_tickets_;
-    collections_[ticket] = collection;
-    workers_[worker].link->send(make(ticket));
+    if (workers_[worker].takes_part()) ask(worker, collection, make);
   }
+  if (collection->num_missing == 0) finish(collection, effects);
+  return collection;
+}
+
+void Dispatcher::ask(int32_t worker, const std::shared_ptr<Collection>& collection,
+                     const MakeCommand& make) {
+  ++collection->num_missing;
+  const uint64_t ticket = new_ticket(worker);
+  collections_[ticket] = collection;
+  workers_[worker].link->send(make(ticket));
+}
+
+void Dispatcher::finish(const std::shared_ptr<Collection>& collection, Effects& effects) {
+  if (collection->num_answers == 0 && !collection->error) {
+    collection->error = ErrorInfo{.code = ErrorCode::kUnavailable,
+                                  .field = "workers",
+                                  .value = "none that could answer",
+                                  .message = "those that were asked are lost"};
+  }
+  effects.push_back([collection] { collection->done(collection->error, collection->fd); });
 }
 
 // ---- events
@@ -115,28 +123,32 @@ void Dispatcher::broadcast(const std::vector<int32_t>& workers, const MakeComman
 
 void Dispatcher::on_event(int32_t worker, WorkerReady& event, Effects& effects) {
   if (event.fingerprint != fingerprint_) {
-    end_with({.code = ErrorCode::kFailedPrecondition,
-              .field = fmt::format("rank {} fingerprint", worker),
-              .value = event.fingerprint,
-              .allowed = fingerprint_,
-              .message = "all ranks must run the same backend: their bits would differ"},
-             effects);
-    return;
+    const ErrorInfo error{
+        .code = ErrorCode::kFailedPrecondition,
+        .field = fmt::format("rank {} fingerprint", worker),
+        .value = event.fingerprint,
+        .allowed = fingerprint_,
+        .message = "all ranks must run the same backend: their bits would differ"};
+    return workers_[worker].is_joining ? give_up(worker, error, effects) : end_with(error, effects);
   }
   workers_[worker].is_ready = true;
+  if (workers_[worker].is_joining) begin_join(worker, effects);
 }
 
 void Dispatcher::on_event(int32_t worker, Pull& event, Effects&) {
   WorkerState& state = workers_[worker];
+  if (state.is_stopped) return;
   askers_.erase({state.num_outstanding, worker});
   state.num_wanted += event.num_samples;
-  if (state.num_wanted > 0) askers_.emplace(state.num_outstanding, worker);
+  if (asks(worker)) askers_.emplace(state.num_outstanding, worker);
   dispatch();
 }
 
 void Dispatcher::on_event(int32_t worker, SampleDone& event, Effects& effects) {
-  const std::optional<int64_t> tokens = ledger_.commit(event.sample.key, worker);
+  const std::optional<int64_t> tokens = ledger_.commit(event.sample.key, worker, event.attempt);
   if (!tokens) return;
+  workers_[worker].has_committed = true;
+  if (workers_[worker].is_replacement) num_fruitless_ = 0;
   release_tokens(worker, *tokens);
   effects.push_back([this, sample = std::make_shared<bridge::Sample>(std::move(event.sample))] {
     sink_->commit(std::move(*sample));
@@ -144,7 +156,7 @@ void Dispatcher::on_event(int32_t worker, SampleDone& event, Effects& effects) {
 }
 
 void Dispatcher::on_event(int32_t worker, SampleFailed& event, Effects& effects) {
-  const std::optional<int64_t> tokens = ledger_.commit(event.sample.key, worker);
+  const std::optional<int64_t> tokens = ledger_.commit(event.sample.key, worker, event.attempt);
   if (!tokens) return;
   release_tokens(worker, *tokens);
   effects.push_back([this, sample = std::move(event.sample)] { sink_->fail(sample); });
@@ -152,61 +164,82 @@ void Dispatcher::on_event(int32_t worker, SampleFailed& event, Effects& effects)
 
 void Dispatcher::release_tokens(int32_t worker, int64_t num_tokens) {
   WorkerState& state = workers_[worker];
-  const bool asks = askers_.erase({state.num_outstanding, worker}) > 0;
+  askers_.erase({state.num_outstanding, worker});
   state.num_outstanding -= num_tokens;
-  if (asks) askers_.emplace(state.num_outstanding, worker);
+  if (asks(worker)) askers_.emplace(state.num_outstanding, worker);
+  if (quarantine_ == worker && state.num_outstanding == 0) dispatch();
 }
 
-void Dispatcher::on_event(int32_t, Scored& event, Effects& effects) {
+void Dispatcher::on_event(int32_t worker, Scored& event, Effects& effects) {
+  workers_[worker].tickets.erase(event.ticket);
   const auto found = scores_.find(event.ticket);
   if (found == scores_.end()) return;
   const auto [batch, index] = found->second;
   scores_.erase(found);
+  finish_score(batch, index, std::move(event), effects);
+}
+
+void Dispatcher::finish_score(const std::shared_ptr<ScoreBatch>& batch, size_t index, Scored event,
+                              Effects& effects) {
   if (event.error && !batch->error) batch->error = event.error;
   batch->results[index] = std::move(event.sequence);
   if (--batch->num_missing > 0) return;
   effects.push_back([batch] { batch->done(batch->error, std::move(batch->results)); });
 }
 
-void Dispatcher::on_event(int32_t, Ack& event, Effects& effects) {
+void Dispatcher::on_event(int32_t worker, Ack& event, Effects& effects) {
+  workers_[worker].tickets.erase(event.ticket);
   const auto found = collections_.find(event.ticket);
   if (found == collections_.end()) return;
   const std::shared_ptr<Collection> collection = found->second;
   collections_.erase(found);
-  if (event.error && !collection->error) collection->error = event.error;
-  if (event.fd >= 0) collection->fd = event.fd;
-  if (--collection->num_missing > 0) return;
-  effects.push_back([collection] { collection->done(collection->error, collection->fd); });
+  if (event.error && collection->must_succeed && recovery_.is_on) {
+    give_up(worker, *event.error, effects);
+  } else {
+    ++collection->num_answers;
+    if (event.error && !collection->error) collection->error = event.error;
+    if (event.fd >= 0) collection->fd = event.fd;
+    if (collection->pauses) workers_[worker].is_paused = true;
+  }
+  if (--collection->num_missing == 0) finish(collection, effects);
 }
+
+void Dispatcher::on_event(int32_t, StepProgress&, Effects&) {}
 
 void Dispatcher::on_event(int32_t worker, WorkerStats& event, Effects&) {
   for (const auto& [name, value] : event.values) workers_[worker].stats[name] = value;
 }
 
 void Dispatcher::measure(const std::string& batching, bridge::OutcomeCallback done) {
-  const std::lock_guard lock(mutex_);
-  if (!batching.empty()) ledger_.set_longest_first(wants_longest_first(batching));
-  broadcast(
-      all_workers(),
-      [&](uint64_t ticket) {
-        return Measure{ticket, batching};
-      },
-      [done = std::move(done)](bridge::Outcome error, int) { done(std::move(error)); });
+  Effects effects;
+  {
+    const std::lock_guard lock(mutex_);
+    if (!batching.empty()) ledger_.set_longest_first(wants_longest_first(batching));
+    broadcast(
+        all_workers(),
+        [&](uint64_t ticket) {
+          return Measure{ticket, batching};
+        },
+        [done = std::move(done)](bridge::Outcome error, int) { done(std::move(error)); }, effects);
+  }
+  run(effects);
 }
 
 void Dispatcher::take_measurement(MeasurementCallback done) {
   const std::lock_guard lock(mutex_);
   auto sum = std::make_shared<MeasurementSum>();
-  sum->num_missing = workers_.size();
+  const std::vector<int32_t> live = all_workers();
+  sum->num_missing = live.size();
   sum->done = std::move(done);
-  for (const WorkerState& worker : workers_) {
-    const uint64_t ticket = ++num_tickets_;
+  for (const int32_t worker : live) {
+    const uint64_t ticket = new_ticket(worker);
     measurements_[ticket] = sum;
-    worker.link->send(TakeMeasurement{ticket});
+    workers_[worker].link->send(TakeMeasurement{ticket});
   }
 }
 
-void Dispatcher::on_event(int32_t, Measured& event, Effects& effects) {
+void Dispatcher::on_event(int32_t worker, Measured& event, Effects& effects) {
+  workers_[worker].tickets.erase(event.ticket);
   const auto found = measurements_.find(event.ticket);
   if (found == measurements_.end()) return;
   const std::shared_ptr<MeasurementSum> sum = found->second;
@@ -217,14 +250,18 @@ void Dispatcher::on_event(int32_t, Measured& event, Effects& effects) {
 }
 
 void Dispatcher::on_event(int32_t worker, WorkerStopped&, Effects&) {
+  askers_.erase({workers_[worker].num_outstanding, worker});
   workers_[worker].is_stopped = true;
 }
 
+// Before it is ready a rank fails for what all ranks have: the configuration, the model.
 void Dispatcher::on_event(int32_t worker, WorkerFailed& event, Effects& effects) {
-  workers_[worker].is_stopped = true;
   ErrorInfo error = event.error;
   error.message =
       fmt::format("rank {} failed{}{}", worker, error.message.empty() ? "" : ": ", error.message);
+  if (workers_[worker].is_ready || workers_[worker].is_joining)
+    return give_up(worker, std::move(error), effects);
+  workers_[worker].is_stopped = true;
   end_with(std::move(error), effects);
 }
 

@@ -2,9 +2,12 @@
 
 #include <unistd.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
 
 #include <fmt/format.h>
 #include <spdlog/spdlog.h>
@@ -23,6 +26,8 @@ using namespace std::chrono_literals;
 constexpr auto kStartTimeout = 30min;
 // mpirun follows SIGTERM with SIGKILL after 1 s; the rest is for writing what was handed back.
 constexpr auto kStopTimeout = 600ms;
+// Ranks connect as soon as they have met.
+constexpr auto kConnectTimeout = 1min;
 
 int threads_per_rank(const EngineSection& engine, const Placement& placement) {
   if (engine.num_threads > 0) return engine.num_threads;
@@ -45,11 +50,21 @@ DType compute_dtype(const Config& config) {
   return config.model.dtype == "float32" ? DType::kF32 : DType::kBF16;
 }
 
+std::chrono::milliseconds lease_of(const Config& config) {
+  return std::chrono::milliseconds(std::llround(config.cluster.lease_s * 1000));
+}
+
+// Where memory runs out a worker can be replaced and rank 0 cannot.
+void be_the_first_to_go() {
+  std::ofstream("/proc/self/oom_score_adj") << 500;
+}
+
 }  // namespace
 
 Job::Job(const Config& config, Launch& launch, const JobOptions& options)
     : config_(config),
       placement_(launch.placement()),
+      survives_deaths_(launch.survives_deaths()),
       num_threads_(threads_per_rank(config.engine, launch.placement())) {
   const ModelConfig model = read_model_config(config.model.path);
   const WeightSharing sharing = decide_weight_sharing(config.engine.share_weights, num_ranks(),
@@ -62,7 +77,8 @@ Job::Job(const Config& config, Launch& launch, const JobOptions& options)
     hub_ = std::make_unique<RankHub>(socket);
   }
   // One line that every rank needs: the socket, and whether its weights come through it.
-  launch.meet((shares_weights_ ? "shared:" : "private:") + socket);
+  line_ = (shares_weights_ ? "shared:" : "private:") + socket;
+  launch.meet(line_);
   replica_ = std::make_unique<Replica>(config, model,
                                        ReplicaOptions{.num_threads = num_threads_,
                                                       .cpus = placement_.cpus,
@@ -79,8 +95,9 @@ Job::Job(const Config& config, Launch& launch, const JobOptions& options)
                kernels::estimate_peak_flops(compute_dtype(config), num_threads_) * 1e-12,
                kernels::usable_cores().text(), num_ranks(), info.kv.num_pages, info.kv.page_tokens,
                shares_weights_ ? "shared" : "private", sharing.reason);
-  dispatcher_ = std::make_unique<Dispatcher>(config, model, replica_->limits(), info.fingerprint,
-                                             shares_weights_);
+  dispatcher_ = std::make_unique<Dispatcher>(
+      config, model, replica_->limits(), info.fingerprint, shares_weights_,
+      RecoveryOptions{.is_on = survives_deaths_, .lease = lease_of(config)});
 }
 
 Job::~Job() {
@@ -100,7 +117,15 @@ void Job::start() {
       make_reference_replica(config_, replica_->model(), num_threads_));
   dispatcher.add_worker(worker_);
   worker_->start();
-  if (hub_) hub_->connect(dispatcher, num_ranks(), deadline);
+  if (hub_ && survives_deaths_ && config_.cluster.replace_lost) {
+    dispatcher.set_replace([this] { hub_->start_replacement(*dispatcher_, line_); });
+  }
+  if (hub_) {
+    hub_->connect(dispatcher, {.num_ranks = num_ranks(),
+                               .deadline = Clock::now() + kConnectTimeout,
+                               .may_miss = survives_deaths_,
+                               .lease = lease_of(config_)});
+  }
   if (shares_weights_) dispatcher.share_first_weights(std::move(first_weights_));
   dispatcher.wait_ready(deadline);
   if (!folder_.empty()) std::filesystem::remove_all(folder_);
@@ -113,9 +138,13 @@ void Job::stop(bool hand_back) {
 void run_worker_rank(const Config& config, Launch& launch, const JobOptions& options) {
   const int rank = launch.placement().rank;
   const std::string line = launch.meet("");
+  if (line.empty()) launch.exit(1);  // rank 0 has said why
   const size_t colon = line.find(':');
   const bool is_shared = line.substr(0, colon) == "shared";
-  RankClient client(line.substr(colon + 1), rank, Clock::now() + 1min);
+  be_the_first_to_go();
+  const auto& order = launch.join_order();
+  RankClient client = order ? RankClient(bridge::OwnedFd(order->socket))
+                            : RankClient(line.substr(colon + 1), rank, Clock::now() + 1min);
   const auto tell_rank_0 = [&client](const Event& event) {
     try {
       client.send(event);
@@ -124,8 +153,9 @@ void run_worker_rank(const Config& config, Launch& launch, const JobOptions& opt
     }
   };
   try {
+    const int num_threads = threads_per_rank(config.engine, launch.placement());
     Replica replica(config, read_model_config(config.model.path),
-                    {.num_threads = threads_per_rank(config.engine, launch.placement()),
+                    {.num_threads = num_threads,
                      .cpus = launch.placement().cpus,
                      .shared_weights = is_shared,
                      .profiles = options.profiles});
@@ -133,7 +163,6 @@ void run_worker_rank(const Config& config, Launch& launch, const JobOptions& opt
       replica.load_checkpoint();
       replica.backend().commit_weights();
     }
-    const int num_threads = threads_per_rank(config.engine, launch.placement());
     Worker worker(replica, tell_rank_0,
                   make_reference_replica(config, replica.model(), num_threads));
     worker.start();

@@ -40,12 +40,14 @@ class Job {
  private:
   const Config config_;
   const Placement placement_;
+  const bool survives_deaths_;
   const int num_threads_;
   std::string folder_;  // private to this run; holds the rank socket while ranks connect
   std::unique_ptr<RankHub> hub_;
   std::unique_ptr<Replica> replica_;
   std::unique_ptr<Dispatcher> dispatcher_;
   std::shared_ptr<Worker> worker_;
+  std::string line_;  // what ranks are told when they meet
   bool shares_weights_ = false;
   bridge::OwnedFd first_weights_;  // the packed set of a shared start
 };

@@ -6,9 +6,15 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <chrono>
+#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
+#include <mutex>
+#include <string_view>
+#include <thread>
 #include <vector>
 
 #include <fmt/format.h>
@@ -18,9 +24,12 @@
 namespace rollpack::rollout {
 namespace {
 
-// Dies with mpirun, also when that is killed without a chance to clean up.
-void die_with_parent() {
-  const pid_t parent = ::getppid();
+// Ranks meet before they load anything; two minutes is for a machine with no core to spare.
+constexpr std::chrono::seconds kMeetingLimit{120};
+constexpr int kNoMeetingStatus = 3;
+
+// Dies with `parent`, mpirun or rank 0, also when that is killed without a chance to clean up.
+void die_with(pid_t parent) {
   ::prctl(PR_SET_PDEATHSIG, SIGKILL);
   if (::getppid() != parent) std::_Exit(1);  // it died before prctl took hold
 }
@@ -55,11 +64,66 @@ kernels::CpuSharing sharing_of_cpus(const Placement& placement) {
   return kernels::sharing_of(masks, placement.rank);
 }
 
+// Appears whole, so that nobody reads half a number.
+void write_status(const std::string& text) {
+  const char* path = std::getenv("ROLLPACK_STATUS_FILE");
+  if (path == nullptr || *path == '\0') return;
+  const std::string temporary = std::string(path) + ".new";
+  std::ofstream(temporary) << text << "\n";
+  std::error_code ignored;  // a full disk is no reason not to end
+  std::filesystem::rename(temporary, path, ignored);
+}
+
 }  // namespace
 
-Launch::Launch(int* argc, char*** argv) {
+// MPI waits for ever for a rank that has died: whoever waits past the limit leaves.
+class MeetingLimit {
+ public:
+  explicit MeetingLimit(int rank) : thread_([this, rank] { watch(rank); }) {}
+  ~MeetingLimit() {
+    {
+      const std::lock_guard lock(mutex_);
+      is_over_ = true;
+    }
+    over_.notify_one();
+    thread_.join();
+  }
+
+ private:
+  void watch(int rank) {
+    std::unique_lock lock(mutex_);
+    if (over_.wait_for(lock, kMeetingLimit, [&] { return is_over_; })) return;
+    fmt::print(stderr, "rollpack: deadline_exceeded: rank {}: ranks did not meet in {} s\n", rank,
+               kMeetingLimit.count());
+    std::fflush(nullptr);
+    if (rank == 0) write_status(std::to_string(kNoMeetingStatus));
+    std::_Exit(kNoMeetingStatus);
+  }
+
+  std::mutex mutex_;
+  std::condition_variable over_;
+  bool is_over_ = false;
+  std::thread thread_;
+};
+
+Launch::~Launch() = default;
+
+Launch::Launch(int* argc, char*** argv) : join_order_(rollout::join_order()) {
+  if (join_order_) {
+    // It inherits rank 0's CPUs, and computes in the stead of a rank that shared them.
+    const int num_ranks = join_order_->num_ranks;
+    placement_ = {.rank = join_order_->rank,
+                  .num_ranks = num_ranks,
+                  .cpus = {.num_processes = num_ranks, .index = join_order_->rank % num_ranks}};
+    die_with(join_order_->parent);
+    return;
+  }
+  const char* rank = std::getenv("OMPI_COMM_WORLD_RANK");
+  const int expected_rank = rank == nullptr ? 0 : std::atoi(rank);
+  if (expected_rank == 0) write_status("running");
   if (!is_under_mpirun()) return;
-  die_with_parent();
+  die_with(::getppid());
+  limit_ = std::make_unique<MeetingLimit>(expected_rank);
   mpi_folder_ = mpi_folder();
   std::error_code
       ignored;  // another rank may have made it; MPI_Init reports a folder it cannot use
@@ -92,6 +156,7 @@ Launch::Launch(int* argc, char*** argv) {
 }
 
 std::string Launch::meet(const std::string& text) {
+  if (join_order_) return join_order_->line;
   if (!has_mpi_) return text;
   int length = static_cast<int>(text.size());
   MPI_Bcast(&length, 1, MPI_INT, 0, MPI_COMM_WORLD);
@@ -100,13 +165,24 @@ std::string Launch::meet(const std::string& text) {
   MPI_Bcast(received.data(), length, MPI_CHAR, 0, MPI_COMM_WORLD);
   MPI_Finalize();
   has_mpi_ = false;
+  limit_.reset();
   std::error_code ignored;
   std::filesystem::remove(mpi_folder_, ignored);  // the last rank finds it empty
   return received;
 }
 
-void Launch::exit(int status) {
+void Launch::call_off() {
+  if (has_mpi_ && placement_.rank == 0) meet("");
+}
+
+bool Launch::survives_deaths() const {
+  const char* setting = std::getenv("OMPI_MCA_orte_enable_recovery");
+  return setting != nullptr && std::string_view(setting) != "0";
+}
+
+void Launch::exit(int status) const {
   std::fflush(nullptr);
+  if (placement_.rank == 0) write_status(std::to_string(status));
   std::_Exit(status);
 }
 

@@ -6,14 +6,38 @@ void Ledger::accept(GroupRequest request, std::string origin) {
   const GroupKey key{request.key.request_id, request.key.prompt_index};
   const int32_t size = request.key.group_size;
   Entry entry{.origin = std::move(origin), .num_left = size, .is_done = std::vector<bool>(size)};
-  entry.expected_tokens = static_cast<int64_t>(request.prompt_ids->size());
-  for (int32_t i = 0; i < size; ++i) entry.expected_tokens += request.response_limit(i);
   if (!entry.origin.empty()) live_prompt_ids_[request.key.prompt_id.text] = entry.origin;
   entry.request = std::move(request);
   num_open_samples_ += size;
-  entry.precedence = longest_first_ ? entry.expected_tokens : 0;
-  queue_.insert(queue_key(key, entry));
+  entry.precedence = longest_first_ ? open_tokens(entry) : 0;
+  enqueue(key, entry);
   entries_.emplace(key, std::move(entry));
+}
+
+int64_t Ledger::open_tokens(const Entry& entry) {
+  auto tokens = static_cast<int64_t>(entry.request.prompt_ids->size());
+  for (size_t i = 0; i < entry.is_done.size(); ++i) {
+    if (!entry.is_done[i]) tokens += entry.request.response_limit(static_cast<int32_t>(i));
+  }
+  return tokens;
+}
+
+GroupRequest Ledger::open_request(const Entry& entry) {
+  GroupRequest request = entry.request;
+  request.attempt = entry.attempt;
+  if (entry.num_left == request.key.group_size) return request;
+  for (size_t i = 0; i < entry.is_done.size(); ++i) {
+    if (!entry.is_done[i]) request.sample_indices.push_back(static_cast<int32_t>(i));
+  }
+  return request;
+}
+
+void Ledger::enqueue(const GroupKey& key, const Entry& entry) {
+  if (entry.num_deaths >= kDeathsOfSuspect) {
+    suspects_.insert(key);
+  } else {
+    queue_.insert(queue_key(key, entry));
+  }
 }
 
 std::optional<std::string> Ledger::live_origin(const std::string& prompt_id) const {
@@ -27,17 +51,25 @@ std::optional<Ledger::GroupKey> Ledger::next() const {
   return GroupKey{std::get<0>(*queue_.begin()), std::get<2>(*queue_.begin())};
 }
 
+std::optional<Ledger::GroupKey> Ledger::next_suspect() const {
+  if (suspects_.empty()) return std::nullopt;
+  return *suspects_.begin();
+}
+
 GroupRequest Ledger::assign(const GroupKey& key, int32_t worker) {
   Entry& entry = entries_.at(key);
   queue_.erase(queue_key(key, entry));
+  suspects_.erase(key);
   entry.worker = worker;
-  return entry.request;
+  ++entry.attempt;
+  return open_request(entry);
 }
 
-std::optional<int64_t> Ledger::commit(const bridge::SampleKey& key, int32_t worker) {
+std::optional<int64_t> Ledger::commit(const bridge::SampleKey& key, int32_t worker,
+                                      int32_t attempt) {
   const auto found = entries_.find({key.request_id, key.prompt_index});
   const bool counts = found != entries_.end() && found->second.worker == worker &&
-                      key.sample_index >= 0 &&
+                      found->second.attempt == attempt && key.sample_index >= 0 &&
                       key.sample_index < found->second.request.key.group_size &&
                       !found->second.is_done[key.sample_index];
   if (!counts) {
@@ -55,22 +87,54 @@ std::optional<int64_t> Ledger::commit(const bridge::SampleKey& key, int32_t work
   return expected_tokens;
 }
 
-std::vector<GroupRequest> Ledger::take_queued(std::optional<int64_t> request_id) {
-  std::vector<GroupRequest> taken;
-  for (auto it = queue_.begin(); it != queue_.end();) {
-    const GroupKey key{std::get<0>(*it), std::get<2>(*it)};
-    if (request_id && key.first != *request_id) {
-      ++it;
-      continue;
+Ledger::Fenced Ledger::fence(int32_t worker) {
+  Fenced fenced;
+  for (auto next = entries_.begin(); next != entries_.end();) {
+    const auto it = next++;
+    Entry& entry = it->second;
+    if (entry.worker != worker) continue;
+    entry.worker = -1;
+    ++entry.num_deaths;
+    if (entry.is_aborted) {
+      fenced.aborted.push_back(take(it));
+    } else if (entry.num_deaths >= kDeathsOfCulprit) {
+      fenced.culprits.push_back(take(it));
+    } else {
+      enqueue(it->first, entry);
+      ++fenced.num_requeued;
     }
-    it = queue_.erase(it);
-    const auto entry = entries_.find(key);
-    num_open_samples_ -= entry->second.num_left;
-    taken.push_back(std::move(entry->second.request));
-    if (!entry->second.origin.empty()) live_prompt_ids_.erase(taken.back().key.prompt_id.text);
-    entries_.erase(entry);
+  }
+  return fenced;
+}
+
+std::vector<GroupRequest> Ledger::abort(std::optional<int64_t> request_id) {
+  std::vector<GroupRequest> taken;
+  const auto first = request_id ? entries_.lower_bound({*request_id, 0}) : entries_.begin();
+  for (auto next = first; next != entries_.end();) {
+    const auto it = next++;
+    if (request_id && it->first.first != *request_id) break;
+    if (it->second.worker == -1) {
+      taken.push_back(take(it));
+    } else {
+      it->second.is_aborted = true;
+    }
   }
   return taken;
+}
+
+std::vector<GroupRequest> Ledger::take_suspects() {
+  std::vector<GroupRequest> taken;
+  while (!suspects_.empty()) taken.push_back(take(entries_.find(*suspects_.begin())));
+  return taken;
+}
+
+GroupRequest Ledger::take(Entries::iterator entry) {
+  queue_.erase(queue_key(entry->first, entry->second));
+  suspects_.erase(entry->first);
+  num_open_samples_ -= entry->second.num_left;
+  GroupRequest request = open_request(entry->second);
+  erase(entry);
+  return request;
 }
 
 int64_t Ledger::num_open_samples(int64_t request_id) const {
@@ -82,7 +146,7 @@ int64_t Ledger::num_open_samples(int64_t request_id) const {
   return count;
 }
 
-void Ledger::erase(std::map<GroupKey, Entry>::iterator entry) {
+void Ledger::erase(Entries::iterator entry) {
   if (!entry->second.origin.empty()) {
     live_prompt_ids_.erase(entry->second.request.key.prompt_id.text);
   }

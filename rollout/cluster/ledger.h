@@ -1,6 +1,12 @@
 // Every accepted group from submit to its last committed sample: queued, running on a worker, done.
 // Only the ledger decides whether a result counts, so that nothing is lost and nothing comes twice.
 // Not thread-safe; the dispatcher guards it.
+//
+// A group is handed out under an attempt number. When its worker is lost the attempt is fenced: the
+// group goes back to the queue with the samples that are still open, and what the old attempt may
+// yet say is dropped. A group that was aboard when kDeathsOfSuspect workers died may be what kills
+// them: it is a suspect, kept out of the queue and handed out by itself, and convicted at the
+// kDeathsOfCulprit-th death.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +25,9 @@ namespace rollpack::rollout {
 
 class Ledger {
  public:
+  static constexpr int32_t kDeathsOfSuspect = 2;
+  static constexpr int32_t kDeathsOfCulprit = 3;
+
   // The name of a group: its submit and its place in it.
   using GroupKey = std::pair<int64_t, int32_t>;
 
@@ -34,43 +43,70 @@ class Ledger {
   // The queued group to run next: of the oldest submit the longest expected, or the first
   // (see set_longest_first). nullopt: none is queued.
   std::optional<GroupKey> next() const;
-  // Marks a queued group as running on `worker` and returns the request to send.
+  // The suspect to run next, on a worker that runs nothing else.
+  std::optional<GroupKey> next_suspect() const;
+  // Marks a queued group as running on `worker` under a new attempt and returns the request to
+  // send, of its open samples.
   GroupRequest assign(const GroupKey& key, int32_t worker);
-  int64_t expected_tokens(const GroupKey& key) const { return entries_.at(key).expected_tokens; }
+  int64_t expected_tokens(const GroupKey& key) const { return open_tokens(entries_.at(key)); }
 
-  // Counts a sample of `worker` and returns the expected tokens that are off its hands with it.
-  // nullopt: it is late, unknown or a second one, and must be dropped.
-  std::optional<int64_t> commit(const bridge::SampleKey& key, int32_t worker);
+  // Counts a sample that `worker` drew under `attempt` and returns the expected tokens that are off
+  // its hands with it. nullopt: it is late, of a fenced attempt, unknown or a second one, and must
+  // be dropped.
+  std::optional<int64_t> commit(const bridge::SampleKey& key, int32_t worker, int32_t attempt);
 
-  // Takes queued groups out (of one submit, or all), for abort and shutdown.
-  std::vector<GroupRequest> take_queued(std::optional<int64_t> request_id);
+  // `worker` is lost: fences its attempts and queues their groups again. What is not queued is
+  // taken out and returned, with its open samples: groups that were aborted before, and culprits.
+  struct Fenced {
+    int64_t num_requeued = 0;
+    std::vector<GroupRequest> aborted;
+    std::vector<GroupRequest> culprits;
+  };
+  Fenced fence(int32_t worker);
+
+  // Takes queued groups out (of one submit, or all), for abort and shutdown, with their open
+  // samples; those that run are not run again when their worker is lost.
+  std::vector<GroupRequest> abort(std::optional<int64_t> request_id);
+  // Takes out what no worker may run any more.
+  std::vector<GroupRequest> take_suspects();
 
   int64_t num_open_samples() const { return num_open_samples_; }
   int64_t num_open_samples(int64_t request_id) const;
-  int64_t num_queued_groups() const { return static_cast<int64_t>(queue_.size()); }
+  int64_t num_queued_groups() const {
+    return static_cast<int64_t>(queue_.size() + suspects_.size());
+  }
   int64_t num_dropped() const { return num_dropped_; }
 
  private:
   struct Entry {
     GroupRequest request;
     std::string origin;
-    int64_t expected_tokens = 0;
     int64_t precedence = 0;  // within its submit the largest goes first
     int32_t worker = -1;     // -1: queued
+    int32_t attempt = 0;     // the last one handed out
+    int32_t num_deaths = 0;  // of workers that ran it
+    bool is_aborted = false;
     int32_t num_left = 0;
     std::vector<bool> is_done;  // [group_size]
   };
+  using Entries = std::map<GroupKey, Entry>;
   // (request, -precedence, prompt): oldest submit first.
   using QueueKey = std::tuple<int64_t, int64_t, int32_t>;
 
-  void erase(std::map<GroupKey, Entry>::iterator entry);
+  static int64_t open_tokens(const Entry& entry);
+  static GroupRequest open_request(const Entry& entry);
+  void enqueue(const GroupKey& key, const Entry& entry);
+  void erase(Entries::iterator entry);
+  // Forgets a group that is not running and returns its open samples.
+  GroupRequest take(Entries::iterator entry);
   static QueueKey queue_key(const GroupKey& key, const Entry& entry) {
     return {key.first, -entry.precedence, key.second};
   }
 
   bool longest_first_ = true;
-  std::map<GroupKey, Entry> entries_;
+  Entries entries_;
   std::set<QueueKey> queue_;
+  std::set<GroupKey> suspects_;
   std::unordered_map<std::string, std::string> live_prompt_ids_;  // explicit ids -> origin
   int64_t num_open_samples_ = 0;
   int64_t num_dropped_ = 0;

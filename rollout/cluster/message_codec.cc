@@ -65,6 +65,8 @@ bridge::SampleKey decode_key(const json& map) {
 json encode_group(const GroupRequest& group) {
   const RequestSampling& sampling = group.sampling;
   return {{"key", encode_key(group.key)},
+          {"attempt", group.attempt},
+          {"sample_indices", to_bin(group.sample_indices)},
           {"prompt_ids", to_bin(*group.prompt_ids)},
           {"temperature", sampling.params.temperature},
           {"top_k", sampling.params.top_k},
@@ -78,7 +80,9 @@ json encode_group(const GroupRequest& group) {
 }
 
 GroupRequest decode_group(const json& map) {
-  GroupRequest group{.key = decode_key(map.at("key"))};
+  GroupRequest group{.key = decode_key(map.at("key")),
+                     .attempt = map.at("attempt"),
+                     .sample_indices = from_bin<int32_t>(map.at("sample_indices"))};
   group.prompt_ids =
       std::make_shared<const std::vector<int32_t>>(from_bin<int32_t>(map.at("prompt_ids")));
   group.sampling = {.params = {.temperature = map.at("temperature"),
@@ -334,10 +338,11 @@ struct EventEncoder {
     return {{"type", "pull"}, {"num_samples", m.num_samples}};
   }
   json operator()(const SampleDone& m) const {
-    return {{"type", "sample"}, {"sample", encode_sample(m.sample)}};
+    return {{"type", "sample"}, {"attempt", m.attempt}, {"sample", encode_sample(m.sample)}};
   }
   json operator()(const SampleFailed& m) const {
     return {{"type", "failed"},
+            {"attempt", m.attempt},
             {"key", encode_key(m.sample.key)},
             {"error", error_to_map(m.sample.error)}};
   }
@@ -354,6 +359,7 @@ struct EventEncoder {
     if (m.fd >= 0) fail_invariant("only rank 0 exports weights");
     return {{"type", "ack"}, {"ticket", m.ticket}, {"error", encode_outcome(m.error)}};
   }
+  json operator()(const StepProgress&) const { return {{"type", "progress"}}; }
   json operator()(const WorkerStats& m) const { return {{"type", "stats"}, {"values", m.values}}; }
   json operator()(const Measured& m) const {
     return {{"type", "measured"},
@@ -371,9 +377,10 @@ Event decode_known_event(const json& map) {
   if (type == "ready")
     return WorkerReady{.pid = map.at("pid"), .fingerprint = map.at("fingerprint")};
   if (type == "pull") return Pull{map.at("num_samples").get<int32_t>()};
-  if (type == "sample") return SampleDone{decode_sample(map.at("sample"))};
+  if (type == "sample") return SampleDone{decode_sample(map.at("sample")), map.at("attempt")};
   if (type == "failed") {
-    return SampleFailed{{decode_key(map.at("key")), error_from_map(map.at("error"))}};
+    return SampleFailed{{decode_key(map.at("key")), error_from_map(map.at("error"))},
+                        map.at("attempt")};
   }
   if (type == "scored") {
     return Scored{.ticket = map.at("ticket"),
@@ -385,6 +392,7 @@ Event decode_known_event(const json& map) {
   }
   if (type == "ack")
     return Ack{.ticket = map.at("ticket"), .error = decode_outcome(map.at("error"))};
+  if (type == "progress") return StepProgress{};
   if (type == "stats") return WorkerStats{map.at("values")};
   if (type == "measured") {
     return Measured{.ticket = map.at("ticket"),

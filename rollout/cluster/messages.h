@@ -87,9 +87,11 @@ struct Pull {  // room for this many more samples
 };
 struct SampleDone {
   bridge::Sample sample;
+  int32_t attempt = 0;  // of its group, as the request said
 };
 struct SampleFailed {
   bridge::FailedSample sample;
+  int32_t attempt = 0;
 };
 struct Scored {
   uint64_t ticket = 0;
@@ -101,6 +103,7 @@ struct Ack {
   bridge::Outcome error;
   int fd = -1;  // of ExportWeights, in the worker's process; it stays the worker's
 };
+struct StepProgress {};  // layers of a step that takes long have been computed since the last event
 struct WorkerStats {
   std::vector<std::pair<std::string, double>> values;
 };
@@ -113,14 +116,18 @@ struct WorkerFailed {  // the worker can do no more work
   ErrorInfo error;
 };
 
-using Event = std::variant<WorkerReady, Pull, SampleDone, SampleFailed, Scored, Ack, WorkerStats,
-                           Measured, WorkerStopped, WorkerFailed>;
+using Event = std::variant<WorkerReady, Pull, SampleDone, SampleFailed, Scored, Ack, StepProgress,
+                           WorkerStats, Measured, WorkerStopped, WorkerFailed>;
 
 // Where commands for one worker go: a mailbox beside us or a socket. Never blocks.
 class WorkerLink {
  public:
   virtual ~WorkerLink() = default;
   virtual void send(Command command) = 0;
+  // Whether the worker is a process of its own, which can be lost alone and killed.
+  virtual bool is_own_process() const { return false; }
+  // Ends that process, also a stopped one. Called once, when nothing it says counts any more.
+  virtual void kill() {}
 };
 
 }  // namespace rollpack::rollout

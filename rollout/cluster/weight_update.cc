@@ -27,6 +27,7 @@ std::vector<int32_t> Dispatcher::packing_workers() const {
 }
 
 void Dispatcher::begin_weights(bridge::WeightUpdate update, bridge::OutcomeCallback done) {
+  Effects effects;
   bridge::Outcome error;
   {
     const std::lock_guard lock(mutex_);
@@ -48,6 +49,8 @@ void Dispatcher::begin_weights(bridge::WeightUpdate update, bridge::OutcomeCallb
                         .allowed = fmt::format("{}, the current version", weight_version_)};
     } else {
       update_version_ = update.version;
+      // A packed set is whole, whatever update made it.
+      kept_weights_.begin(update.version, update.base_version.has_value() && !shares_weights_);
       broadcast(
           packing_workers(),
           [is_partial = update.base_version.has_value()](uint64_t ticket) {
@@ -55,18 +58,23 @@ void Dispatcher::begin_weights(bridge::WeightUpdate update, bridge::OutcomeCallb
           },
           [this, done](bridge::Outcome refused, int) {
             refused ? drop_update(done, std::move(refused)) : done(std::nullopt);
-          });
-      return;
+          },
+          effects);
     }
   }
-  done(std::move(error));
+  run(effects);
+  if (error) done(std::move(error));
 }
 
 void Dispatcher::stage_weights(bridge::WeightChunk chunk, bridge::OutcomeCallback done) {
+  Effects effects;
+  bool is_begun = false;
   {
     const std::lock_guard lock(mutex_);
-    if (update_version_ && !fatal_) {
+    is_begun = update_version_ && !fatal_;
+    if (is_begun) {
       const auto shared = std::make_shared<const bridge::WeightChunk>(std::move(chunk));
+      if (replace_ && !shares_weights_) kept_weights_.stage(*shared);
       broadcast(
           packing_workers(),
           [&](uint64_t ticket) {
@@ -74,113 +82,176 @@ void Dispatcher::stage_weights(bridge::WeightChunk chunk, bridge::OutcomeCallbac
           },
           [this, done](bridge::Outcome refused, int) {
             refused ? drop_update(done, std::move(refused)) : done(std::nullopt);
-          });
-      return;
+          },
+          effects);
     }
   }
-  done(wrong_state("chunk", "begin first"));
+  run(effects);
+  if (!is_begun) done(wrong_state("chunk", "begin first"));
 }
 
 void Dispatcher::commit_weights(bridge::InFlight in_flight, bridge::OutcomeCallback done) {
+  Effects effects;
+  bool is_begun = false;
   {
     const std::lock_guard lock(mutex_);
-    if (update_version_ && !fatal_) {
+    is_begun = update_version_ && !fatal_;
+    if (is_begun) {
       broadcast(
           packing_workers(), [](uint64_t ticket) { return FinishWeights{ticket}; },
           [this, in_flight, done](bridge::Outcome refused, int) {
             if (refused) return drop_update(done, std::move(refused));
             shares_weights_ ? share_weights(in_flight, done) : switch_weights(in_flight, done);
-          });
-      return;
+          },
+          effects);
     }
   }
-  done(wrong_state("commit", "begin first"));
+  run(effects);
+  if (!is_begun) done(wrong_state("commit", "begin first"));
 }
 
 // Worker 0's packed set goes to all others.
 void Dispatcher::share_weights(bridge::InFlight in_flight, bridge::OutcomeCallback done) {
-  const std::lock_guard lock(mutex_);
-  broadcast(
-      {0}, [](uint64_t ticket) { return ExportWeights{ticket}; },
-      [this, in_flight, done](bridge::Outcome refused, int fd) {
-        if (refused) return drop_update(done, std::move(refused));
-        const std::lock_guard relock(mutex_);
-        std::vector<int32_t> others = all_workers();
-        others.erase(others.begin());
-        const auto shared = std::make_shared<const bridge::OwnedFd>(bridge::OwnedFd::duplicate(fd));
-        broadcast(
-            others,
-            [&](uint64_t ticket) {
-              return AdoptWeights{ticket, shared};
-            },
-            [this, in_flight, done](bridge::Outcome not_adopted, int) {
-              not_adopted ? drop_update(done, std::move(not_adopted))
-                          : switch_weights(in_flight, done);
-            });
-      });
+  Effects effects;
+  {
+    const std::lock_guard lock(mutex_);
+    broadcast(
+        {0}, [](uint64_t ticket) { return ExportWeights{ticket}; },
+        [this, in_flight, done](bridge::Outcome refused, int fd) {
+          if (refused) return drop_update(done, std::move(refused));
+          adopt_weights(bridge::OwnedFd::duplicate(fd), in_flight, done);
+        },
+        effects);
+  }
+  run(effects);
+}
+
+void Dispatcher::adopt_weights(bridge::OwnedFd fd, bridge::InFlight in_flight,
+                               const bridge::OutcomeCallback& done) {
+  Effects effects;
+  bool has_others = false;
+  {
+    const std::lock_guard lock(mutex_);
+    const std::vector<int32_t> others = workers_beside_first();
+    has_others = !others.empty();
+    const auto shared = std::make_shared<const bridge::OwnedFd>(std::move(fd));
+    if (replace_) kept_weights_.set_packed(shared);
+    if (has_others) {
+      broadcast(
+          others,
+          [&](uint64_t ticket) {
+            return AdoptWeights{ticket, shared};
+          },
+          [this, in_flight, done](bridge::Outcome refused, int) {
+            refused ? drop_update(done, std::move(refused)) : switch_weights(in_flight, done);
+          },
+          effects);
+    }
+  }
+  run(effects);
+  if (!has_others) switch_weights(in_flight, done);
+}
+
+std::vector<int32_t> Dispatcher::workers_beside_first() const {
+  std::vector<int32_t> others = all_workers();
+  std::erase(others, 0);
+  return others;
 }
 
 void Dispatcher::share_first_weights(bridge::OwnedFd fd) {
-  const std::lock_guard lock(mutex_);
-  const auto shared = std::make_shared<const bridge::OwnedFd>(std::move(fd));
-  const auto fail_start = [this](bridge::Outcome error, int) {
-    if (!error) return;
-    Effects effects;
-    {
-      const std::lock_guard relock(mutex_);
-      end_with(*error, effects);
+  Effects effects;
+  {
+    const std::lock_guard lock(mutex_);
+    const auto shared = std::make_shared<const bridge::OwnedFd>(std::move(fd));
+    const auto fail_start = [this](bridge::Outcome error, int) {
+      if (!error) return;
+      Effects end;
+      {
+        const std::lock_guard relock(mutex_);
+        if (!workers_beside_first().empty() || !recovery_.is_on) end_with(*error, end);
+      }
+      changed_.notify_all();
+      run(end);
+    };
+    const std::vector<int32_t> others = workers_beside_first();
+    if (replace_) {
+      kept_weights_.set_packed(shared);
+      kept_weights_.commit();
     }
-    changed_.notify_all();
-    run(effects);
-  };
-  std::vector<int32_t> others = all_workers();
-  others.erase(others.begin());
-  broadcast(
-      others,
-      [&](uint64_t ticket) {
-        return AdoptWeights{ticket, shared};
-      },
-      fail_start);
-  broadcast(
-      others, [](uint64_t ticket) { return CommitWeights{.ticket = ticket}; }, fail_start);
+    if (others.empty()) return;  // lost already
+    broadcast(
+        others,
+        [&](uint64_t ticket) {
+          return AdoptWeights{ticket, shared};
+        },
+        fail_start, effects);
+    broadcast(
+        others, [](uint64_t ticket) { return CommitWeights{.ticket = ticket}; }, fail_start,
+        effects);
+  }
+  run(effects);
 }
 
 void Dispatcher::switch_weights(bridge::InFlight in_flight, bridge::OutcomeCallback done) {
-  std::unique_lock lock(mutex_);
-  if (!update_version_) {  // cancelled while the ranks checked
-    lock.unlock();
-    done(wrong_state("commit", "begin first: the update was cancelled"));
-    return;
+  Effects effects;
+  bool is_cancelled = false;
+  {
+    const std::lock_guard lock(mutex_);
+    is_cancelled = !update_version_;  // while the ranks checked
+    if (!is_cancelled) {
+      const int64_t version = *update_version_;
+      is_switching_ = true;
+      // Past the point of no return: who cannot switch is given up, so that all others agree.
+      broadcast(
+          all_workers(),
+          [&](uint64_t ticket) {
+            return CommitWeights{ticket, version, in_flight};
+          },
+          [this, version, done](bridge::Outcome error, int) {
+            end_switch(version, std::move(error), done);
+          },
+          effects)
+          ->must_succeed = true;
+    }
   }
-  const int64_t version = *update_version_;
-  is_switching_ = true;
-  broadcast(
-      all_workers(),
-      [&](uint64_t ticket) {
-        return CommitWeights{ticket, version, in_flight};
-      },
-      [this, version, done](bridge::Outcome error, int) {
-        Effects effects;
-        {
-          const std::lock_guard relock(mutex_);
-          update_version_.reset();
-          is_switching_ = false;
-          if (error) {
-            end_with(*error, effects);  // some switched, some did not: no version to go on with
-          } else {
-            weight_version_ = version;
-          }
-        }
-        run(effects);
-        done(std::move(error));
-      });
+  run(effects);
+  if (is_cancelled) done(wrong_state("commit", "begin first: the update was cancelled"));
+}
+
+void Dispatcher::end_switch(int64_t version, bridge::Outcome error,
+                            const bridge::OutcomeCallback& done) {
+  Effects effects;
+  {
+    const std::lock_guard lock(mutex_);
+    update_version_.reset();
+    is_switching_ = false;
+    if (error) {
+      kept_weights_.discard();
+      // Some switched, some did not: no version to go on with. With recovery who did not is given
+      // up, so an error says that nobody did.
+      if (!recovery_.is_on) end_with(*error, effects);
+    } else {
+      weight_version_ = version;
+      kept_weights_.commit();
+    }
+    resume_joins(effects);
+  }
+  changed_.notify_all();
+  run(effects);
+  done(std::move(error));
 }
 
 void Dispatcher::cancel_weights() {
-  const std::lock_guard lock(mutex_);
-  if (!update_version_ || is_switching_) return;  // past the point of no return
-  update_version_.reset();
-  for (const int32_t worker : all_workers()) workers_[worker].link->send(DiscardWeights{});
+  Effects effects;
+  {
+    const std::lock_guard lock(mutex_);
+    if (!update_version_ || is_switching_) return;  // past the point of no return
+    update_version_.reset();
+    kept_weights_.discard();
+    for (const int32_t worker : all_workers()) workers_[worker].link->send(DiscardWeights{});
+    resume_joins(effects);
+  }
+  run(effects);
 }
 
 void Dispatcher::drop_update(const bridge::OutcomeCallback& done, bridge::Outcome error) {

@@ -17,6 +17,7 @@ using namespace std::chrono_literals;
 // take 10 s; a step that takes 60 times as long is stuck.
 constexpr auto kStepTimeout = 10min;
 constexpr auto kStatsInterval = 1s;
+constexpr auto kProgressInterval = 1s;  // of a step under way
 
 double peak_memory_bytes() {
   rusage usage{};
@@ -44,8 +45,8 @@ Worker::Worker(Replica& replica, std::function<void(Event)> emit,
               replica.backend(), *this) {
   if (reference == nullptr) return;
   reference_.emplace(
-      std::move(reference), [this](bridge::Sample sample) { emit_(SampleDone{std::move(sample)}); },
-      [this](bridge::FailedSample sample) { emit_(SampleFailed{std::move(sample)}); });
+      std::move(reference), [this](bridge::Sample sample) { tell_sample(std::move(sample)); },
+      [this](bridge::FailedSample sample) { on_failed(std::move(sample)); });
 }
 
 void Worker::start() {
@@ -99,7 +100,11 @@ void Worker::work() {
 
 // The reference policy waits until its samples fill a step, or nothing else can run.
 bool Worker::step() {
-  const auto is_interrupted = [this] { return must_stop(); };
+  progress_due_ = std::chrono::steady_clock::now() + kProgressInterval;
+  const auto is_interrupted = [this] {
+    tell_progress();
+    return must_stop();
+  };
   const bool is_reference_due = reference_ && reference_->fills_a_step();
   if (!is_reference_due && engine_.has_work() &&
       engine_.step(kStepTimeout, is_interrupted) != Engine::StepOutcome::kNothingToDo) {
@@ -107,6 +112,18 @@ bool Worker::step() {
   }
   if (!reference_ || reference_->num_waiting() == 0) return false;
   return reference_->step(kStepTimeout, is_interrupted) != Engine::StepOutcome::kNothingToDo;
+}
+
+// Rank 0 gives a worker up that says nothing for a lease. What counts is that layers get done, not
+// that this thread lives: it only waits for them.
+void Worker::tell_progress() {
+  const auto time = std::chrono::steady_clock::now();
+  const int64_t num_layers =
+      replica_.num_layers_run() + (reference_ ? reference_->num_layers_run() : 0);
+  if (time < progress_due_ || num_layers == num_layers_told_) return;
+  progress_due_ = time + kProgressInterval;
+  num_layers_told_ = num_layers;
+  emit_(StepProgress{});
 }
 
 // A step may take seconds, a stop may not: what was sampled before the step is handed back instead.
@@ -171,22 +188,20 @@ std::vector<std::pair<std::string, double>> Worker::stats() const {
       {"peak_memory_bytes", peak_memory_bytes()}};
 }
 
-// Carries out what waited for running samples to finish.
+// Carries out what waited for running samples to finish. While nothing runs they never would.
 void Worker::finish_switch() {
-  if ((!pending_commit_ && !pending_pause_) || engine_.has_started_work()) return;
+  if (engine_.has_started_work() && !is_paused_) return;
   if (pending_commit_) {
     const CommitWeights commit = *std::exchange(pending_commit_, std::nullopt);
-    engine_.set_admits(!pending_pause_);
+    engine_.set_admits(pending_pauses_.empty());
     acknowledge(commit.ticket, [&] {
       replica_.backend().commit_weights();
       engine_.switch_version(commit.version);
     });
   }
-  if (pending_pause_) {
-    const Pause pause = *std::exchange(pending_pause_, std::nullopt);
-    is_paused_ = true;
-    acknowledge(pause.ticket, [] {});
-  }
+  if (pending_pauses_.empty()) return;
+  is_paused_ = true;
+  for (const uint64_t ticket : std::exchange(pending_pauses_, {})) acknowledge(ticket, [] {});
 }
 
 void Worker::acknowledge(uint64_t ticket, const std::function<void()>& action) {
@@ -201,7 +216,9 @@ void Worker::acknowledge(uint64_t ticket, const std::function<void()>& action) {
 
 void Worker::handle(AddGroups& command) {
   for (GroupRequest& group : command.groups) {
-    num_pulled_ -= group.key.group_size;  // below 0 where the group is larger than what was asked
+    num_pulled_ -= group.num_samples();  // below 0 where the group is larger than what was asked
+    attempts_[{group.key.request_id, group.key.prompt_index}] = {group.attempt,
+                                                                 group.num_samples()};
     engine_.add(std::move(group));
   }
 }
@@ -217,7 +234,7 @@ void Worker::handle(AbortSamples& command) {
 void Worker::handle(Pause& command) {
   if (command.in_flight == bridge::InFlight::kWait) {
     engine_.set_admits(false);
-    pending_pause_ = command;
+    pending_pauses_.push_back(command.ticket);
     return;
   }
   if (command.in_flight == bridge::InFlight::kAbort) engine_.abort(std::nullopt);
@@ -228,10 +245,8 @@ void Worker::handle(Pause& command) {
 void Worker::handle(Resume&) {
   is_paused_ = false;
   if (!pending_commit_) engine_.set_admits(true);
-  if (pending_pause_) {  // resumed before it had paused
-    const uint64_t ticket = std::exchange(pending_pause_, std::nullopt)->ticket;
-    acknowledge(ticket, [] {});
-  }
+  // Resumed before it had paused.
+  for (const uint64_t ticket : std::exchange(pending_pauses_, {})) acknowledge(ticket, [] {});
 }
 
 void Worker::handle(BeginWeights& command) {
@@ -311,11 +326,26 @@ void Worker::handle(Stop& command) {
 
 void Worker::on_sample(bridge::Sample sample) {
   if (reference_ && !is_stopped_) return reference_->add(std::move(sample));
-  emit_(SampleDone{std::move(sample)});
+  tell_sample(std::move(sample));
+}
+
+void Worker::tell_sample(bridge::Sample sample) {
+  const int32_t attempt = attempt_of(sample.key);
+  emit_(SampleDone{std::move(sample), attempt});
 }
 
 void Worker::on_failed(bridge::FailedSample sample) {
-  emit_(SampleFailed{std::move(sample)});
+  const int32_t attempt = attempt_of(sample.key);
+  emit_(SampleFailed{std::move(sample), attempt});
+}
+
+// The attempt that a sample on its way out belongs to; forgotten with the group's last.
+int32_t Worker::attempt_of(const bridge::SampleKey& key) {
+  const auto found = attempts_.find({key.request_id, key.prompt_index});
+  if (found == attempts_.end()) return 0;
+  const int32_t attempt = found->second.number;
+  if (--found->second.num_left == 0) attempts_.erase(found);
+  return attempt;
 }
 
 void Worker::on_scored(uint64_t ticket, bridge::Outcome error, bridge::ScoredSequence scored) {

@@ -6,10 +6,13 @@
 #include <condition_variable>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include "rollout/cluster/messages.h"
 #include "rollout/engine/engine.h"
@@ -40,6 +43,7 @@ class Worker : public WorkerLink, private EngineOutput {
   void work();
   bool step();  // false: there is nothing to do
   bool must_stop();
+  void tell_progress();
   bool take_commands();  // false: stopped
   void tell_capacity();
   void tell_stats(bool now);
@@ -63,6 +67,8 @@ class Worker : public WorkerLink, private EngineOutput {
   void handle(Stop& command);
   void acknowledge(uint64_t ticket, const std::function<void()>& action);
 
+  void tell_sample(bridge::Sample sample);
+  int32_t attempt_of(const bridge::SampleKey& key);
   void on_sample(bridge::Sample sample) override;
   void on_failed(bridge::FailedSample sample) override;
   void on_scored(uint64_t ticket, bridge::Outcome error, bridge::ScoredSequence scored) override;
@@ -72,12 +78,19 @@ class Worker : public WorkerLink, private EngineOutput {
   Engine engine_;
   std::optional<ReferencePolicy> reference_;
   std::optional<StepMeter> meter_;  // while steps are measured
-  int32_t num_pulled_ = 0;          // samples asked for and not yet given
-  bool is_paused_ = false;          // no steps at all
+  struct Attempt {
+    int32_t number = 0;
+    int32_t num_left = 0;  // samples
+  };
+  std::map<std::pair<int64_t, int32_t>, Attempt> attempts_;  // by request and prompt
+  int32_t num_pulled_ = 0;                                   // samples asked for and not yet given
+  bool is_paused_ = false;                                   // no steps at all
   bool is_stopped_ = false;
-  std::optional<Pause> pending_pause_;           // waits for running samples to finish
+  std::vector<uint64_t> pending_pauses_;         // tickets; wait for running samples to finish
   std::optional<CommitWeights> pending_commit_;  // likewise
   std::chrono::steady_clock::time_point stats_due_;
+  std::chrono::steady_clock::time_point progress_due_;
+  int64_t num_layers_told_ = 0;
 
   std::mutex mutex_;
   std::condition_variable wake_;

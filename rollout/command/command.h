@@ -19,7 +19,7 @@ struct CommandLine {
   bool profile = false;                // bench: time every op
 };
 
-// Serves trainers over the bridge until a signal, a shutdown request or a lost rank.
+// Serves trainers over the bridge until a signal, a shutdown request or the loss of all workers.
 int serve(Job& job, const CommandLine& line);
 // Prompts in, samples out, in input order.
 int generate(Job& job, const CommandLine& line);

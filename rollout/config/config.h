@@ -178,10 +178,18 @@ struct BridgeSection {
 };
 
 struct ClusterSection {
+  double lease_s = 30.0;
+  bool replace_lost = true;
+
   bool operator==(const ClusterSection&) const = default;
 
   template <class Self, class Field>
-  static void fields(Self&, Field&&) {}
+  static void fields(Self& self, Field&& field) {
+    field(
+        "lease_s", self.lease_s, Real{.min = 0.5, .max = 86400},
+        "seconds; a rank that has work and shows no progress for so long is killed, others go on");
+    field("replace_lost", self.replace_lost, Flag{}, "start another worker in a lost rank's place");
+  }
 };
 
 struct Config {
@@ -208,7 +216,7 @@ struct Config {
     section("reference_model", self.reference_model,
             "a frozen policy that scores every sample; each rank holds its weights");
     section("bridge", self.bridge, "how the trainer gets it");
-    section("cluster", self.cluster, "ranks; nothing to set yet");
+    section("cluster", self.cluster, "ranks, and what becomes of lost ones");
   }
 };
 

@@ -44,7 +44,8 @@ void Engine::add(GroupRequest request) {
   auto group = std::make_shared<Group>();
   group->request = std::move(request);
   const std::vector<int32_t>& prompt = *group->request.prompt_ids;
-  for (int32_t index = 0; index < group->request.key.group_size; ++index) {
+  for (int32_t i = 0; i < group->request.num_samples(); ++i) {
+    const int32_t index = group->request.sample_index(i);
     auto sequence = std::make_unique<Sequence>();
     sequence->group = group;
     sequence->arrival = num_arrivals_++;

@@ -31,6 +31,7 @@ class ReferencePolicy : private EngineOutput {
   int64_t num_waiting() const { return static_cast<int64_t>(waiting_.size()); }
   // Whether what waits fills a step: worth a step of its own beside samples being drawn.
   bool fills_a_step() const { return num_waiting_tokens_ >= max_step_tokens_; }
+  int64_t num_layers_run() const { return replica_->num_layers_run(); }
   // One step. Errors: those of Engine::step.
   Engine::StepOutcome step(std::chrono::milliseconds timeout,
                            const std::function<bool()>& is_interrupted);

@@ -45,6 +45,8 @@ class Replica {
   // Where the time of steps went since the last call; empty unless options.profiles.
   kernels::StepProfile take_profile();
   ModelWeights& weights() { return *weights_; }
+  // Grows while a step computes. Any thread.
+  int64_t num_layers_run() const { return transformer_->num_layers_run(); }
 
  private:
   const Config config_;

@@ -49,7 +49,10 @@ void Transformer::run(kernels::Backend& backend, int64_t num_rows, int64_t num_h
   const int64_t D = config_.hidden_size;
   const Tensor residual = view(residual_, DType::kF32, num_rows, D);
   backend.embed({.weight = weights_.embedding, .out = residual});
-  for (int64_t layer = 0; layer < config_.num_hidden_layers; ++layer) run_layer(layer, num_rows);
+  for (int64_t layer = 0; layer < config_.num_hidden_layers; ++layer) {
+    run_layer(layer, num_rows);
+    num_layers_run_.fetch_add(1, std::memory_order_relaxed);
+  }
   if (num_head_rows == 0) return;
   const Tensor rows = view(head_rows_, DType::kF32, num_head_rows, D);
   const Tensor normed = view(normed_, dtype_, num_head_rows, D);

@@ -2,6 +2,7 @@
 // the Backend's ops: pre-norm blocks with rotary attention and a gated MLP, f32 residual stream.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "kernels/backend.h"
@@ -20,6 +21,10 @@ class Transformer : public kernels::StepProgram {
 
   void run(kernels::Backend& backend, int64_t num_rows, int64_t num_head_rows) override;
 
+  // Layers computed so far, by all steps. Any thread: it says that a long step is under way, and
+  // orders nothing.
+  int64_t num_layers_run() const { return num_layers_run_.load(std::memory_order_relaxed); }
+
  private:
   void run_layer(int64_t layer, int64_t num_rows);
   kernels::Tensor view(const kernels::Buffer& buffer, DType dtype, int64_t rows,
@@ -30,6 +35,7 @@ class Transformer : public kernels::StepProgram {
   kernels::Backend& backend_;
   const DType dtype_;  // compute dtype: what matrix products read
   int64_t num_positions_;
+  std::atomic<int64_t> num_layers_run_ = 0;
 
   kernels::Buffer residual_;    // [rows, D] f32
   kernels::Buffer normed_;      // [rows, D] compute dtype

@@ -52,15 +52,19 @@ def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
 class Job:
     """A started program, in a process group of its own and marked, so that no child gets lost."""
 
-    def __init__(self, arguments: Iterable[Any], *, num_ranks: int = 0) -> None:
-        """Starts it; num_ranks 0 runs it without mpirun."""
+    def __init__(self, arguments: Iterable[Any], *, num_ranks: int = 0,
+                 recovers: bool = False) -> None:
+        """Starts it; num_ranks 0: without mpirun; recovers: deaths of ranks do not end it."""
         self._mark = uuid.uuid4().hex
         command = [str(BINARY), *map(str, arguments)]
         if num_ranks:
-            command = ["mpirun", "-n", str(num_ranks), "--bind-to", "none", "--oversubscribe",
-                       *command]
+            command = ["mpirun", *(["--enable-recovery"] if recovers else []), "-n",
+                       str(num_ranks), "--bind-to", "none", "--oversubscribe", *command]
+        self._folder = tempfile.TemporaryDirectory(prefix="status-")
+        self._status_path = pathlib.Path(self._folder.name) / "status"
         environment = {**os.environ, _MARK: self._mark, "OMPI_ALLOW_RUN_AS_ROOT": "1",
-                       "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+                       "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+                       "ROLLPACK_STATUS_FILE": str(self._status_path)}
         self._log = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._log,
@@ -73,6 +77,11 @@ class Job:
         # Opened anew: the descriptor itself shares its position with the program's.
         path = pathlib.Path(f"/proc/self/fd/{self._log.fileno()}")
         return path.read_text(errors="replace")
+
+    @property
+    def rank_0_status(self) -> str:
+        """What rank 0 says of its end: "running" or its exit status."""
+        return self._status_path.read_text().strip()
 
     def signal(self, number: int) -> None:
         """Sends a signal to the program, or to its mpirun, alone."""
@@ -95,7 +104,10 @@ class Job:
         for pid in self.living_pids():
             environment = _environment_of(pid)
             if _program_of(pid) == str(BINARY.resolve()):
-                ranks[int(environment.get("OMPI_COMM_WORLD_RANK", 0))] = pid
+                # A replacement is told "PARENT RANK ..".
+                joined = environment.get("ROLLPACK_JOIN", "").split()
+                rank = joined[1] if joined else environment.get("OMPI_COMM_WORLD_RANK", 0)
+                ranks[int(rank)] = pid
         return ranks
 
     def living_pids(self) -> list[int]:

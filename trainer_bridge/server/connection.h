@@ -10,10 +10,10 @@
 #include <vector>
 
 #include "kernels/base/error.h"
-#include "trainer_bridge/server/peer.h"
 #include "trainer_bridge/wire/asio.h"
 #include "trainer_bridge/wire/fields.h"
 #include "trainer_bridge/wire/frame_socket.h"
+#include "trainer_bridge/wire/peer.h"
 
 namespace rollpack::bridge {
 

@@ -18,12 +18,12 @@
 #include "trainer_bridge/server/batch_waiters.h"
 #include "trainer_bridge/server/connection.h"
 #include "trainer_bridge/server/listen_socket.h"
-#include "trainer_bridge/server/peer.h"
 #include "trainer_bridge/server/sample_inbox.h"
 #include "trainer_bridge/server/verbs.h"
 #include "trainer_bridge/shared_memory/slot_ring.h"
 #include "trainer_bridge/weight_inbox/weight_inbox.h"
 #include "trainer_bridge/wire/asio.h"
+#include "trainer_bridge/wire/peer.h"
 
 namespace rollpack::bridge {
 namespace {

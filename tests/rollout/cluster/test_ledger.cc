@@ -44,15 +44,15 @@ TEST(Ledger, CountsEachSampleOnceAndOnlyFromItsWorker) {
   ledger.accept(group(0, 0, 5), "here");
   bridge::SampleKey key = ledger.assign({0, 0}, 3).key;
   key.sample_index = 1;
-  EXPECT_FALSE(ledger.commit(key, 2)) << "another worker's";
-  EXPECT_EQ(ledger.commit(key, 3), 10);
-  EXPECT_FALSE(ledger.commit(key, 3)) << "a second time";
+  EXPECT_FALSE(ledger.commit(key, 2, 1)) << "another worker's";
+  EXPECT_EQ(ledger.commit(key, 3, 1), 10);
+  EXPECT_FALSE(ledger.commit(key, 3, 1)) << "a second time";
   EXPECT_EQ(ledger.live_origin("0"), "here");
   key.sample_index = 2;
-  EXPECT_FALSE(ledger.commit(key, 3)) << "beyond the group";
+  EXPECT_FALSE(ledger.commit(key, 3, 1)) << "beyond the group";
   key.sample_index = 0;
-  EXPECT_EQ(ledger.commit(key, 3), 15) << "the last one takes the prompt along";
-  EXPECT_FALSE(ledger.commit(key, 3)) << "late";
+  EXPECT_EQ(ledger.commit(key, 3, 1), 15) << "the last one takes the prompt along";
+  EXPECT_FALSE(ledger.commit(key, 3, 1)) << "late";
   EXPECT_EQ(ledger.num_open_samples(), 0);
   EXPECT_EQ(ledger.num_dropped(), 4);
   EXPECT_FALSE(ledger.live_origin("0"));
@@ -64,10 +64,75 @@ TEST(Ledger, GivesBackQueuedGroupsOfOneSubmit) {
   ledger.accept(group(1, 0, 5), "");
   ledger.accept(group(1, 1, 5), "");
   ledger.assign({1, 1}, 0);
-  EXPECT_EQ(ledger.take_queued(1).size(), 1u);
+  EXPECT_EQ(ledger.abort(1).size(), 1u);
   EXPECT_EQ(ledger.num_open_samples(1), 2);
   EXPECT_EQ(ledger.num_open_samples(), 4);
-  EXPECT_EQ(ledger.take_queued(std::nullopt).size(), 1u);
+  EXPECT_EQ(ledger.abort(std::nullopt).size(), 1u);
+}
+
+TEST(Ledger, FencesTheAttemptOfALostWorkerAndQueuesWhatIsOpen) {
+  Ledger ledger;
+  ledger.accept(group(0, 0, 5, 3), "here");
+  const GroupRequest once = ledger.assign({0, 0}, 1);
+  EXPECT_EQ(once.attempt, 1);
+  bridge::SampleKey first = once.key;
+  first.sample_index = 1;
+  EXPECT_EQ(ledger.commit(first, 1, 1), 10);
+
+  EXPECT_EQ(ledger.fence(1).num_requeued, 1);
+  EXPECT_EQ(ledger.num_queued_groups(), 1);
+  EXPECT_EQ(ledger.expected_tokens({0, 0}), 25) << "the prompt and two of three samples";
+  const GroupRequest again = ledger.assign({0, 0}, 1);
+  EXPECT_EQ(again.attempt, 2);
+  EXPECT_EQ(again.sample_indices, (std::vector<int32_t>{0, 2}));
+
+  first.sample_index = 0;
+  EXPECT_FALSE(ledger.commit(first, 1, 1))
+      << "of the fenced attempt, though the worker has its number";
+  bridge::SampleKey second = again.key;
+  second.sample_index = 1;
+  EXPECT_FALSE(ledger.commit(second, 1, 2)) << "done before";
+  second.sample_index = 0;
+  EXPECT_TRUE(ledger.commit(second, 1, 2));
+  second.sample_index = 2;
+  EXPECT_EQ(ledger.commit(second, 1, 2), 15);
+  EXPECT_EQ(ledger.num_dropped(), 2);
+  EXPECT_EQ(ledger.num_open_samples(), 0);
+  EXPECT_FALSE(ledger.live_origin("0"));
+}
+
+TEST(Ledger, SuspectsAfterTwoDeathsAndConvictsAtTheThird) {
+  Ledger ledger;
+  ledger.accept(group(0, 0, 5), "");
+  ledger.accept(group(0, 1, 4), "");
+  for (const int32_t worker : {1, 2}) {
+    ASSERT_EQ(ledger.next(), (Ledger::GroupKey{0, 0}));
+    ledger.assign({0, 0}, worker);
+    EXPECT_EQ(ledger.fence(worker).num_requeued, 1);
+  }
+  EXPECT_EQ(ledger.next(), (Ledger::GroupKey{0, 1})) << "a suspect is handed out by itself";
+  EXPECT_EQ(ledger.next_suspect(), (Ledger::GroupKey{0, 0}));
+  EXPECT_EQ(ledger.num_queued_groups(), 2);
+  ledger.assign({0, 0}, 3);
+  const Ledger::Fenced fenced = ledger.fence(3);
+  EXPECT_EQ(fenced.num_requeued, 0);
+  ASSERT_EQ(fenced.culprits.size(), 1u);
+  EXPECT_EQ(fenced.culprits[0].num_samples(), 2);
+  EXPECT_FALSE(ledger.next_suspect());
+  EXPECT_EQ(ledger.num_open_samples(), 2);
+}
+
+TEST(Ledger, DoesNotRunAbortedGroupsAgain) {
+  Ledger ledger;
+  ledger.accept(group(0, 0, 5), "");
+  bridge::SampleKey key = ledger.assign({0, 0}, 1).key;
+  EXPECT_TRUE(ledger.abort(0).empty()) << "the worker hands it back";
+  key.sample_index = 1;
+  EXPECT_TRUE(ledger.commit(key, 1, 1));
+  const Ledger::Fenced fenced = ledger.fence(1);
+  ASSERT_EQ(fenced.aborted.size(), 1u);
+  EXPECT_EQ(fenced.aborted[0].sample_indices, std::vector<int32_t>{0});
+  EXPECT_EQ(ledger.num_open_samples(), 0);
 }
 
 }  // namespace

@@ -65,17 +65,19 @@ class KeepingSink : public bridge::SampleSink {
 
 class ThreadRanks {
  public:
-  explicit ThreadRanks(int num_ranks, const Config& config = tiny_config())
-      : ThreadRanks(num_ranks, [&config](int) { return tiny_replica(config); }) {}
+  explicit ThreadRanks(int num_ranks, const Config& config = tiny_config(),
+                       RecoveryOptions recovery = {})
+      : ThreadRanks(
+            num_ranks, [&config](int) { return tiny_replica(config); }, recovery) {}
 
   // Every rank's replica from `make_replica(rank)`, all of one configuration and one model.
   template <class MakeReplica>
-  ThreadRanks(int num_ranks, MakeReplica make_replica) {
+  ThreadRanks(int num_ranks, MakeReplica make_replica, RecoveryOptions recovery = {}) {
     for (int rank = 0; rank < num_ranks; ++rank) replicas_.push_back(make_replica(rank));
     Replica& first = *replicas_[0];
     dispatcher_ = std::make_unique<Dispatcher>(first.config(), first.model(), first.limits(),
                                                first.backend().info().fingerprint,
-                                               /*shares_weights=*/false);
+                                               /*shares_weights=*/false, recovery);
     dispatcher_->set_sink(sink);
     for (int rank = 0; rank < num_ranks; ++rank) {
       workers_.push_back(std::make_shared<Worker>(*replicas_[rank], [this, rank](Event event) {
@@ -113,6 +115,8 @@ class ThreadRanks {
    public:
     explicit CodecLink(std::shared_ptr<Worker> worker) : worker_(std::move(worker)) {}
     void send(Command command) override { worker_->send(decode_command(encode(command))); }
+    bool is_own_process() const override { return true; }
+    // A thread cannot be killed: it goes on as a zombie whose results come late.
 
    private:
     std::shared_ptr<Worker> worker_;

@@ -246,7 +246,8 @@ TEST(Config, BadFilesNameLineAndReason) {
        "invalid_argument: rolout (f.yaml:2): expected one of the sections model, rollout, engine, "
        "reference_model, bridge, cluster; did you mean rollout?"},
       {"model: {path: m}\ncluster: {size: 2}",
-       "invalid_argument: cluster.size = 2 (f.yaml:2): expected no key: cluster has none"},
+       "invalid_argument: cluster.size = 2 (f.yaml:2): expected one of the keys lease_s, "
+       "replace_lost"},
       {"model: {path: m}\nengine: {kv_cache_memory: 2G}",
        "invalid_argument: engine.kv_cache_memory = 2G (f.yaml:2): expected bytes from 4KiB to "
        "64TiB, "

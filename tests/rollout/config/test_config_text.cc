@@ -96,7 +96,8 @@ TEST(ConfigText, JsonHoldsEveryFieldWithItsType) {
             R"("reference_model":{"path":"","kv_cache_memory":536870912},)"
             R"("bridge":{"socket":"run/rollpack.sock","slots":4,"slot_bytes":67108864,)"
             R"("layout":"packed","max_tokens_per_row":16384,"prompt_width":0,"response_width":0,)"
-            R"("pad_to_multiple_of":1,"max_version_lag":-1,"columns":["entropy"]},"cluster":{}})");
+            R"("pad_to_multiple_of":1,"max_version_lag":-1,"columns":["entropy"]},)"
+            R"("cluster":{"lease_s":30.0,"replace_lost":true}})");
 }
 
 TEST(ConfigText, HelpListsEveryFieldWithRangeDefaultAndAliases) {

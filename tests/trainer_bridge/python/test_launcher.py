@@ -125,7 +125,7 @@ def test_several_ranks_run_under_mpirun(
     mpirun.write_text(
         f"""#!/bin/sh
 {{ echo "$@"; env | grep OMPI; }} >{environment}
-shift 5
+shift 6
 exec "$@"
 """
     )
@@ -134,7 +134,9 @@ exec "$@"
     with program.launch(num_ranks=3, mpirun=str(mpirun)) as client:
         assert client.health() == "ok"
     arguments, *variables = environment.read_text().splitlines()
-    assert arguments.startswith(f"--bind-to none --oversubscribe -n 3 {program.path} serve")
+    assert arguments.startswith(
+        f"--enable-recovery --bind-to none --oversubscribe -n 3 {program.path} serve"
+    )
     assert "OMPI_ALLOW_RUN_AS_ROOT=1" in variables
     assert "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1" in variables
 
@@ -146,6 +148,19 @@ def test_a_server_that_dies_during_start_leaves_its_code_and_last_words(program:
     assert f"server = {program.path} serve --config {program.config}" in str(error.value)
     assert "it ended before it was ready; exit code 1; its last lines:" in str(error.value)
     assert "model.path = nowhere: no such folder" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "how"), [("running", "its first rank was killed"), ("3", "exit code 3")]
+)
+def test_the_end_of_the_first_rank_counts_and_not_that_of_mpirun(
+    status: str, how: str, program: Program
+) -> None:
+    program.write(
+        before_ready=f"open(os.environ['ROLLPACK_STATUS_FILE'], 'w').write('{status}'); sys.exit(0)"
+    )
+    with pytest.raises(rollpack.Unavailable, match=f"before it was ready; {how}; it wrote nothing"):
+        program.launch()
 
 
 def test_a_server_killed_by_a_signal_is_described_by_its_name(program: Program) -> None:

@@ -51,6 +51,7 @@ def launch(
 ) -> Client:
     """Start `rollpack serve`, wait until it is ready and connect to it.
 
+    Several ranks run under `mpirun --enable-recovery`: a rank that dies does not end the others.
     The server ends when the client is closed, at exit, and when this process dies in any other way.
     Its output goes to stderr. Unless `set` names bridge.socket, the socket lies in a private
     temporary directory, so that several trainers may launch at once.
@@ -90,13 +91,14 @@ def launch(
             ranks = ["-n", str(num_ranks)]
             command = [
                 _program("mpirun", mpirun),
+                "--enable-recovery",
                 "--bind-to",
                 "none",
                 "--oversubscribe",
                 *ranks,
                 *command,
             ]
-        server = ServerProcess(command)
+        server = ServerProcess(command, os.path.join(directory, "status"))
         on_error.callback(server.stop)
         server.wait_until_ready(timeout_s)
         client = LaunchedClient(socket_path, server, directory)
@@ -140,13 +142,19 @@ def _stop_server(
 class ServerProcess:
     """A server, or the mpirun of one, with the last lines it wrote."""
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: list[str], status_path: str) -> None:
         """Start it.
+
+        Args:
+            command: program and arguments.
+            status_path: file for the exit status of its first rank; mpirun returns 0 whatever
+                became of the ranks.
 
         Raises:
             Unavailable: it cannot be started.
         """
         self._command = command
+        self._status_path = status_path
         self._tail: deque[str] = deque(maxlen=_NUM_TAIL_LINES)
         self._news: queue.SimpleQueue[str | OSError] = queue.SimpleQueue()
         self._process: subprocess.Popen[str] | None = None
@@ -164,7 +172,7 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env=_environment(),
+                env={**_environment(), "ROLLPACK_STATUS_FILE": self._status_path},
                 text=True,
                 errors="replace",
                 start_new_session=True,  # Ctrl-C reaches the trainer, which then stops the server
@@ -240,10 +248,22 @@ class ServerProcess:
         """How the process ended, with its last lines, for an error's text."""
         if not self.wait(1.0):
             return "its process still runs"
-        code = self._started().returncode
-        how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
         self._thread.join(1.0)  # the last lines may still be in the pipe
-        return f"{how}; {self._last_lines()}"
+        return f"{self._how_it_ended()}; {self._last_lines()}"
+
+    def _how_it_ended(self) -> str:
+        try:
+            status = Path(self._status_path).read_text(encoding="ascii").strip()
+        except OSError:  # it ended before it could write
+            status = ""
+        code = self._started().returncode
+        if status.isdigit():
+            return f"exit code {status}"
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        if status == "running" and code == 0:
+            return "its first rank was killed"
+        return f"exit code {code}"
 
     def _last_lines(self) -> str:
         return "its last lines:\n  " + "\n  ".join(self._tail) if self._tail else "it wrote nothing"

@@ -1,4 +1,4 @@
-#include "trainer_bridge/server/peer.h"
+#include "trainer_bridge/wire/peer.h"
 
 #include <fmt/format.h>
 #include <poll.h>

@@ -1,0 +1,298 @@
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <utility>
+
+#include "tests/rollout/cluster/simulated_world.h"
+
+namespace rollpack::rollout::simulation {
+namespace {
+
+// Samples a worker wants to have open.
+constexpr int32_t kNumWanted = 6;
+constexpr int64_t kWordIntervalMs = 300;  // of StepProgress, well within a lease
+
+int64_t unpacked(int fd) {
+  int64_t weights = -1;
+  if (::pread(fd, &weights, sizeof(weights), 0) != sizeof(weights)) std::abort();
+  return weights;
+}
+
+}  // namespace
+
+bridge::OwnedFd packed_set(int64_t weights) {
+  bridge::OwnedFd fd(::memfd_create("weights", MFD_CLOEXEC));
+  if (::pwrite(fd.get(), &weights, sizeof(weights), 0) != sizeof(weights)) std::abort();
+  return fd;
+}
+
+// Arrives after what was sent before it.
+template <class T>
+int64_t SimulatedWorker::arrival(const std::deque<OnWire<T>>& wire) {
+  int64_t arrives_ms = world_.now_ms + world_.dice.below(5);
+  if (world_.dice.chance(world_.fault_rate)) {
+    arrives_ms += 400;
+    world_.fault(Fault::kSlowLink);
+  }
+  return wire.empty() ? arrives_ms : std::max(arrives_ms, wire.back().arrives_ms);
+}
+
+void SimulatedWorker::start(int32_t index) {
+  index_ = index;
+  emit(WorkerReady{.pid = 100 + index, .fingerprint = "same"});
+}
+
+void SimulatedWorker::emit(Event event) {
+  if (!is_alive_) return;
+  const bool is_sample = std::holds_alternative<SampleDone>(event);
+  if (is_sample && world_.dice.chance(world_.fault_rate)) {
+    world_.fault(Fault::kDuplicate);
+    outbox_.push_back({arrival(outbox_), event});
+  }
+  outbox_.push_back({arrival(outbox_), std::move(event)});
+  const size_t size = outbox_.size();
+  if (is_sample && size > 1 && std::holds_alternative<SampleDone>(outbox_[size - 2].message) &&
+      world_.dice.chance(world_.fault_rate)) {
+    world_.fault(Fault::kReorder);
+    std::swap(outbox_[size - 1].message, outbox_[size - 2].message);
+  }
+}
+
+void SimulatedWorker::deliver() {
+  while (!outbox_.empty() && outbox_.front().arrives_ms <= world_.now_ms && !has_left_) {
+    Event event = std::move(outbox_.front().message);
+    outbox_.pop_front();
+    dispatcher_.handle(index_, std::move(event));
+  }
+  if (is_alive_ || !outbox_.empty() || has_left_) return;
+  has_left_ = true;
+  dispatcher_.lose_worker(
+      index_,
+      {.code = ErrorCode::kUnavailable, .field = fmt::format("rank {}", index_), .value = "gone"});
+}
+
+void SimulatedWorker::turn() {
+  deliver();
+  if (!is_alive_) return;
+  if (world_.now_ms < stopped_until_ms_) {
+    const bool is_overdue = world_.now_ms - stopped_at_ms_ > kLeaseMs + 1000;
+    world_.check(!is_overdue || !owed_at_stop_ || was_killed_,
+                 fmt::format("worker {} was not given up {} ms after it was stopped", index_,
+                             world_.now_ms - stopped_at_ms_));
+    return;
+  }
+  while (!inbox_.empty() && inbox_.front().arrives_ms <= world_.now_ms && is_alive_) {
+    Command command = std::move(inbox_.front().message);
+    committed_version_ = inbox_.front().committed_version;
+    inbox_.pop_front();
+    if (is_stopped_) continue;
+    std::visit([this](auto& known) { handle(known); }, command);
+  }
+  if (!is_stopped_) work();
+  finish_waits();
+}
+
+void SimulatedWorker::work() {
+  if (!is_paused_) {
+    for (size_t i = 0; i < items_.size() && is_alive_;) {
+      Item& item = items_[i];
+      const bool admits = pending_pauses_.empty() && !pending_commit_;
+      item.has_started |= admits;
+      if (!item.has_started || --item.turns_left > 0) {
+        ++i;
+        continue;
+      }
+      if (is_process_ && world_.poison.contains(item.group.prompt_ids->front())) {
+        world_.fault(Fault::kPoison);
+        die(/*loses_tail=*/false);
+        return;
+      }
+      const Item done = std::move(item);
+      items_.erase(items_.begin() + static_cast<int64_t>(i));
+      finish(done, /*is_aborted=*/false);
+    }
+    for (const ScoreRequest& request : std::exchange(scores_, {})) {
+      emit(Scored{.ticket = request.ticket, .sequence = {.id = request.sequence.id}});
+    }
+  }
+  const auto missing = kNumWanted - static_cast<int32_t>(items_.size()) - num_pulled_;
+  if (missing > 0) {
+    num_pulled_ += missing;
+    emit(Pull{.num_samples = missing});
+  }
+  if (world_.now_ms < next_word_ms_ || items_.empty() || is_paused_) return;
+  next_word_ms_ = world_.now_ms + kWordIntervalMs;
+  emit(StepProgress{});
+}
+
+void SimulatedWorker::finish(const Item& item, bool is_aborted) {
+  bridge::Sample sample{.key = item.group.key, .prompt_ids = item.group.prompt_ids};
+  sample.key.sample_index = item.sample;
+  if (is_aborted) {
+    sample.finish_reason = bridge::FinishReason::kAbort;
+  } else {
+    world_.check(version_ >= item.committed_version,
+                 fmt::format("worker {} drew under version {} what it was given at version {}",
+                             index_, version_, item.committed_version));
+    sample.response_ids = expected_tokens(*item.group.prompt_ids, item.sample, weights_);
+    sample.weight_versions = {{0, version_}};
+  }
+  emit(SampleDone{std::move(sample), item.group.attempt});
+}
+
+void SimulatedWorker::hand_back(std::optional<int64_t> request_id) {
+  std::vector<Item> kept;
+  for (Item& item : items_) {
+    if (request_id && item.group.key.request_id != *request_id) {
+      kept.push_back(std::move(item));
+    } else {
+      finish(item, /*is_aborted=*/true);
+    }
+  }
+  items_ = std::move(kept);
+}
+
+void SimulatedWorker::stop_for(int64_t ms) {
+  if (world_.now_ms < stopped_until_ms_) return;
+  is_at_fault_ = true;
+  stopped_at_ms_ = world_.now_ms;
+  stopped_until_ms_ = world_.now_ms + ms;
+  owed_at_stop_ = !items_.empty() && !is_paused_ && !is_stopped_;
+}
+
+void SimulatedWorker::kill() {
+  was_killed_ = true;
+  if (!is_alive_) return;
+  world_.check(is_at_fault_, fmt::format("worker {} was given up, and had done nothing", index_));
+  if (world_.dice.chance(0.3) && !world_.has_calmed_down) {
+    world_.fault(Fault::kZombie);
+    return;
+  }
+  die(/*loses_tail=*/false);
+}
+
+void SimulatedWorker::die(bool loses_tail) {
+  is_alive_ = false;
+  if (!loses_tail || outbox_.empty()) return;
+  world_.fault(Fault::kLostTail);
+  outbox_.resize(static_cast<size_t>(world_.dice.below(static_cast<int64_t>(outbox_.size()))));
+}
+
+void SimulatedWorker::fail() {
+  if (is_stopped_) return;
+  world_.fault(Fault::kEngineFailure);
+  is_at_fault_ = true;
+  is_stopped_ = true;
+  items_.clear();
+  scores_.clear();
+  emit(WorkerFailed{{.code = ErrorCode::kInternal, .message = "a bug"}});
+}
+
+// ---- commands
+// ------------------------------------------------------------------------------------
+
+void SimulatedWorker::handle(AddGroups& command) {
+  for (const GroupRequest& group : command.groups) {
+    num_pulled_ -= group.num_samples();
+    for (int32_t i = 0; i < group.num_samples(); ++i) {
+      items_.push_back({.group = group,
+                        .sample = group.sample_index(i),
+                        .committed_version = committed_version_,
+                        .turns_left = world_.dice.between(1, 12)});
+    }
+  }
+}
+
+void SimulatedWorker::handle(AddScores& command) {
+  for (ScoreRequest& request : command.requests) scores_.push_back(std::move(request));
+}
+
+void SimulatedWorker::answer(uint64_t ticket, bridge::Outcome error) {
+  emit(Ack{.ticket = ticket, .error = std::move(error)});
+}
+
+void SimulatedWorker::handle(Pause& command) {
+  if (command.in_flight == bridge::InFlight::kWait) {
+    pending_pauses_.push_back(command.ticket);
+    return;
+  }
+  if (command.in_flight == bridge::InFlight::kAbort) hand_back(std::nullopt);
+  is_paused_ = true;
+  answer(command.ticket);
+}
+
+void SimulatedWorker::handle(Resume&) {
+  is_paused_ = false;
+  for (const uint64_t ticket : std::exchange(pending_pauses_, {})) answer(ticket);
+}
+
+void SimulatedWorker::handle(BeginWeights& command) {
+  staged_ = command.is_partial ? weights_ : 0;
+  answer(command.ticket);
+}
+
+void SimulatedWorker::handle(StageWeights& command) {
+  if (world_.dice.chance(world_.fault_rate)) {
+    world_.fault(Fault::kStaging);
+    is_at_fault_ = true;
+    return answer(command.ticket, ErrorInfo{.code = ErrorCode::kResourceExhausted});
+  }
+  if (staged_) *staged_ += command.chunk->tensors[0].shape[0];
+  answer(command.ticket);
+}
+
+void SimulatedWorker::handle(ExportWeights& command) {
+  if (!staged_) return answer(command.ticket, ErrorInfo{.code = ErrorCode::kFailedPrecondition});
+  // The dispatcher duplicates the descriptor while it handles the event, which is now: the one
+  // exporting worker has no wire.
+  const bridge::OwnedFd fd = packed_set(*staged_);
+  while (!outbox_.empty()) {
+    dispatcher_.handle(index_, std::move(outbox_.front().message));
+    outbox_.pop_front();
+  }
+  dispatcher_.handle(index_, Ack{.ticket = command.ticket, .fd = fd.get()});
+}
+
+void SimulatedWorker::handle(AdoptWeights& command) {
+  staged_ = unpacked(command.fd->get());
+  answer(command.ticket);
+}
+
+void SimulatedWorker::handle(CommitWeights& command) {
+  if (command.version > 0 && world_.dice.chance(world_.fault_rate)) {
+    world_.fault(Fault::kSwitch);
+    is_at_fault_ = true;
+    return answer(command.ticket, ErrorInfo{.code = ErrorCode::kInternal, .message = "no switch"});
+  }
+  if (command.in_flight == bridge::InFlight::kWait && !items_.empty() && !is_paused_) {
+    pending_commit_ = command;
+    return;
+  }
+  if (command.in_flight == bridge::InFlight::kAbort) hand_back(std::nullopt);
+  switch_to(command);
+}
+
+void SimulatedWorker::switch_to(const CommitWeights& commit) {
+  world_.check(staged_.has_value(), "a worker was told to switch to what it had not staged");
+  weights_ = staged_.value_or(-1);
+  staged_.reset();
+  version_ = commit.version;
+  answer(commit.ticket);
+}
+
+void SimulatedWorker::finish_waits() {
+  const bool has_started = !is_paused_ && std::ranges::any_of(items_, &Item::has_started);
+  if (!is_alive_ || is_stopped_ || has_started) return;
+  if (pending_commit_) switch_to(*std::exchange(pending_commit_, std::nullopt));
+  if (pending_pauses_.empty()) return;
+  is_paused_ = true;
+  for (const uint64_t ticket : std::exchange(pending_pauses_, {})) answer(ticket);
+}
+
+void SimulatedWorker::handle(Stop& command) {
+  if (command.hand_back) hand_back(std::nullopt);
+  is_stopped_ = true;
+  emit(WorkerStopped{});
+}
+
+}  // namespace rollpack::rollout::simulation

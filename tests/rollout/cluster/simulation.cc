@@ -1,0 +1,390 @@
+#include "tests/rollout/cluster/simulation.h"
+
+#include <sys/mman.h>
+
+#include <utility>
+
+#include "kernels/base/error.h"
+#include "tests/rollout/cluster/simulated_world.h"
+#include "tests/rollout/tiny_model.h"
+#include "trainer_bridge/contract/sample_sink.h"
+#include "trainer_bridge/shared_memory/segment.h"
+
+namespace rollpack::rollout::simulation {
+namespace {
+
+constexpr int kActiveTurns = 90;
+constexpr int kCalmTurns = 1200;  // far more than what is open can need
+
+// A sealed memfd for weight chunks; what they hold is said by their tensor's shape.
+struct ChunkMemory {
+  ChunkMemory() : fd(::memfd_create("chunk", MFD_CLOEXEC | MFD_ALLOW_SEALING)) {
+    if (::ftruncate(fd.get(), 64) != 0) std::abort();
+    ::fcntl(fd.get(), F_ADD_SEALS, bridge::kPeerSeals);
+    segment.emplace(bridge::MappedSegment::map(fd.get(), 64, bridge::kPeerSeals, "simulation"));
+  }
+  bridge::OwnedFd fd;
+  std::optional<bridge::MappedSegment> segment;
+};
+
+const ChunkMemory& chunk_memory() {
+  static const ChunkMemory memory;
+  return memory;
+}
+
+// Counts what is owed to callers: every callback is called exactly once.
+class Callbacks {
+ public:
+  explicit Callbacks(World& world) : world_(world) {}
+  bridge::OutcomeCallback outcome(std::function<void(bridge::Outcome)> then) {
+    ++num_waiting_;
+    return [this, then = std::move(then),
+            was_called = std::make_shared<bool>(false)](bridge::Outcome outcome) {
+      world_.check(!std::exchange(*was_called, true), "a callback was called twice");
+      --num_waiting_;
+      then(std::move(outcome));
+    };
+  }
+  int num_waiting() const { return num_waiting_; }
+
+ private:
+  World& world_;
+  int num_waiting_ = 0;
+};
+
+class Run : public bridge::SampleSink {
+ public:
+  explicit Run(uint64_t seed);
+  Report run();
+
+  void commit(bridge::Sample sample) override;
+  void fail(bridge::FailedSample sample) override;
+
+ private:
+  using SampleName = std::tuple<int64_t, int32_t, int32_t>;
+  static SampleName name_of(const bridge::SampleKey& key) {
+    return {key.request_id, key.prompt_index, key.sample_index};
+  }
+  void turn();
+  void inject_faults();
+  void act();
+  void submit();
+  void update();
+  void cancel();
+  void stage();
+  void end_update(bridge::Outcome error);
+  void score();
+  void start_replacements();
+  void calm_down();
+  bool is_quiet() const;
+  bool is_over() { return dispatcher_.health().has_value(); }
+  void end(const SampleName& name);
+
+  World world_;
+  Callbacks callbacks_{world_};
+  Dispatcher dispatcher_;
+  std::vector<std::shared_ptr<SimulatedWorker>> workers_;
+  std::vector<int64_t> starts_ms_;      // when replacements that were asked for come up
+  std::map<SampleName, bool> samples_;  // submitted: whether it has ended
+  size_t num_ended_ = 0;
+  int64_t num_prompts_ = 0;
+  std::set<int64_t> requests_;
+  bool is_paused_ = false;
+  // Of weight updates.
+  enum class Update { kNone, kAsked, kOpen };
+  Update update_ = Update::kNone;
+  bool is_partial_ = false;
+  int64_t version_ = 0, staged_ = 0;
+  std::map<int64_t, int64_t> weights_of_{{0, 0}};  // committed or being committed, by version
+};
+
+RecoveryOptions recovery_of(const World& world) {
+  return {.is_on = true, .lease = std::chrono::milliseconds(kLeaseMs), .now = [&world] {
+            return world.time();
+          }};
+}
+
+EngineLimits simulated_limits() {
+  return {.page_tokens = 16, .num_pages = 1000, .page_bytes = 1024, .max_positions = 4096};
+}
+
+Run::Run(uint64_t seed)
+    : world_(seed),
+      dispatcher_(tiny_config(), tiny_model_config(), simulated_limits(), "same",
+                  /*shares_weights=*/seed % 3 == 0, recovery_of(world_)) {
+  dispatcher_.set_sink(*this);
+  // From a quiet run to one where nearly everything goes wrong.
+  world_.fault_rate = std::array{0.003, 0.01, 0.03, 0.1}[seed % 4];
+  if (world_.dice.chance(0.6)) {
+    dispatcher_.set_replace(
+        [this] { starts_ms_.push_back(world_.now_ms + world_.dice.between(100, 3000)); });
+  }
+  const int64_t num_workers = world_.dice.between(1, 5);
+  for (int64_t i = 0; i < num_workers; ++i) {
+    const auto worker =
+        std::make_shared<SimulatedWorker>(world_, dispatcher_, /*is_process=*/i > 0);
+    worker->start(dispatcher_.add_worker(worker));
+    workers_.push_back(worker);
+  }
+  if (seed % 3 == 0) dispatcher_.share_first_weights(packed_set(0));
+}
+
+Report Run::run() {
+  for (int i = 0; i < kActiveTurns && !is_over(); ++i) {
+    inject_faults();
+    act();
+    turn();
+  }
+  calm_down();
+  for (int i = 0; i < kCalmTurns && !is_over() && !is_quiet(); ++i) {
+    turn();
+    if (update_ == Update::kOpen) cancel();
+  }
+  if (is_over()) {
+    world_.fault(Fault::kNoWorkerLeft);
+    for (const auto& worker : workers_) {
+      world_.check(!worker->is_alive() || worker->has_left() || worker->is_given_up(),
+                   "the job ended though a worker was there");
+    }
+  } else {
+    world_.check(
+        num_ended_ == samples_.size(),
+        fmt::format("{} of {} samples were lost", samples_.size() - num_ended_, samples_.size()));
+    world_.check(dispatcher_.abort(std::nullopt) == 0, "the ledger holds what has ended");
+    world_.report.num_samples += static_cast<int64_t>(samples_.size());
+  }
+  world_.check(callbacks_.num_waiting() == 0, "a callback was never called");
+  for (const auto& [name, value] : dispatcher_.stats()) {
+    if (name == "num_late_samples_dropped" && value > 0) world_.fault(Fault::kLateResult);
+  }
+  return world_.report;
+}
+
+// ---- what comes out
+// ------------------------------------------------------------------------------
+
+void Run::end(const SampleName& name) {
+  const auto found = samples_.find(name);
+  world_.check(found != samples_.end(), "a sample came that nobody asked for");
+  if (found == samples_.end()) return;
+  world_.check(
+      !std::exchange(found->second, true),
+      fmt::format("sample {} of prompt {} came twice", std::get<2>(name), std::get<1>(name)));
+  ++num_ended_;
+}
+
+void Run::commit(bridge::Sample sample) {
+  end(name_of(sample.key));
+  if (sample.finish_reason == bridge::FinishReason::kAbort) return;
+  const int64_t version = sample.weight_versions.at(0).version;
+  world_.check(weights_of_.contains(version), "a sample is of a version that never was");
+  world_.check(sample.response_ids == expected_tokens(*sample.prompt_ids, sample.key.sample_index,
+                                                      weights_of_[version]),
+               fmt::format("a sample of version {} holds other tokens", version));
+}
+
+void Run::fail(bridge::FailedSample sample) {
+  end(name_of(sample.key));
+  world_.fault(Fault::kConviction);
+  world_.check(sample.error.field == "prompt", "a failure without a reason");
+}
+
+// ---- what happens
+// --------------------------------------------------------------------------------
+
+void Run::turn() {
+  world_.now_ms += world_.dice.between(10, 150);
+  const auto first = static_cast<size_t>(world_.dice.below(static_cast<int64_t>(workers_.size())));
+  for (size_t i = 0; i < workers_.size(); ++i) workers_[(first + i) % workers_.size()]->turn();
+  start_replacements();
+  dispatcher_.check_leases();
+}
+
+void Run::start_replacements() {
+  for (size_t i = 0; i < starts_ms_.size();) {
+    if (starts_ms_[i] > world_.now_ms) {
+      ++i;
+      continue;
+    }
+    starts_ms_.erase(starts_ms_.begin() + static_cast<int64_t>(i));
+    if (world_.dice.chance(world_.fault_rate)) {
+      world_.fault(Fault::kFailedStart);
+      dispatcher_.replacement_failed({.code = ErrorCode::kUnavailable, .field = "replacement"});
+      continue;
+    }
+    world_.fault(Fault::kReplacement);
+    const auto worker = std::make_shared<SimulatedWorker>(world_, dispatcher_, /*is_process=*/true);
+    workers_.push_back(worker);
+    worker->start(dispatcher_.add_replacement(worker));
+  }
+}
+
+void Run::inject_faults() {
+  Dice& dice = world_.dice;
+  const double rate = world_.fault_rate;
+  for (size_t i = 0; i < workers_.size(); ++i) {
+    SimulatedWorker& worker = *workers_[i];
+    if (!worker.is_alive()) continue;
+    if (dice.chance(rate / 8)) worker.fail();
+    if (i == 0) continue;  // rank 0's own worker lives as long as rank 0
+    if (dice.chance(rate)) {
+      world_.fault(update_ == Update::kNone ? Fault::kDeath : Fault::kDeathInUpdate);
+      worker.die(/*loses_tail=*/dice.chance(0.5));
+    } else if (dice.chance(rate)) {
+      const bool is_long = dice.chance(0.5);
+      world_.fault(is_long ? Fault::kStop : Fault::kShortStop);
+      worker.stop_for(is_long ? 6000 : 900);
+    }
+  }
+  if (dice.chance(rate / 4)) {
+    world_.fault(Fault::kStoppedRank0);
+    world_.now_ms += 30000;
+    for (const auto& worker : workers_) worker->forgive_stop();
+  }
+}
+
+void Run::act() {
+  Dice& dice = world_.dice;
+  if (dice.chance(0.2)) submit();
+  if (dice.chance(0.03) && !requests_.empty()) {
+    world_.fault(Fault::kAbort);
+    const auto request = dice.chance(0.2) ? std::optional<int64_t>()
+                                          : std::optional(dice.below(*requests_.rbegin() + 1));
+    dispatcher_.abort(request);
+  }
+  if (dice.chance(0.03)) {
+    world_.fault(Fault::kPause);
+    is_paused_ = true;
+    const auto mode = static_cast<bridge::InFlight>(dice.below(3));
+    dispatcher_.pause(mode, callbacks_.outcome([](bridge::Outcome) {}));
+  }
+  if (is_paused_ && dice.chance(0.2)) {
+    is_paused_ = false;
+    dispatcher_.resume();
+  }
+  if (dice.chance(0.3)) update();
+  if (dice.chance(0.03)) score();
+}
+
+void Run::submit() {
+  std::vector<bridge::PromptRequest> prompts(static_cast<size_t>(world_.dice.between(1, 4)));
+  for (bridge::PromptRequest& prompt : prompts) {
+    const auto number = static_cast<int32_t>(num_prompts_++ % 70);
+    prompt.input_ids = {number, static_cast<int32_t>(world_.dice.below(70))};
+    prompt.n = static_cast<int32_t>(world_.dice.between(1, 4));
+    if (world_.dice.chance(world_.fault_rate / 4)) world_.poison.insert(number);
+  }
+  const auto sizes = prompts;
+  int64_t request = 0;
+  try {
+    request = dispatcher_.submit(std::move(prompts));
+  } catch (const Error&) {
+    return world_.check(is_over(), "a submit was refused");
+  }
+  requests_.insert(request);
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    for (int32_t sample = 0; sample < *sizes[i].n; ++sample) {
+      samples_.emplace(SampleName{request, static_cast<int32_t>(i), sample}, false);
+    }
+  }
+}
+
+void Run::update() {
+  if (update_ == Update::kAsked) return;
+  if (update_ == Update::kNone) {
+    is_partial_ = world_.dice.chance(0.3);
+    staged_ = is_partial_ ? weights_of_[world_.committed_version] : 0;
+    version_ = std::max(version_, world_.committed_version) + 1;
+    update_ = Update::kAsked;
+    bridge::WeightUpdate update{.version = version_};
+    if (is_partial_) update.base_version = world_.committed_version;
+    dispatcher_.begin_weights(update, callbacks_.outcome([this](bridge::Outcome error) {
+      update_ = error ? Update::kNone : Update::kOpen;
+    }));
+    return;
+  }
+  if (world_.dice.chance(0.5)) return stage();
+  if (world_.dice.chance(0.2)) {
+    return cancel();
+  }
+  update_ = Update::kAsked;
+  weights_of_[version_] = staged_;
+  dispatcher_.commit_weights(
+      static_cast<bridge::InFlight>(world_.dice.below(3)),
+      callbacks_.outcome([this](bridge::Outcome error) { end_update(std::move(error)); }));
+}
+
+void Run::cancel() {
+  world_.fault(Fault::kCancelledUpdate);
+  update_ = Update::kNone;
+  dispatcher_.cancel_weights();
+}
+
+void Run::stage() {
+  update_ = Update::kAsked;
+  const int64_t weights = world_.dice.between(1, 1000);
+  bridge::WeightChunk chunk{.fd = chunk_memory().fd.get(),
+                            .mapping = chunk_memory().segment->bytes()};
+  chunk.tensors.push_back(
+      {.name = "w", .shape = {weights}, .bytes = chunk_memory().segment->bytes()});
+  dispatcher_.stage_weights(std::move(chunk),
+                            callbacks_.outcome([this, weights](bridge::Outcome e) {
+                              if (!e) staged_ += weights;
+                              update_ = e ? Update::kNone : Update::kOpen;
+                            }));
+}
+
+void Run::end_update(bridge::Outcome error) {
+  update_ = Update::kNone;
+  if (error) return;
+  ++world_.report.num_updates;
+  world_.committed_version = version_;
+}
+
+void Run::score() {
+  std::vector<bridge::ScoreSequence> sequences(static_cast<size_t>(world_.dice.between(1, 5)));
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    sequences[i] = {.id = {.text = std::to_string(i)}, .input_ids = {1}, .response_ids = {2}};
+  }
+  const auto done = callbacks_.outcome([](bridge::Outcome) {});
+  dispatcher_.score(
+      sequences, [this, done, count = sequences.size()](
+                     bridge::Outcome error, const std::vector<bridge::ScoredSequence>& results) {
+        world_.check(error || results.size() == count, "scores are missing");
+        for (size_t i = 0; !error && i < results.size(); ++i) {
+          world_.check(results[i].id.text == std::to_string(i), "scores are out of order");
+        }
+        done(std::move(error));
+      });
+}
+
+void Run::calm_down() {
+  world_.has_calmed_down = true;
+  world_.fault_rate = 0;
+  if (is_paused_) dispatcher_.resume();
+}
+
+bool Run::is_quiet() const {
+  return num_ended_ == samples_.size() && callbacks_.num_waiting() == 0;
+}
+
+}  // namespace
+
+const std::array<const char*, kNumFaults> kFaultNames = {
+    "death",          "death in an update", "stop",           "short stop",     "zombie",
+    "engine failure", "lost tail",          "duplicate",      "reorder",        "slow link",
+    "poison",         "refused chunk",      "refused switch", "stopped rank 0", "abort",
+    "pause",          "cancelled update",   "late result",    "conviction",     "no worker left",
+    "replacement",    "failed start"};
+
+void Report::add(const Report& other) {
+  for (size_t i = 0; i < kNumFaults; ++i) num_faults[i] += other.num_faults[i];
+  num_samples += other.num_samples;
+  num_updates += other.num_updates;
+}
+
+Report simulate(uint64_t seed) {
+  return Run(seed).run();
+}
+
+}  // namespace rollpack::rollout::simulation

@@ -1,0 +1,101 @@
+"""Would the simulation notice? Bugs seeded into the dispatcher and the ledger, one at a time.
+
+Each mutant is one replacement in one file, compiled as the build compiles that file and linked in
+front of the library it comes from. Minutes of compiling: with ROLLPACK_FULL=1 only.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shlex
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+BUILD = pathlib.Path(os.environ.get("ROLLPACK_BUILD_DIR", ROOT / "build"))
+TARGET = "tests/rollout/test_rollout_simulation"
+NUM_SEEDS = 4000
+
+# What the bug is, where, and the text that becomes another.
+MUTANTS = [
+    ("a fenced attempt counts", "ledger", "found->second.worker == worker &&\n"
+     "                      found->second.attempt == attempt && ", ""),
+    ("a second sample counts", "ledger", "!found->second.is_done[key.sample_index]", "true"),
+    ("a lost worker's groups are forgotten", "ledger", "      enqueue(it->first, entry);\n", ""),
+    ("what was aborted before a loss is forgotten", "dispatcher_recovery",
+     "for (const GroupRequest& request : fenced.aborted) commit_empty(request, effects);", ""),
+    ("culprits end without an error", "dispatcher_recovery",
+     "    fail_open(request, culprit_error(request, error), effects);\n", ""),
+    ("a lost worker still asks for work", "dispatcher_recovery",
+     "  askers_.erase({state.num_outstanding, worker});\n  state.is_stopped", "  state.is_stopped"),
+    ("leases never run out", "dispatcher_recovery", "if (was_stopped) state.last_progress = now;",
+     "state.last_progress = now;"),
+    ("a stopped rank 0 expires everybody", "dispatcher_recovery",
+     "if (was_stopped) state.last_progress = now;", ""),
+    ("nobody answers for a lost worker", "dispatcher_recovery",
+     "    give_up_ticket(ticket, error, effects);\n", ""),
+    ("a lost worker's scores are not asked again", "dispatcher_recovery",
+     "if (is_tried_again) return send_score(batch, index);", "if (is_tried_again) return;"),
+    ("a lost worker stays reserved for suspects", "dispatcher_recovery",
+     "if (quarantine_ == worker) quarantine_.reset();", ""),
+    ("a replacement takes part at once", "dispatcher_joining", ".is_joining = true,", ""),
+    ("a replacement joins under old weights", "dispatcher_joining",
+     "if (version != weight_version_ || update_version_) {", "if (false) {"),
+    ("partial updates are kept without what they rest on", "kept_weights",
+     "if (!staged_.is_partial) updates_.clear();", "updates_.clear();"),
+    ("an update counts before all have switched", "dispatcher_workers",
+     "  if (--collection->num_missing == 0) finish(collection, effects);\n}\n\n"
+     "void Dispatcher::on_event(int32_t, StepProgress&",
+     "  if (--collection->num_missing <= 1) finish(collection, effects);\n}\n\n"
+     "void Dispatcher::on_event(int32_t, StepProgress&"),
+    ("who cannot switch goes on", "dispatcher_workers",
+     "if (event.error && collection->must_succeed && recovery_.is_on) {", "if (false) {"),
+]
+
+
+def _commands() -> list[str]:
+    ninja = subprocess.run(["ninja", "-C", BUILD, "-t", "commands", TARGET], check=True,
+                           capture_output=True, text=True)
+    return ninja.stdout.splitlines()
+
+
+def _compile(source: pathlib.Path, name: str, into: pathlib.Path) -> None:
+    """Compiles `source` as the build compiles rollout/cluster/NAME.cc."""
+    [command] = [line for line in _commands() if line.endswith(f"rollout/cluster/{name}.cc")]
+    words = shlex.split(command)
+    words[words.index("-o") + 1] = str(into)
+    words[-1] = str(source)
+    words[words.index("-MF") + 1] = os.devnull
+    subprocess.run(words, cwd=BUILD, check=True)
+
+
+def _link(mutant: pathlib.Path, into: pathlib.Path) -> None:
+    """Links the simulation; what the mutant defines is not taken from the library."""
+    [command] = [line for line in _commands() if f"-o {TARGET} " in line]
+    command = command.replace(f"-o {TARGET} ", f"-o {into} {mutant} ")
+    subprocess.run(["sh", "-c", command], cwd=BUILD, check=True)
+
+
+@pytest.mark.skipif(os.environ.get("ROLLPACK_FULL") != "1", reason="minutes; ROLLPACK_FULL=1")
+@pytest.mark.parametrize(("name", "before", "after"), [mutant[1:] for mutant in MUTANTS],
+                         ids=[mutant[0].replace(" ", "-") for mutant in MUTANTS])
+def test_the_simulation_notices(name: str, before: str, after: str, tmp_path: pathlib.Path) -> None:
+    text = (ROOT / "rollout" / "cluster" / f"{name}.cc").read_text()
+    assert text.count(before) == 1, "the code has changed: mend the mutant"
+    source, mutant, program = tmp_path / "mutant.cc", tmp_path / "mutant.o", tmp_path / "simulation"
+    source.write_text(text.replace(before, after))
+    _compile(source, name, mutant)
+    _link(mutant, program)
+    environment = {**os.environ, "ROLLPACK_SEEDS": str(NUM_SEEDS)}
+    result = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=600,
+                            check=False)
+    assert result.returncode != 0, f"{NUM_SEEDS} seeds, and nothing was noticed"
+    print(result.stdout[-400:])
+
+
+@pytest.mark.parametrize(("name", "before"), [mutant[1:3] for mutant in MUTANTS],
+                         ids=[mutant[0].replace(" ", "-") for mutant in MUTANTS])
+def test_a_mutant_still_fits_the_code(name: str, before: str) -> None:
+    assert (ROOT / "rollout" / "cluster" / f"{name}.cc").read_text().count(before) == 1
