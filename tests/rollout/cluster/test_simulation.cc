@@ -40,7 +40,9 @@ TEST(Simulation, LosesNothingDoublesNothingAndMixesNoWeights) {
   }
   std::string faults;
   for (size_t i = 0; i < kNumFaults; ++i) {
-    if (end - first >= 200) EXPECT_GT(sum.num_faults[i], 0) << kFaultNames[i] << " never happened";
+    if (end - first >= 200) {
+      EXPECT_GT(sum.num_faults[i], 0) << kFaultNames[i] << " never happened";
+    }
     faults += std::string(kFaultNames[i]) + " " + std::to_string(sum.num_faults[i]) + ", ";
   }
   std::printf("%llu seeds, %lld samples, %lld updates; %s\n",
