@@ -102,9 +102,11 @@ def _wait_and_connect(job: Job, tmp_path: pathlib.Path) -> rollpack.Client:
     return _connect(tmp_path)
 
 
-def _wait_for_workers(client: rollpack.Client, count: int) -> None:
+def _wait_for_workers(client: rollpack.Client, count: int, num_deaths: int = 1) -> None:
+    """Waits until `num_deaths` were noticed and `count` workers are there."""
     deadline = time.monotonic() + 30
-    while client.stats()["num_workers"] < count:
+    while ((stats := client.stats())["num_worker_deaths"] < num_deaths
+           or stats["num_workers"] < count):
         assert time.monotonic() < deadline, client.stats()
         time.sleep(0.02)
 
@@ -149,11 +151,11 @@ def test_both_ranks_and_a_replacement_are_lost(
         for rank in (2, 1):
             _take(client.next_batch(timeout_s=60), samples)
             os.kill(job.rank_pids()[rank], signal.SIGKILL)
-        _wait_for_workers(client, 3)
+        _wait_for_workers(client, 3, num_deaths=2)
         assert sorted(job.rank_pids()) == [0, 3, 4]
         os.kill(job.rank_pids()[3], signal.SIGKILL)
         assert _take_rest(client, samples) == undisturbed
-        _wait_for_workers(client, 3)
+        _wait_for_workers(client, 3, num_deaths=3)
         assert client.score([{"input_ids": [1, 2], "response_ids": [3]}] * 5)
         _end_well(job, client)
 

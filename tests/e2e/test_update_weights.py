@@ -200,7 +200,7 @@ def test_a_corrupt_tensor_is_named_and_the_old_weights_stay(
 
     before = _draw(client)
     with monkeypatch.context() as patch:
-        patch.setattr("rollpack.client.write_chunks", corrupted)
+        patch.setattr("rollpack.session.write_chunks", corrupted)
         with pytest.raises(rollpack.DataLoss, match=NORM):
             client.update_weights(new, version=1)
     assert client.get_weight_version() == 0

@@ -202,7 +202,12 @@ def test_a_server_that_ignores_polite_requests_is_killed(
 def test_a_server_that_dies_while_it_serves_is_described_by_the_next_call(
     program: Program,
 ) -> None:
+    program.write(after_ready=f"open({str(program.log)!r}, 'a').write('has said all')")
     with program.launch() as client:
+        deadline = time.monotonic() + 30
+        while "has said all" not in program.log.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         os.kill(program.pid(), signal.SIGKILL)
         with pytest.raises(rollpack.Unavailable) as error:
             client.next_batch(timeout_s=60)
