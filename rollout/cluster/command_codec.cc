@@ -1,0 +1,224 @@
+// Commands, from rank 0 to a worker, as frames.
+#include <string>
+#include <utility>
+
+#include "kernels/base/error.h"
+#include "rollout/cluster/message_codec.h"
+#include "rollout/cluster/message_parts.h"
+#include "trainer_bridge/shared_memory/segment.h"
+#include "trainer_bridge/wire/message.h"
+
+namespace rollpack::rollout {
+namespace {
+
+using bridge::Frame;
+using bridge::OwnedFd;
+using bridge::to_bin;
+using json = bridge::Json;
+
+json encode_group(const GroupRequest& group) {
+  const RequestSampling& sampling = group.sampling;
+  return {{"key", encode_key(group.key)},
+          {"attempt", group.attempt},
+          {"sample_indices", to_bin(group.sample_indices)},
+          {"prompt_ids", to_bin(*group.prompt_ids)},
+          {"temperature", sampling.params.temperature},
+          {"top_k", sampling.params.top_k},
+          {"top_p", sampling.params.top_p},
+          {"min_p", sampling.params.min_p},
+          {"seed", sampling.seed},
+          {"response_length", sampling.response_length},
+          {"min_tokens", sampling.min_tokens},
+          {"stop_token_ids", to_bin(sampling.stop_token_ids)},
+          {"response_lengths", to_bin(group.response_lengths)}};
+}
+
+GroupRequest decode_group(const json& map) {
+  GroupRequest group{.key = decode_key(map.at("key")),
+                     .attempt = map.at("attempt"),
+                     .sample_indices = from_bin<int32_t>(map.at("sample_indices"))};
+  group.prompt_ids =
+      std::make_shared<const std::vector<int32_t>>(from_bin<int32_t>(map.at("prompt_ids")));
+  group.sampling = {.params = {.temperature = map.at("temperature"),
+                               .top_k = map.at("top_k"),
+                               .top_p = map.at("top_p"),
+                               .min_p = map.at("min_p")},
+                    .seed = map.at("seed"),
+                    .response_length = map.at("response_length"),
+                    .min_tokens = map.at("min_tokens"),
+                    .stop_token_ids = from_bin<int32_t>(map.at("stop_token_ids"))};
+  group.response_lengths = from_bin<int32_t>(map.at("response_lengths"));
+  return group;
+}
+
+json encode_score(const ScoreRequest& request) {
+  const bridge::ScoreSequence& sequence = request.sequence;
+  return {{"ticket", request.ticket},
+          {"id", encode_id(sequence.id)},
+          {"input_ids", to_bin(sequence.input_ids)},
+          {"response_ids", to_bin(sequence.response_ids)},
+          {"temperature", sequence.temperature},
+          {"origin", sequence.origin}};
+}
+
+ScoreRequest decode_score(const json& map) {
+  return {.ticket = map.at("ticket"),
+          .sequence = {.id = decode_id(map.at("id")),
+                       .input_ids = from_bin<int32_t>(map.at("input_ids")),
+                       .response_ids = from_bin<int32_t>(map.at("response_ids")),
+                       .temperature = map.at("temperature"),
+                       .origin = map.at("origin")}};
+}
+
+json encode_chunk(const bridge::WeightChunk& chunk) {
+  json tensors = json::array();
+  for (const bridge::WeightTensor& tensor : chunk.tensors) {
+    tensors.push_back({{"name", tensor.name},
+                       {"dtype", static_cast<int>(tensor.dtype)},
+                       {"shape", tensor.shape},
+                       {"offset", tensor.bytes.data() - chunk.mapping.data()},
+                       {"bytes", tensor.bytes.size()}});
+  }
+  return {{"mapping_bytes", chunk.mapping.size()}, {"tensors", tensors}};
+}
+
+// The chunk with the mapping and descriptor it lives in.
+struct OwnedChunk {
+  explicit OwnedChunk(bridge::MappedSegment mapped) : segment(std::move(mapped)) {}
+  bridge::MappedSegment segment;
+  bridge::WeightChunk chunk;
+};
+
+std::shared_ptr<const bridge::WeightChunk> decode_chunk(const json& map, const OwnedFd& fd) {
+  auto owned = std::make_shared<OwnedChunk>(
+      bridge::MappedSegment::map(fd.get(), map.at("mapping_bytes").get<int64_t>(),
+                                 bridge::kPeerSeals, "weight chunk of rank 0"));
+  owned->chunk.mapping = owned->segment.bytes();
+  for (const json& tensor : map.at("tensors")) {
+    owned->chunk.tensors.push_back(
+        {.name = tensor.at("name"),
+         .dtype = static_cast<DType>(tensor.at("dtype").get<int>()),
+         .shape = tensor.at("shape"),
+         .bytes = owned->chunk.mapping.subspan(tensor.at("offset").get<size_t>(),
+                                               tensor.at("bytes").get<size_t>())});
+  }
+  return {owned, &owned->chunk};
+}
+
+json in_flight(bridge::InFlight mode) {
+  return static_cast<int>(mode);
+}
+
+bridge::InFlight in_flight(const json& map) {
+  return static_cast<bridge::InFlight>(map.at("in_flight").get<int>());
+}
+
+struct CommandEncoder {
+  json operator()(const AddGroups& m) const {
+    json groups = json::array();
+    for (const GroupRequest& group : m.groups) groups.push_back(encode_group(group));
+    return {{"type", "add_groups"}, {"groups", groups}};
+  }
+  json operator()(const AddScores& m) const {
+    json requests = json::array();
+    for (const ScoreRequest& request : m.requests) requests.push_back(encode_score(request));
+    return {{"type", "add_scores"}, {"requests", requests}};
+  }
+  json operator()(const AbortSamples& m) const {
+    return {{"type", "abort"}, {"request_id", m.request_id ? json(*m.request_id) : json()}};
+  }
+  json operator()(const Pause& m) const {
+    return {{"type", "pause"}, {"ticket", m.ticket}, {"in_flight", in_flight(m.in_flight)}};
+  }
+  json operator()(const Resume&) const { return {{"type", "resume"}}; }
+  json operator()(const BeginWeights& m) const {
+    return {{"type", "begin_weights"}, {"ticket", m.ticket}, {"is_partial", m.is_partial}};
+  }
+  json operator()(const StageWeights& m) const {
+    return {{"type", "stage_weights"}, {"ticket", m.ticket}, {"chunk", encode_chunk(*m.chunk)}};
+  }
+  json operator()(const FinishWeights& m) const {
+    return {{"type", "finish_weights"}, {"ticket", m.ticket}};
+  }
+  json operator()(const ExportWeights& m) const {
+    return {{"type", "export_weights"}, {"ticket", m.ticket}};
+  }
+  json operator()(const AdoptWeights& m) const {
+    return {{"type", "adopt_weights"}, {"ticket", m.ticket}};
+  }
+  json operator()(const CommitWeights& m) const {
+    return {{"type", "commit_weights"},
+            {"ticket", m.ticket},
+            {"version", m.version},
+            {"in_flight", in_flight(m.in_flight)}};
+  }
+  json operator()(const DiscardWeights&) const { return {{"type", "discard_weights"}}; }
+  json operator()(const Measure& m) const {
+    return {{"type", "measure"}, {"ticket", m.ticket}, {"batching", m.batching}};
+  }
+  json operator()(const TakeMeasurement& m) const {
+    return {{"type", "take_measurement"}, {"ticket", m.ticket}};
+  }
+  json operator()(const Stop& m) const { return {{"type", "stop"}, {"hand_back", m.hand_back}}; }
+};
+
+Command decode_known_command(const json& map, std::vector<OwnedFd>& fds) {
+  const std::string type = map.at("type");
+  const auto ticket = [&] { return map.at("ticket").get<uint64_t>(); };
+  if (type == "add_groups") {
+    AddGroups command;
+    for (const json& group : map.at("groups")) command.groups.push_back(decode_group(group));
+    return command;
+  }
+  if (type == "add_scores") {
+    AddScores command;
+    for (const json& each : map.at("requests")) command.requests.push_back(decode_score(each));
+    return command;
+  }
+  if (type == "abort") {
+    const json& id = map.at("request_id");
+    return AbortSamples{id.is_null() ? std::nullopt : std::optional(id.get<int64_t>())};
+  }
+  if (type == "pause") return Pause{ticket(), in_flight(map)};
+  if (type == "resume") return Resume{};
+  if (type == "begin_weights") return BeginWeights{ticket(), map.at("is_partial")};
+  if (type == "stage_weights") {
+    return StageWeights{ticket(), decode_chunk(map.at("chunk"), fds.at(0))};
+  }
+  if (type == "finish_weights") return FinishWeights{ticket()};
+  if (type == "export_weights") return ExportWeights{ticket()};
+  if (type == "adopt_weights") {
+    return AdoptWeights{ticket(), std::make_shared<const OwnedFd>(std::move(fds.at(0)))};
+  }
+  if (type == "commit_weights") {
+    return CommitWeights{ticket(), map.at("version").get<int64_t>(), in_flight(map)};
+  }
+  if (type == "discard_weights") return DiscardWeights{};
+  if (type == "measure") return Measure{ticket(), map.at("batching").get<std::string>()};
+  if (type == "take_measurement") return TakeMeasurement{ticket()};
+  if (type == "stop") return Stop{map.at("hand_back").get<bool>()};
+  fail_invariant("unknown command " + type);
+}
+
+}  // namespace
+
+Frame encode(const Command& command) {
+  Frame frame{.body = bridge::encode_message(std::visit(CommandEncoder{}, command)), .fds = {}};
+  if (const auto* stage = std::get_if<StageWeights>(&command)) {
+    frame.fds.push_back(OwnedFd::duplicate(stage->chunk->fd));
+  } else if (const auto* adopt = std::get_if<AdoptWeights>(&command)) {
+    frame.fds.push_back(OwnedFd::duplicate(adopt->fd->get()));
+  }
+  return frame;
+}
+
+Command decode_command(Frame frame) {
+  const json map = bridge::decode_message(frame.body);
+  try {
+    return decode_known_command(map, frame.fds);
+  } catch (const std::exception& error) {
+    fail_decoding(map, error);
+  }
+}
+
+}  // namespace rollpack::rollout

@@ -1,0 +1,185 @@
+// Events, from a worker to rank 0, as frames.
+#include <string>
+#include <utility>
+
+#include "kernels/base/error.h"
+#include "rollout/cluster/message_codec.h"
+#include "rollout/cluster/message_parts.h"
+#include "trainer_bridge/wire/message.h"
+
+namespace rollpack::rollout {
+namespace {
+
+using bridge::error_from_map;
+using bridge::error_to_map;
+using bridge::Frame;
+using bridge::to_bin;
+using json = bridge::Json;
+
+json encode_sample(const bridge::Sample& sample) {
+  json versions = json::array();
+  for (const bridge::VersionSpan& span : sample.weight_versions) {
+    versions.push_back(json::array({span.first_token, span.version}));
+  }
+  return {{"key", encode_key(sample.key)},
+          {"prompt_ids", to_bin(*sample.prompt_ids)},
+          {"response_ids", to_bin(sample.response_ids)},
+          {"logprobs", to_bin(sample.logprobs)},
+          {"scaled_logprobs", to_bin(sample.scaled_logprobs)},
+          {"support_logmass", to_bin(sample.support_logmass)},
+          {"entropy", to_bin(sample.entropy)},
+          {"ref_log_prob", to_bin(sample.ref_log_prob)},
+          {"finish_reason", static_cast<int>(sample.finish_reason)},
+          {"stop_token_id", sample.stop_token_id},
+          {"temperature", sample.temperature},
+          {"weight_versions", versions}};
+}
+
+bridge::Sample decode_sample(const json& map) {
+  bridge::Sample sample{.key = decode_key(map.at("key"))};
+  sample.prompt_ids =
+      std::make_shared<const std::vector<int32_t>>(from_bin<int32_t>(map.at("prompt_ids")));
+  sample.response_ids = from_bin<int32_t>(map.at("response_ids"));
+  sample.logprobs = from_bin<float>(map.at("logprobs"));
+  sample.scaled_logprobs = from_bin<float>(map.at("scaled_logprobs"));
+  sample.support_logmass = from_bin<float>(map.at("support_logmass"));
+  sample.entropy = from_bin<float>(map.at("entropy"));
+  sample.ref_log_prob = from_bin<float>(map.at("ref_log_prob"));
+  sample.finish_reason = static_cast<bridge::FinishReason>(map.at("finish_reason").get<int>());
+  sample.stop_token_id = map.at("stop_token_id");
+  sample.temperature = map.at("temperature");
+  for (const json& span : map.at("weight_versions")) {
+    sample.weight_versions.push_back({.first_token = span.at(0), .version = span.at(1)});
+  }
+  return sample;
+}
+
+json encode_measurement(const Measurement& m) {
+  json ops = json::array();
+  for (const kernels::OpProfile& op : m.profile.ops) {
+    ops.push_back(
+        json::array({op.name, op.num_calls, op.num_rows, op.seconds, op.flops, op.bytes}));
+  }
+  return {{"step_flops", to_bin(m.step_flops)},
+          {"step_bytes", to_bin(m.step_bytes)},
+          {"compute_s", m.compute_s},
+          {"largest_step_rows", m.largest_step_rows},
+          {"peak_pages", m.peak_pages},
+          {"first_token_times_s", m.first_token_times_s},
+          {"token_gaps_s", to_bin(m.token_gaps_s)},
+          {"num_steps", m.profile.num_steps},
+          {"program_s", m.profile.program_s},
+          {"ops", ops},
+          {"stats", m.stats}};
+}
+
+Measurement decode_measurement(const json& map) {
+  Measurement m{.step_flops = from_bin<float>(map.at("step_flops")),
+                .step_bytes = from_bin<float>(map.at("step_bytes")),
+                .compute_s = map.at("compute_s"),
+                .largest_step_rows = map.at("largest_step_rows"),
+                .peak_pages = map.at("peak_pages"),
+                .first_token_times_s = map.at("first_token_times_s"),
+                .token_gaps_s = from_bin<float>(map.at("token_gaps_s")),
+                .profile = {.num_steps = map.at("num_steps"), .program_s = map.at("program_s")},
+                .stats = map.at("stats")};
+  for (const json& op : map.at("ops")) {
+    m.profile.ops.push_back({.name = op.at(0),
+                             .num_calls = op.at(1),
+                             .num_rows = op.at(2),
+                             .seconds = op.at(3),
+                             .flops = op.at(4),
+                             .bytes = op.at(5)});
+  }
+  return m;
+}
+
+struct EventEncoder {
+  json operator()(const WorkerReady& m) const {
+    return {{"type", "ready"}, {"pid", m.pid}, {"fingerprint", m.fingerprint}};
+  }
+  json operator()(const Pull& m) const {
+    return {{"type", "pull"}, {"num_samples", m.num_samples}};
+  }
+  json operator()(const SampleDone& m) const {
+    return {{"type", "sample"}, {"attempt", m.attempt}, {"sample", encode_sample(m.sample)}};
+  }
+  json operator()(const SampleFailed& m) const {
+    return {{"type", "failed"},
+            {"attempt", m.attempt},
+            {"key", encode_key(m.sample.key)},
+            {"error", error_to_map(m.sample.error)}};
+  }
+  json operator()(const Scored& m) const {
+    return {{"type", "scored"},
+            {"ticket", m.ticket},
+            {"error", encode_outcome(m.error)},
+            {"id", encode_id(m.sequence.id)},
+            {"logprobs", to_bin(m.sequence.logprobs)},
+            {"scaled_logprobs", to_bin(m.sequence.scaled_logprobs)},
+            {"entropy", to_bin(m.sequence.entropy)}};
+  }
+  json operator()(const Ack& m) const {
+    if (m.fd >= 0) fail_invariant("only rank 0 exports weights");
+    return {{"type", "ack"}, {"ticket", m.ticket}, {"error", encode_outcome(m.error)}};
+  }
+  json operator()(const StepProgress&) const { return {{"type", "progress"}}; }
+  json operator()(const WorkerStats& m) const { return {{"type", "stats"}, {"values", m.values}}; }
+  json operator()(const Measured& m) const {
+    return {{"type", "measured"},
+            {"ticket", m.ticket},
+            {"measurement", encode_measurement(m.measurement)}};
+  }
+  json operator()(const WorkerStopped&) const { return {{"type", "stopped"}}; }
+  json operator()(const WorkerFailed& m) const {
+    return {{"type", "worker_failed"}, {"error", error_to_map(m.error)}};
+  }
+};
+
+Event decode_known_event(const json& map) {
+  const std::string type = map.at("type");
+  if (type == "ready")
+    return WorkerReady{.pid = map.at("pid"), .fingerprint = map.at("fingerprint")};
+  if (type == "pull") return Pull{map.at("num_samples").get<int32_t>()};
+  if (type == "sample") return SampleDone{decode_sample(map.at("sample")), map.at("attempt")};
+  if (type == "failed") {
+    return SampleFailed{{decode_key(map.at("key")), error_from_map(map.at("error"))},
+                        map.at("attempt")};
+  }
+  if (type == "scored") {
+    return Scored{.ticket = map.at("ticket"),
+                  .error = decode_outcome(map.at("error")),
+                  .sequence = {.id = decode_id(map.at("id")),
+                               .logprobs = from_bin<float>(map.at("logprobs")),
+                               .scaled_logprobs = from_bin<float>(map.at("scaled_logprobs")),
+                               .entropy = from_bin<float>(map.at("entropy"))}};
+  }
+  if (type == "ack")
+    return Ack{.ticket = map.at("ticket"), .error = decode_outcome(map.at("error"))};
+  if (type == "progress") return StepProgress{};
+  if (type == "stats") return WorkerStats{map.at("values")};
+  if (type == "measured") {
+    return Measured{.ticket = map.at("ticket"),
+                    .measurement = decode_measurement(map.at("measurement"))};
+  }
+  if (type == "stopped") return WorkerStopped{};
+  if (type == "worker_failed") return WorkerFailed{error_from_map(map.at("error"))};
+  fail_invariant("unknown event " + type);
+}
+
+}  // namespace
+
+Frame encode(const Event& event) {
+  return {.body = bridge::encode_message(std::visit(EventEncoder{}, event)), .fds = {}};
+}
+
+Event decode_event(const Frame& frame) {
+  const json map = bridge::decode_message(frame.body);
+  try {
+    return decode_known_event(map);
+  } catch (const std::exception& error) {
+    fail_decoding(map, error);
+  }
+}
+
+}  // namespace rollpack::rollout
