@@ -139,4 +139,33 @@ inline std::vector<bridge::PromptRequest> numbered_prompts(int count) {
   return prompts;
 }
 
+// A callback's outcome, with a deadline.
+struct Waiter {
+  std::promise<bridge::Outcome> promise;
+  bridge::OutcomeCallback callback() {
+    return [this](bridge::Outcome outcome) { promise.set_value(std::move(outcome)); };
+  }
+  bridge::Outcome wait() {
+    auto future = promise.get_future();
+    if (future.wait_for(std::chrono::seconds(30)) != std::future_status::ready) {
+      return ErrorInfo{.code = ErrorCode::kDeadlineExceeded, .message = "no callback"};
+    }
+    return future.get();
+  }
+};
+
+inline std::map<KeepingSink::Name, bridge::Sample> run(int num_ranks, int num_prompts) {
+  ThreadRanks ranks(num_ranks);
+  ranks.dispatcher().submit(numbered_prompts(num_prompts));
+  EXPECT_TRUE(ranks.sink.wait_for(num_prompts * 3));
+  return ranks.sink.samples();
+}
+
+inline void expect_equal(const bridge::Sample& a, const bridge::Sample& b) {
+  EXPECT_EQ(a.response_ids, b.response_ids);
+  EXPECT_EQ(a.logprobs, b.logprobs);
+  EXPECT_EQ(a.scaled_logprobs, b.scaled_logprobs);
+  EXPECT_EQ(a.finish_reason, b.finish_reason);
+}
+
 }  // namespace rollpack::rollout
