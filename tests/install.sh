@@ -54,6 +54,10 @@ for name in sys.stdin.read().split():
         print(name)'
 }
 
+free_space() {
+  df -h --output=avail "$venv" | sed -n 's/ *\(.*\)/\1 free on its disk/; 2p'
+}
+
 pip_install() {
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
 }
@@ -68,14 +72,30 @@ once_for() {
   echo "$sum" >"$stamp"
 }
 
+# Where no GPU is, torch without its CUDA packages: 1 GB instead of 5. Should a later torch not load
+# that way, the packages that it asks for are installed after all.
+install_torch() {
+  local torch site_packages
+  torch=$(packages_in $lists/pip.txt | grep '^torch[<>=~!]')
+  site_packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  if ! compgen -G "/dev/nvidia[0-9]*" >/dev/null; then
+    pip_install --no-deps "$torch" && python3 $lists/cpu_torch.py "$site_packages" &&
+      pip_install "$torch" numpy && "$venv/bin/python" -c 'import torch' && return
+    echo "install.sh: torch does not load without its CUDA packages; installing those (4 GB)" >&2
+  fi
+  python3 $lists/cpu_torch.py "$site_packages" --undo
+  pip_install --force-reinstall "$torch"
+}
+
 install_python_packages() {
-  echo "install.sh: installing Python packages into $venv (torch takes minutes and about 6 GB)"
+  echo "install.sh: installing Python packages into $venv (torch takes a minute and about 2 GB)"
   local done=1
-  pip_install -r $lists/pip.txt && pip_install --no-deps -r $lists/pip_no_deps.txt || done=0
+  install_torch && pip_install -r $lists/pip.txt &&
+    pip_install --no-deps -r $lists/pip_no_deps.txt || done=0
   local missing
   missing=$(missing_python_packages)
-  [ -z "$missing" ] || fail "pip could not install:" $missing
-  [ $done = 1 ] || fail "pip failed; see its message above"
+  [ -z "$missing" ] || fail "pip could not install: $missing ($(free_space))"
+  [ $done = 1 ] || fail "pip failed; see its message above ($(free_space))"
 }
 
 # From a copy: pip builds inside the folder that it is given, and would leave its files there.
@@ -94,6 +114,6 @@ install_client() {
 python=/usr/bin/python3
 [ -x $python ] || python=python3
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || fail "python3 -m venv $venv failed"
-once_for packages install_python_packages $lists/pip.txt $lists/pip_no_deps.txt
+once_for packages install_python_packages $lists/pip.txt $lists/pip_no_deps.txt $lists/cpu_torch.py
 once_for client install_client trainer_bridge/python/pyproject.toml \
   trainer_bridge/python/rollpack/*.py
