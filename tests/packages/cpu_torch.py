@@ -69,7 +69,7 @@ def write_stand_in(path: pathlib.Path, functions: dict[str, set[str]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, versions = pathlib.Path(folder, "functions.c"), pathlib.Path(folder, "versions")
         names = sorted(set().union(*functions.values()))
-        source.write_text("\n".join(f"int {name}(void) {{ return {NO_DEVICE}; }}" for name in names))
+        source.write_text("\n".join(f"int {one}(void) {{ return {NO_DEVICE}; }}" for one in names))
         versions.write_text("\n".join(f"{version} {{ {'; '.join(sorted(functions[version]))}; }};"
                                       for version in sorted(functions) if version))
         output_of("gcc", "-shared", "-fPIC", "-w", f"-Wl,--version-script={versions}",
