@@ -21,6 +21,7 @@ namespace {
 using rollpack::Error;
 using rollpack::rollout::CommandLine;
 using rollpack::rollout::Config;
+using rollpack::rollout::InspectLine;
 using rollpack::rollout::Job;
 using rollpack::rollout::JobOptions;
 using rollpack::rollout::Launch;
@@ -32,6 +33,8 @@ using Run = std::function<int(Job&, const CommandLine&)>;
 struct Parsed {
   CommandLine line;
   Run run;  // empty: print the configuration
+  InspectLine inspect_line;
+  bool inspects = false;
   bool prints_help = false;
 };
 
@@ -68,10 +71,41 @@ void add_commands(CLI::App& app, Parsed& parsed) {
   command->footer(config_help());
 }
 
+void add_inspect(CLI::App& app, Parsed& parsed) {
+  CLI::App* command = app.add_subcommand("inspect", "draw a batch: rows, samples, masks, pads");
+  InspectLine& line = parsed.inspect_line;
+  command
+      ->add_option("BATCH", line.batch,
+                   "file that batch.save() wrote, or the socket of a running server, which is "
+                   "looked at without disturbing its trainers")
+      ->required();
+  command->add_option("--row", line.rows, "row to draw in full, with its samples; repeatable")
+      ->expected(1)
+      ->take_all();
+  command->add_option("--limit", line.limit, "rows drawn where --row names none")
+      ->check(CLI::Range(1, 100000))
+      ->capture_default_str();
+  command->add_option("--slot", line.slot, "of a server: not the latest batch, but this slot's")
+      ->check(CLI::Range(0, 252));
+  command->add_option("--width", line.width, "characters a line; default: the terminal's")
+      ->check(CLI::Range(40, 10000));
+  command->add_option("--svg", line.svg, "also write the picture to this file");
+  command->callback([&parsed] { parsed.inspects = true; });
+}
+
 void print_error(const Error& error) {
   std::fflush(stdout);
   fmt::print(stderr, "rollpack: {}: {}\n", rollpack::error_code_name(error.info.code),
              error.what());
+}
+
+int run_inspect(const InspectLine& line) {
+  try {
+    return rollpack::rollout::inspect(line);
+  } catch (const Error& error) {
+    print_error(error);
+    return 1;
+  }
 }
 
 [[noreturn]] void run_rank(const Parsed& parsed, const Config& config, Launch& launch) {
@@ -88,12 +122,14 @@ int run(int argc, char** argv) {
   CLI::App app("rollpack: a rollout engine for RL on language models", "rollpack");
   app.require_subcommand(0, 1);  // checked below: CLI11 would not name an unknown command
   add_commands(app, parsed);
+  add_inspect(app, parsed);
   try {
     app.parse(argc, argv);
     if (app.get_subcommands().empty()) throw CLI::RequiredError::Subcommand(1);
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? 0 : kUsageStatus;
   }
+  if (parsed.inspects) return run_inspect(parsed.inspect_line);
   if (!parsed.run) {
     const Config config =
         rollpack::rollout::load_config(parsed.line.config_path, parsed.line.overrides);

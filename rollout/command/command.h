@@ -2,6 +2,8 @@
 // went well, 1 some sample failed or the job broke; errors of use and configuration are thrown.
 #pragma once
 
+#include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -18,6 +20,18 @@ struct CommandLine {
   std::vector<std::string> compare;    // bench: batching modes to run side by side
   bool profile = false;                // bench: time every op
 };
+
+struct InspectLine {
+  std::string batch;             // a file, or the socket of a server
+  std::optional<int32_t> slot;   // of a server; none: the latest batch
+  std::vector<int64_t> rows;     // to draw in full; empty: the first `limit` in short
+  int64_t limit = 8;             // rows
+  std::optional<int64_t> width;  // characters a line; none: the terminal's
+  std::string svg;               // file to write a picture to; empty: none
+};
+
+// Draws a batch on standard output; needs no configuration and no model.
+int inspect(const InspectLine& line);
 
 // Serves trainers over the bridge until a signal, a shutdown request or the loss of all workers.
 int serve(Job& job, const CommandLine& line);

@@ -1,5 +1,8 @@
 #include "trainer_bridge/server/replies.h"
 
+#include <array>
+#include <utility>
+
 #include "trainer_bridge/contract/batch_schema.h"
 #include "trainer_bridge/server/requests.h"
 
@@ -26,6 +29,27 @@ Json hello_reply(const ServiceInfo& info, int64_t weight_version, const SlotRing
           {"num_slots", slots.num_slots()},
           {"slot_bytes", slots.slot_bytes()},
           {"num_fds", slots.num_slots()}};
+}
+
+std::vector<int32_t> filled_slots(const SlotRing& slots) {
+  std::vector<int32_t> filled;
+  for (int32_t slot = 0; slot < slots.num_slots(); ++slot) {
+    if (slots.generation(slot) > 0) filled.push_back(slot);
+  }
+  return filled;
+}
+
+Json inspect_reply(const SlotRing& slots) {
+  // Between two requests nothing is being written: a slot that is "filling" waits with its batch.
+  constexpr std::array<const char*, 3> kStates = {"released", "left behind", "delivered"};
+  Json list = Json::array();
+  for (const int32_t slot : filled_slots(slots)) {
+    list.push_back({{"slot", slot},
+                    {"generation", slots.generation(slot)},
+                    {"state", kStates[static_cast<size_t>(slots.state(slot))]}});
+  }
+  const size_t num_fds = list.size();
+  return {{"slots", std::move(list)}, {"slot_bytes", slots.slot_bytes()}, {"num_fds", num_fds}};
 }
 
 Json batch_reply(const BatchNotice& notice) {

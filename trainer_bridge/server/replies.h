@@ -15,6 +15,10 @@ namespace rollpack::bridge {
 // `instance`: of this server's life.
 Json hello_reply(const ServiceInfo& info, int64_t weight_version, const SlotRing& slots,
                  const std::string& instance);
+// The slots that were filled at least once, and who has them; their descriptors go with it.
+Json inspect_reply(const SlotRing& slots);
+// Their numbers, in the reply's order.
+std::vector<int32_t> filled_slots(const SlotRing& slots);
 Json batch_reply(const BatchNotice& notice);
 Json score_reply(const std::vector<ScoredSequence>& results);
 // Text or integer, as it was given.

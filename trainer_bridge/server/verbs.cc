@@ -46,6 +46,7 @@ const std::vector<Verbs::Entry>& Verbs::entries() {
       {"get_weight_version", &Verbs::get_weight_version},
       {"stats", &Verbs::stats},
       {"health", &Verbs::health, false},
+      {"inspect", &Verbs::inspect, false},
       {"shutdown", &Verbs::shutdown},
   };
   return table;
@@ -241,6 +242,18 @@ void Verbs::health(Request& request) {
   check_no_fds(request);
   if (const Outcome sick = parts_.health()) throw Error(*sick);
   request.responder.ok({{"status", "ok"}});
+}
+
+// For onlookers: without hello they count as no client that has slots, so what becomes of a
+// trainer's batches does not depend on who looks.
+void Verbs::inspect(Request& request) {
+  request.fields.finish();
+  check_no_fds(request);
+  std::vector<OwnedFd> fds;
+  for (const int32_t slot : filled_slots(parts_.slots)) {
+    fds.push_back(OwnedFd::duplicate(parts_.slots.fd(slot)));
+  }
+  request.responder.ok(inspect_reply(parts_.slots), std::move(fds));
 }
 
 void Verbs::shutdown(Request& request) {

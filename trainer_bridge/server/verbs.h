@@ -59,6 +59,7 @@ class Verbs {
   void get_weight_version(Request& request);
   void stats(Request& request);
   void health(Request& request);
+  void inspect(Request& request);
   void shutdown(Request& request);
 
   VerbParts parts_;

@@ -35,14 +35,15 @@ SlotRing::SlotRing(int32_t num_slots, int64_t slot_bytes) : slot_bytes_(slot_byt
 }
 
 int32_t SlotRing::num_free() const {
-  return static_cast<int32_t>(std::count_if(
-      slots_.begin(), slots_.end(), [](const Slot& slot) { return slot.state == State::kFree; }));
+  return static_cast<int32_t>(std::count_if(slots_.begin(), slots_.end(), [](const Slot& slot) {
+    return slot.state == SlotState::kFree;
+  }));
 }
 
 std::optional<SlotLease> SlotRing::acquire() {
   for (size_t s = 0; s < slots_.size(); ++s) {
-    if (slots_[s].state != State::kFree) continue;
-    slots_[s].state = State::kFilling;
+    if (slots_[s].state != SlotState::kFree) continue;
+    slots_[s].state = SlotState::kFilling;
     return SlotLease{static_cast<int32_t>(s), ++slots_[s].generation};
   }
   return std::nullopt;
@@ -53,12 +54,12 @@ std::span<std::byte> SlotRing::bytes(SlotLease lease) {
 }
 
 void SlotRing::cancel(SlotLease lease) {
-  filling(lease).state = State::kFree;
+  filling(lease).state = SlotState::kFree;
 }
 
 void SlotRing::deliver(SlotLease lease, uint64_t client) {
   Slot& slot = filling(lease);
-  slot.state = State::kDelivered;
+  slot.state = SlotState::kDelivered;
   slot.client = client;
 }
 
@@ -71,7 +72,7 @@ void SlotRing::release(SlotLease lease, uint64_t client) {
                  .allowed = fmt::format("0 to {}", num_slots() - 1)});
   }
   Slot& slot = slots_[lease.slot];
-  if (slot.state != State::kDelivered || slot.client != client) {
+  if (slot.state != SlotState::kDelivered || slot.client != client) {
     throw Error({.code = ErrorCode::kFailedPrecondition,
                  .field = "slot",
                  .value = std::to_string(lease.slot),
@@ -87,24 +88,24 @@ void SlotRing::release(SlotLease lease, uint64_t client) {
                  .allowed = std::to_string(slot.generation),
                  .message = "the slot holds another batch by now"});
   }
-  slot.state = State::kFree;
+  slot.state = SlotState::kFree;
 }
 
 std::vector<SlotLease> SlotRing::release_all(uint64_t client) {
-  return take_all(client, State::kFree);
+  return take_all(client, SlotState::kFree);
 }
 
 std::vector<SlotLease> SlotRing::recall_all(uint64_t client) {
-  return take_all(client, State::kFilling);
+  return take_all(client, SlotState::kFilling);
 }
 
 void SlotRing::replace(int32_t s) {
   Slot& slot = slot_at(s);
-  if (slot.state == State::kDelivered) {
+  if (slot.state == SlotState::kDelivered) {
     fail_invariant(fmt::format("slot {} is replaced while it is delivered", s));
   }
   SealedSegment fresh = create_segment(s, slot_bytes_);
-  if (slot.state == State::kFilling) {
+  if (slot.state == SlotState::kFilling) {
     const std::span<const std::byte> old = slot.segment.bytes();
     std::copy(old.begin(), old.end(), fresh.bytes().begin());
   }
@@ -133,17 +134,17 @@ SlotRing::Slot& SlotRing::slot_at(int32_t slot) {
 
 SlotRing::Slot& SlotRing::filling(SlotLease lease) {
   Slot& slot = slot_at(lease.slot);
-  if (slot.state != State::kFilling || slot.generation != lease.generation) {
+  if (slot.state != SlotState::kFilling || slot.generation != lease.generation) {
     fail_invariant(
         fmt::format("slot {}, generation {}, is not being filled", lease.slot, lease.generation));
   }
   return slot;
 }
 
-std::vector<SlotLease> SlotRing::take_all(uint64_t client, State next) {
+std::vector<SlotLease> SlotRing::take_all(uint64_t client, SlotState next) {
   std::vector<SlotLease> leases;
   for (size_t s = 0; s < slots_.size(); ++s) {
-    if (slots_[s].state != State::kDelivered || slots_[s].client != client) continue;
+    if (slots_[s].state != SlotState::kDelivered || slots_[s].client != client) continue;
     slots_[s].state = next;
     leases.push_back({static_cast<int32_t>(s), slots_[s].generation});
   }

@@ -25,6 +25,8 @@ struct SlotLease {
   bool operator==(const SlotLease&) const = default;
 };
 
+enum class SlotState : uint8_t { kFree, kFilling, kDelivered };
+
 // Used by one thread. Slot numbers that this process makes up are invariants (internal); those of
 // release() come from a client.
 class SlotRing {
@@ -36,6 +38,9 @@ class SlotRing {
   int32_t num_slots() const { return static_cast<int32_t>(slots_.size()); }
   int64_t slot_bytes() const { return slot_bytes_; }
   int32_t num_free() const;
+  SlotState state(int32_t slot) const { return slot_at(slot).state; }
+  // Fillings of the slot so far; 0: it never held a batch.
+  uint64_t generation(int32_t slot) const { return slot_at(slot).generation; }
 
   // The lowest free slot, now filling under a new generation; nothing when none is free.
   std::optional<SlotLease> acquire();
@@ -67,10 +72,9 @@ class SlotRing {
   int fd(int32_t slot) const;
 
  private:
-  enum class State : uint8_t { kFree, kFilling, kDelivered };
   struct Slot {
     SealedSegment segment;
-    State state = State::kFree;
+    SlotState state = SlotState::kFree;
     uint64_t generation = 0;
     uint64_t client = 0;  // where delivered
     uint64_t segment_serial = 1;
@@ -79,7 +83,7 @@ class SlotRing {
   Slot& slot_at(int32_t slot);
   const Slot& slot_at(int32_t slot) const;
   Slot& filling(SlotLease lease);
-  std::vector<SlotLease> take_all(uint64_t client, State next);
+  std::vector<SlotLease> take_all(uint64_t client, SlotState next);
 
   int64_t slot_bytes_;
   std::vector<Slot> slots_;

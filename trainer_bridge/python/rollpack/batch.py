@@ -5,6 +5,7 @@ The columns of both layouts are listed in trainer_bridge/README.md.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from rollpack.batch_file import write_batch_file
 from rollpack.columns import Columns
 from rollpack.errors import DataLoss, FailedPrecondition, RollpackError, Unsupported, error_from_map
 from rollpack.samples import Sample, read_samples
@@ -143,8 +145,11 @@ class Batch:
         self.pad_token_id = pad_token_id
         self._name = f"batch {self.batch_seq}"
         self._columns: dict[str, Column] | None = {}
+        self._memory: Array | None = None
         if lease is not None:
-            self._columns = _open(lease.memory(), reply, self._name, verify)
+            memory = lease.memory()
+            self._columns = _open(memory, reply, self._name, verify)
+            self._memory = memory
         self._lease = lease
 
     @property
@@ -309,6 +314,26 @@ class Batch:
         """
         return read_samples(self.columns, self.num_samples, copy=copy)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the batch to a file: the bytes of its slot, which `rollpack inspect` draws.
+
+        What is saved is what this process sees, its in-place writes included, under a checksum that
+        fits. The file appears whole or not at all.
+
+        Args:
+            path: the file; one that is there is replaced.
+
+        Raises:
+            FailedPrecondition: the batch was released, or only reports failures.
+            OSError: the file cannot be written.
+        """
+        self._opened()
+        if self._memory is None:
+            raise FailedPrecondition(
+                field=self._name, value="failures alone", allowed="a batch with columns"
+            )
+        write_batch_file(path, self._memory)
+
     def release(self) -> None:
         """Say that the trainer is done with the batch; a second call does nothing.
 
@@ -318,6 +343,7 @@ class Batch:
         if self._lease is not None:
             self._lease.released = True
         self._lease = None
+        self._memory = None
         self._columns = None  # the last reference to the memory, unless a view lives
 
     def __enter__(self) -> Batch:

@@ -103,6 +103,13 @@ def check_crc32(memory: npt.NDArray[np.uint8], header: Header, where: str) -> No
         raise DataLoss(field=f"{where}: crc32", value=str(crc32), allowed=str(header.crc32))
 
 
+def stamped_header(memory: npt.NDArray[np.uint8]) -> bytes:
+    """The header of a batch with the checksum of what lies behind it now."""
+    magic, *numbers = _HEADER.unpack(memory[: _HEADER.size].tobytes())
+    numbers[-1] = zlib.crc32(memory[_HEADER.size :].data)
+    return _HEADER.pack(magic, *numbers)
+
+
 def read_columns(memory: npt.NDArray[np.uint8], num_columns: int, where: str) -> dict[str, Column]:
     """Return the columns by name, in the table's order, as views on `memory`.
 
