@@ -217,8 +217,13 @@ class Backend {
   virtual void copy_committed_to_staged() = 0;
   virtual void commit_weights() = 0;
   virtual void discard_weights() = 0;
-  // 64-bit hash of the committed packed weights, as the ops really use them.
+  // 64-bit hash of the committed packed weights, as the ops really use them. Read from memory once
+  // a set: what staged_weights_hash() found goes with the set that it was asked for.
   virtual uint64_t weights_hash() = 0;
+  // What weights_hash() will say once the staged set is committed. Alone of the calls about weights
+  // it may run beside steps, on a thread of its own; no other call about weights meanwhile.
+  // Errors: failed_precondition when nothing is staged, or not all of it.
+  virtual uint64_t staged_weights_hash() = 0;
   // Sharing a staged set between the processes of a node: the one that packed it exports a sealed
   // descriptor (the backend keeps ownership), the others adopt it as their staged set.
   virtual int export_staged_weights() = 0;

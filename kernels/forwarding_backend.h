@@ -38,6 +38,7 @@ class ForwardingBackend : public Backend {
   void commit_weights() override { inner_->commit_weights(); }
   void discard_weights() override { inner_->discard_weights(); }
   uint64_t weights_hash() override { return inner_->weights_hash(); }
+  uint64_t staged_weights_hash() override { return inner_->staged_weights_hash(); }
   int export_staged_weights() override { return inner_->export_staged_weights(); }
   void adopt_staged_weights(int fd) override { inner_->adopt_staged_weights(fd); }
 

@@ -181,6 +181,7 @@ class CpuBackend final : public Backend {
     with_idle_pool([&](ThreadPool* pool) { hash = weights_.committed_hash(pool); });
     return hash;
   }
+  uint64_t staged_weights_hash() override { return weights_.staged_hash(); }
   int export_staged_weights() override { return weights_.export_staged(); }
   void adopt_staged_weights(int fd) override { weights_.adopt_staged(fd); }
 

@@ -74,8 +74,9 @@ WeightId WeightStore::declare(const WeightSpec& spec) {
     is_valid = is_valid && spec.part_rows.size() == 2 && spec.part_rows[0] == spec.part_rows[1];
   }
   if (!is_valid) {
-    fail_argument(spec.name, fmt::format("{} parts, {} rows, {} columns", spec.part_rows.size(),
-                                         total_rows(spec), spec.cols),
+    fail_argument(spec.name,
+                  fmt::format("{} parts, {} rows, {} columns", spec.part_rows.size(),
+                              total_rows(spec), spec.cols),
                   "parts of positive size; two equal ones where gated; one column in a vector");
   }
   Declared weight{.spec = spec, .offset = next_offset_};
@@ -220,6 +221,7 @@ void WeightStore::load(WeightId id, int32_t part, const WeightSource& source, Sh
   std::vector<bool>::reference is_loaded =
       set.is_loaded[static_cast<size_t>(id)][static_cast<size_t>(part)];
   is_loaded = false;  // until all of it has been read
+  set.hash.reset();
   std::byte* at = set.arena.data() + weight.offset;
   const int64_t first = first_row(weight, part);
   if (weight.spec.kind == WeightKind::kVector) {
@@ -246,6 +248,7 @@ void WeightStore::copy_committed_to_staged(ThreadPool* pool) {
   };
   for_each(pool, (next_offset_ + kPageBytes - 1) / kPageBytes, copy_page);
   set.is_loaded = make_set(true).is_loaded;
+  set.hash.reset();
 }
 
 void WeightStore::require_complete() const {
@@ -265,10 +268,22 @@ void WeightStore::commit() {
   staged_.reset();
 }
 
-void WeightStore::discard() { staged_.reset(); }
+void WeightStore::discard() {
+  staged_.reset();
+}
 
 uint64_t WeightStore::committed_hash(ThreadPool* pool) const {
   if (!committed_) fail_state("weights", "none committed", "commit weights before hashing them");
+  return committed_->hash ? *committed_->hash : hash_of(*committed_, pool);
+}
+
+uint64_t WeightStore::staged_hash() {
+  require_complete();
+  if (!staged_->hash) staged_->hash = hash_of(*staged_, nullptr);
+  return *staged_->hash;
+}
+
+uint64_t WeightStore::hash_of(const Set& set, ThreadPool* pool) const {
   const int64_t bytes = next_offset_ - kHeaderBytes;
   const int64_t num_blocks = (bytes + kHashBlock - 1) / kHashBlock;
   std::vector<uint64_t> hashes(static_cast<size_t>(num_blocks));
@@ -276,7 +291,7 @@ uint64_t WeightStore::committed_hash(ThreadPool* pool) const {
     const int64_t begin = block * kHashBlock;
     const int64_t end = std::min(begin + kHashBlock, bytes);
     hashes[static_cast<size_t>(block)] =
-        hash64({committed_->arena.data() + kHeaderBytes + begin, static_cast<size_t>(end - begin)});
+        hash64({set.arena.data() + kHeaderBytes + begin, static_cast<size_t>(end - begin)});
   };
   for_each(pool, num_blocks, hash_one);
   return hash64(std::as_bytes(std::span(hashes)), layout_hash());
@@ -335,7 +350,9 @@ const WeightStore::Declared& WeightStore::declared(WeightId id, const char* op) 
   return weights_[static_cast<size_t>(id)];
 }
 
-bool WeightStore::has_committed() const { return committed_.has_value(); }
+bool WeightStore::has_committed() const {
+  return committed_.has_value();
+}
 
 double WeightStore::huge_page_share() const {
   return committed_ ? committed_->arena.huge_page_share() : 0;

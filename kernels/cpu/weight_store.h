@@ -32,6 +32,7 @@ class WeightStore {
   void commit();
   void discard();
   uint64_t committed_hash(ThreadPool* pool) const;
+  uint64_t staged_hash();
   int export_staged();
   void adopt_staged(int fd);
 
@@ -58,6 +59,7 @@ class WeightStore {
     Arena arena;
     std::vector<std::vector<bool>> is_loaded;  // [weight][part]
     std::vector<bool> is_populated;            // [windows of the arena]
+    std::optional<uint64_t> hash;              // once it was asked for, and nothing loaded since
   };
 
   const Declared& declared(WeightId id, const char* op) const;
@@ -72,6 +74,7 @@ class WeightStore {
   void load_matrix(Set& set, const Declared& weight, const PackTarget& target,
                    const WeightSource& source, ShardRange shard, ThreadPool* pool);
   Set& staged();
+  uint64_t hash_of(const Set& set, ThreadPool* pool) const;
   uint64_t layout_hash() const;
 
   const KernelTable& kernels_;

@@ -146,6 +146,7 @@ class ReferenceBackend final : public Backend {
   }
   void discard_weights() override { weights_.discard(); }
   uint64_t weights_hash() override { return weights_.hash(); }
+  uint64_t staged_weights_hash() override { return weights_.staged_hash(); }
   int export_staged_weights() override {
     refuse("engine.share_weights", "the reference backend keeps its weights in private memory");
   }

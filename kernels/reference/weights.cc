@@ -182,16 +182,20 @@ void WeightStore::copy_committed() {
   *staged_ = *committed_;
 }
 
-void WeightStore::commit() {
-  require_staging("commit_weights");
+void WeightStore::require_complete(const char* call) const {
+  require_staging(call);
   for (const Weight& weight : *staged_) {
     for (size_t part = 0; part < weight.parts.size(); ++part) {
       if (weight.parts[part].is_loaded) continue;
       throw Error({.code = ErrorCode::kFailedPrecondition,
                    .field = fmt::format("weight {} part {}", weight.spec.name, part),
-                   .message = "not loaded; load every part before commit_weights"});
+                   .message = fmt::format("not loaded; load every part before {}", call)});
     }
   }
+}
+
+void WeightStore::commit() {
+  require_complete("commit_weights");
   committed_ = std::move(staged_);
 }
 
@@ -208,8 +212,17 @@ uint64_t WeightStore::hash() const {
                  .field = "weights_hash",
                  .message = "no weights are committed yet"});
   }
+  return hash_of(*committed_);
+}
+
+uint64_t WeightStore::staged_hash() const {
+  require_complete("staged_weights_hash");
+  return hash_of(*staged_);
+}
+
+uint64_t WeightStore::hash_of(const Set& set) {
   std::string digest;  // one hash a part, then the hash of those
-  for (const Weight& weight : *committed_) {
+  for (const Weight& weight : set) {
     for (const WeightPart& part : weight.parts) {
       const auto* text = reinterpret_cast<const char*>(part.numbers.data());
       digest += fmt::format("{}:{}:{:016x};", part.rows.begin, part.rows.end,

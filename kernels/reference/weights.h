@@ -45,12 +45,15 @@ class WeightStore {
   bool has_committed() const { return committed_ != nullptr; }
   const Weight& committed(WeightId id) const;
   uint64_t hash() const;
+  uint64_t staged_hash() const;
 
  private:
   using Set = std::vector<Weight>;
 
   Set empty_set() const;
   void require_staging(const char* call) const;
+  void require_complete(const char* call) const;
+  static uint64_t hash_of(const Set& set);
 
   DType compute_dtype_;
   std::vector<WeightSpec> specs_;

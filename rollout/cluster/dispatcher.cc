@@ -38,13 +38,15 @@ std::string origin_of(const bridge::PromptRequest& prompt, size_t index) {
 }  // namespace
 
 Dispatcher::Dispatcher(const Config& config, const ModelConfig& model, const EngineLimits& limits,
-                       std::string fingerprint, bool shares_weights, RecoveryOptions recovery)
+                       std::string fingerprint, uint64_t weights_hash, bool shares_weights,
+                       RecoveryOptions recovery)
     : config_(config),
       model_(model),
       limits_(limits),
       fingerprint_(std::move(fingerprint)),
       shares_weights_(shares_weights),
-      recovery_(std::move(recovery)) {
+      recovery_(std::move(recovery)),
+      weights_{.hash = weights_hash} {
   ledger_.set_longest_first(wants_longest_first(config.engine.batching));
 }
 
@@ -337,14 +339,22 @@ GroupRequest Dispatcher::take_group(const Ledger::GroupKey& key, int32_t worker)
 
 int64_t Dispatcher::weight_version() const {
   const std::lock_guard lock(mutex_);
-  return weight_version_;
+  return weights_.version;
+}
+
+bridge::WeightsInUse Dispatcher::weights_in_use() const {
+  const std::lock_guard lock(mutex_);
+  return weights_;
 }
 
 std::vector<std::pair<std::string, double>> Dispatcher::stats() const {
   const std::lock_guard lock(mutex_);
   std::map<std::string, double> sums;
   for (const WorkerState& worker : workers_) {
-    for (const auto& [name, value] : worker.stats) sums[name] += value;
+    for (const auto& [name, value] : worker.stats) {
+      double& sum = sums[name];
+      sum = name.starts_with("last_update_") ? std::max(sum, value) : sum + value;
+    }
   }
   sums["num_workers"] = static_cast<double>(all_workers().size());
   sums["num_worker_deaths"] = static_cast<double>(num_worker_deaths_);
@@ -354,7 +364,7 @@ std::vector<std::pair<std::string, double>> Dispatcher::stats() const {
   sums["num_open_samples"] = static_cast<double>(ledger_.num_open_samples());
   sums["num_queued_groups"] = static_cast<double>(ledger_.num_queued_groups());
   sums["num_late_samples_dropped"] = static_cast<double>(ledger_.num_dropped());
-  sums["weight_version"] = static_cast<double>(weight_version_);
+  sums["weight_version"] = static_cast<double>(weights_.version);
   return {sums.begin(), sums.end()};
 }
 

@@ -39,10 +39,12 @@ struct RecoveryOptions {
 
 class Dispatcher : public bridge::RolloutService {
  public:
-  // `limits` and `fingerprint` are those of rank 0's replica; every worker has the same.
+  // `limits`, `fingerprint` and `weights_hash`, of version 0, are those of rank 0's replica; every
+  // worker has the same.
   // `shares_weights`: worker 0 packs updates and the others adopt its set.
   Dispatcher(const Config& config, const ModelConfig& model, const EngineLimits& limits,
-             std::string fingerprint, bool shares_weights, RecoveryOptions recovery = {});
+             std::string fingerprint, uint64_t weights_hash, bool shares_weights,
+             RecoveryOptions recovery = {});
 
   void set_sink(bridge::SampleSink& sink) { sink_ = &sink; }
   // Called once, from any thread, when shutdown() is asked for or no worker can go on.
@@ -92,6 +94,7 @@ class Dispatcher : public bridge::RolloutService {
   void commit_weights(bridge::InFlight in_flight, bridge::OutcomeCallback done) override;
   void cancel_weights() override;
   int64_t weight_version() const override;
+  bridge::WeightsInUse weights_in_use() const override;
   std::vector<std::pair<std::string, double>> stats() const override;
   bridge::Outcome health() const override;
   void shutdown() override;
@@ -104,15 +107,16 @@ class Dispatcher : public bridge::RolloutService {
     bool is_stopped = false;  // also once it is lost
     bool is_lost = false;
     bool is_replacement = false;
-    bool is_joining = false;      // started, and does not take part yet
-    bool waits_to_join = false;   // for the end of a weight update
-    int64_t joined_version = 0;   // of the weights it has, while it joins
-    bool has_committed = false;   // a sample
-    bool is_paused = false;       // it said so: no progress is expected
-    int32_t num_wanted = 0;       // samples it has asked for
-    int64_t num_outstanding = 0;  // expected tokens of what it works on
-    std::set<uint64_t> tickets;   // it has to answer
-    TimePoint last_progress;      // or since when it owes something
+    bool is_joining = false;               // started, and does not take part yet
+    bool waits_to_join = false;            // for the end of a weight update
+    int64_t joined_version = 0;            // of the weights it has, while it joins
+    std::optional<uint64_t> weights_hash;  // that it told of last: staged, or in use
+    bool has_committed = false;            // a sample
+    bool is_paused = false;                // it said so: no progress is expected
+    int32_t num_wanted = 0;                // samples it has asked for
+    int64_t num_outstanding = 0;           // expected tokens of what it works on
+    std::set<uint64_t> tickets;            // it has to answer
+    TimePoint last_progress;               // or since when it owes something
     std::map<std::string, double> stats;
 
     bool takes_part() const { return !is_stopped && !is_joining; }
@@ -121,10 +125,11 @@ class Dispatcher : public bridge::RolloutService {
   // Acks still missing of one command to several workers.
   struct Collection {
     size_t num_missing = 0;
-    size_t num_answers = 0;     // the others were lost
-    bool pauses = false;        // who answers makes no progress from then on
-    bool must_succeed = false;  // who refuses is given up
-    bridge::Outcome error;      // the first
+    size_t num_answers = 0;                // the others were lost
+    bool pauses = false;                   // who answers makes no progress from then on
+    bool must_succeed = false;             // who refuses is given up
+    std::optional<uint64_t> weights_hash;  // who answers with another refuses
+    bridge::Outcome error;                 // the first
     int fd = -1;
     std::function<void(bridge::Outcome, int fd)> done;
   };
@@ -169,7 +174,10 @@ class Dispatcher : public bridge::RolloutService {
   void adopt_weights(bridge::OwnedFd fd, bridge::InFlight in_flight,
                      const bridge::OutcomeCallback& done);
   void switch_weights(bridge::InFlight in_flight, bridge::OutcomeCallback done);
-  void end_switch(int64_t version, bridge::Outcome error, const bridge::OutcomeCallback& done);
+  void end_switch(const bridge::WeightsInUse& switched, bridge::Outcome error,
+                  const bridge::OutcomeCallback& done);
+  uint64_t agree_on_weights(int64_t version, Effects& effects);
+  ErrorInfo other_weights_error(int32_t worker, const bridge::WeightsInUse& expected) const;
   std::vector<int32_t> workers_beside_first() const;
   void drop_update(const bridge::OutcomeCallback& done, bridge::Outcome error);
   void end_with(ErrorInfo error, Effects& effects);
@@ -233,8 +241,9 @@ class Dispatcher : public bridge::RolloutService {
   std::map<uint64_t, std::pair<std::shared_ptr<ScoreBatch>, size_t>> scores_;
   std::map<uint64_t, std::shared_ptr<MeasurementSum>> measurements_;
   std::optional<int64_t> update_version_;  // of the weight update under way
+  UpdateTimes update_times_;               // of it, the longest
   bool is_switching_ = false;              // workers were told to commit
-  int64_t weight_version_ = 0;
+  bridge::WeightsInUse weights_;
   bool is_ending_ = false;
   bridge::Outcome fatal_;
 };

@@ -66,7 +66,7 @@ void Dispatcher::begin_join(int32_t worker, Effects& effects) {
   if (state.waits_to_join) return;
   auto collection = std::make_shared<Collection>();
   collection->must_succeed = true;
-  const int64_t version = weight_version_;
+  const int64_t version = weights_.version;
   collection->done = [this, worker, version](bridge::Outcome, int) { end_join(worker, version); };
   send_weights(worker, collection);
   if (collection->num_missing == 0) finish(collection, effects);
@@ -78,7 +78,7 @@ void Dispatcher::send_weights(int32_t worker, const std::shared_ptr<Collection>&
       return AdoptWeights{ticket, kept_weights_.packed()};
     });
     ask(worker, collection, [&](uint64_t ticket) {
-      return CommitWeights{ticket, weight_version_, bridge::InFlight::kKeep};
+      return CommitWeights{ticket, weights_.version, bridge::InFlight::kKeep};
     });
     return;
   }
@@ -105,8 +105,10 @@ void Dispatcher::end_join(int32_t worker, int64_t version) {
     WorkerState& state = workers_[worker];
     if (state.is_stopped) return;
     state.joined_version = version;
-    if (version != weight_version_ || update_version_) {
+    if (version != weights_.version || update_version_) {
       begin_join(worker, effects);
+    } else if (state.weights_hash != weights_.hash) {
+      give_up(worker, other_weights_error(worker, weights_), effects);
     } else {
       state.is_joining = false;
       spdlog::info("rank {} has joined under weight version {}: {} workers", worker, version,

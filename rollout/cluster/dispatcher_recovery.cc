@@ -16,8 +16,10 @@ namespace {
 constexpr std::chrono::minutes kJoinTimeout{30};
 
 // Sums that a lost worker has added to stay; what it had at the moment is gone with it.
-constexpr const char* kGauges[] = {"num_running_seqs",  "num_waiting_seqs",    "num_kv_pages",
-                                   "num_kv_pages_used", "num_kv_pages_cached", "peak_memory_bytes"};
+constexpr const char* kGauges[] = {
+    "num_running_seqs",       "num_waiting_seqs",     "num_kv_pages",
+    "num_kv_pages_used",      "num_kv_pages_cached",  "peak_memory_bytes",
+    "last_update_packing_ms", "last_update_pause_ms", "last_update_prefill_ms"};
 
 ErrorInfo culprit_error(const GroupRequest& request, const ErrorInfo& last) {
   return {.code = ErrorCode::kInternal,

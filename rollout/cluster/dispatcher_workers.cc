@@ -131,6 +131,10 @@ void Dispatcher::on_event(int32_t worker, WorkerReady& event, Effects& effects) 
         .message = "all ranks must run the same backend: their bits would differ"};
     return workers_[worker].is_joining ? give_up(worker, error, effects) : end_with(error, effects);
   }
+  workers_[worker].weights_hash = event.weights_hash;
+  if (!workers_[worker].is_joining && event.weights_hash && event.weights_hash != weights_.hash) {
+    return end_with(other_weights_error(worker, weights_), effects);
+  }
   workers_[worker].is_ready = true;
   if (workers_[worker].is_joining) begin_join(worker, effects);
 }
@@ -193,6 +197,14 @@ void Dispatcher::on_event(int32_t worker, Ack& event, Effects& effects) {
   if (found == collections_.end()) return;
   const std::shared_ptr<Collection> collection = found->second;
   collections_.erase(found);
+  if (event.weights_hash) workers_[worker].weights_hash = event.weights_hash;
+  update_times_.packing_ms = std::max(update_times_.packing_ms, event.times.packing_ms);
+  update_times_.pause_ms = std::max(update_times_.pause_ms, event.times.pause_ms);
+  // Before any sample that it draws with them: those follow on the same link.
+  if (!event.error && collection->weights_hash && event.weights_hash != collection->weights_hash) {
+    event.error = other_weights_error(
+        worker, {.version = update_version_.value_or(0), .hash = *collection->weights_hash});
+  }
   if (event.error && collection->must_succeed && recovery_.is_on) {
     give_up(worker, *event.error, effects);
   } else {

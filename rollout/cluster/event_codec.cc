@@ -54,6 +54,15 @@ bridge::Sample decode_sample(const json& map) {
   return sample;
 }
 
+json encode_hash(const std::optional<uint64_t>& hash) {
+  return hash ? json(*hash) : json();
+}
+
+std::optional<uint64_t> decode_hash(const json& value) {
+  if (value.is_null()) return std::nullopt;
+  return value.get<uint64_t>();
+}
+
 json encode_measurement(const Measurement& m) {
   json ops = json::array();
   for (const kernels::OpProfile& op : m.profile.ops) {
@@ -96,7 +105,10 @@ Measurement decode_measurement(const json& map) {
 
 struct EventEncoder {
   json operator()(const WorkerReady& m) const {
-    return {{"type", "ready"}, {"pid", m.pid}, {"fingerprint", m.fingerprint}};
+    return {{"type", "ready"},
+            {"pid", m.pid},
+            {"fingerprint", m.fingerprint},
+            {"weights_hash", encode_hash(m.weights_hash)}};
   }
   json operator()(const Pull& m) const {
     return {{"type", "pull"}, {"num_samples", m.num_samples}};
@@ -121,7 +133,12 @@ struct EventEncoder {
   }
   json operator()(const Ack& m) const {
     if (m.fd >= 0) fail_invariant("only rank 0 exports weights");
-    return {{"type", "ack"}, {"ticket", m.ticket}, {"error", encode_outcome(m.error)}};
+    return {{"type", "ack"},
+            {"ticket", m.ticket},
+            {"error", encode_outcome(m.error)},
+            {"weights_hash", encode_hash(m.weights_hash)},
+            {"packing_ms", m.times.packing_ms},
+            {"pause_ms", m.times.pause_ms}};
   }
   json operator()(const StepProgress&) const { return {{"type", "progress"}}; }
   json operator()(const WorkerStats& m) const { return {{"type", "stats"}, {"values", m.values}}; }
@@ -139,7 +156,9 @@ struct EventEncoder {
 Event decode_known_event(const json& map) {
   const std::string type = map.at("type");
   if (type == "ready")
-    return WorkerReady{.pid = map.at("pid"), .fingerprint = map.at("fingerprint")};
+    return WorkerReady{.pid = map.at("pid"),
+                       .fingerprint = map.at("fingerprint"),
+                       .weights_hash = decode_hash(map.at("weights_hash"))};
   if (type == "pull") return Pull{map.at("num_samples").get<int32_t>()};
   if (type == "sample") return SampleDone{decode_sample(map.at("sample")), map.at("attempt")};
   if (type == "failed") {
@@ -154,8 +173,12 @@ Event decode_known_event(const json& map) {
                                .scaled_logprobs = from_bin<float>(map.at("scaled_logprobs")),
                                .entropy = from_bin<float>(map.at("entropy"))}};
   }
-  if (type == "ack")
-    return Ack{.ticket = map.at("ticket"), .error = decode_outcome(map.at("error"))};
+  if (type == "ack") {
+    return Ack{.ticket = map.at("ticket"),
+               .error = decode_outcome(map.at("error")),
+               .weights_hash = decode_hash(map.at("weights_hash")),
+               .times = {.packing_ms = map.at("packing_ms"), .pause_ms = map.at("pause_ms")}};
+  }
   if (type == "progress") return StepProgress{};
   if (type == "stats") return WorkerStats{map.at("values")};
   if (type == "measured") {

@@ -96,8 +96,8 @@ Job::Job(const Config& config, Launch& launch, const JobOptions& options)
                kernels::usable_cores().text(), num_ranks(), info.kv.num_pages, info.kv.page_tokens,
                shares_weights_ ? "shared" : "private", sharing.reason);
   dispatcher_ = std::make_unique<Dispatcher>(
-      config, model, replica_->limits(), info.fingerprint, shares_weights_,
-      RecoveryOptions{.is_on = survives_deaths_, .lease = lease_of(config)});
+      config, model, replica_->limits(), info.fingerprint, replica_->backend().weights_hash(),
+      shares_weights_, RecoveryOptions{.is_on = survives_deaths_, .lease = lease_of(config)});
 }
 
 Job::~Job() {
@@ -165,7 +165,7 @@ void run_worker_rank(const Config& config, Launch& launch, const JobOptions& opt
     }
     Worker worker(replica, tell_rank_0,
                   make_reference_replica(config, replica.model(), num_threads));
-    worker.start();
+    worker.start(/*has_weights=*/!is_shared);
     while (std::optional<Command> command = client.receive()) {
       const bool stops = std::holds_alternative<Stop>(*command);
       worker.send(std::move(*command));

@@ -75,12 +75,19 @@ using Command = std::variant<AddGroups, AddScores, AbortSamples, Pause, Resume, 
                              StageWeights, FinishWeights, ExportWeights, AdoptWeights,
                              CommitWeights, DiscardWeights, Measure, TakeMeasurement, Stop>;
 
+// Time in which an update kept a worker from its steps, while it had some to do.
+struct UpdateTimes {
+  double packing_ms = 0;  // tensors rounded and laid out for the kernels
+  double pause_ms = 0;    // all else until steps go on: mapping, switching, giving memory back
+};
+
 // ---- from a worker
 // --------------------------------------------------------------------------------
 
 struct WorkerReady {
   int64_t pid = 0;
-  std::string fingerprint;  // all ranks must have the same
+  std::string fingerprint;               // all ranks must have the same
+  std::optional<uint64_t> weights_hash;  // of the checkpoint, where it has loaded that
 };
 struct Pull {  // room for this many more samples
   int32_t num_samples = 0;
@@ -101,7 +108,11 @@ struct Scored {
 struct Ack {
   uint64_t ticket = 0;
   bridge::Outcome error;
-  int fd = -1;  // of ExportWeights, in the worker's process; it stays the worker's
+  // Of FinishWeights and AdoptWeights: of the packed set that is staged; of CommitWeights: of the
+  // one that steps use from now on.
+  std::optional<uint64_t> weights_hash;
+  UpdateTimes times;  // of CommitWeights
+  int fd = -1;        // of ExportWeights, in the worker's process; it stays the worker's
 };
 struct StepProgress {};  // layers of a step that takes long have been computed since the last event
 struct WorkerStats {

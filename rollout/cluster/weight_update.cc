@@ -1,5 +1,7 @@
 // Weights in two phases over all workers: every one stages and checks the whole set, then all
-// switch, each between two of its steps. A refusal anywhere discards the set everywhere.
+// switch, each between two of its steps. A refusal anywhere discards the set everywhere. Before the
+// switch every worker tells the hash of what it has packed, after it the hash of what it uses: who
+// differs is given up.
 //
 // Where ranks of a node share memory, worker 0 packs once and the others adopt its packed set;
 // otherwise each packs into memory of its own.
@@ -36,19 +38,23 @@ void Dispatcher::begin_weights(bridge::WeightUpdate update, bridge::OutcomeCallb
     } else if (update_version_) {
       error = wrong_state(fmt::format("begin of version {}", update.version),
                           fmt::format("the end of version {}'s update first", *update_version_));
-    } else if (update.version <= weight_version_) {
+    } else if (update.version <= weights_.version) {
       error =
           ErrorInfo{.code = ErrorCode::kInvalidArgument,
                     .field = "version",
                     .value = std::to_string(update.version),
-                    .allowed = fmt::format("more than the current version {}", weight_version_)};
-    } else if (update.base_version && *update.base_version != weight_version_) {
+                    .allowed = fmt::format("more than the current version {}", weights_.version)};
+    } else if (update.base_version && *update.base_version != weights_.version) {
       error = ErrorInfo{.code = ErrorCode::kInvalidArgument,
                         .field = "base_version",
                         .value = std::to_string(*update.base_version),
-                        .allowed = fmt::format("{}, the current version", weight_version_)};
+                        .allowed = fmt::format("{}, the current version", weights_.version)};
     } else {
       update_version_ = update.version;
+      update_times_ = {};
+      for (WorkerState& worker : workers_) {
+        if (worker.takes_part()) worker.weights_hash.reset();
+      }
       // A packed set is whole, whatever update made it.
       kept_weights_.begin(update.version, update.base_version.has_value() && !shares_weights_);
       broadcast(
@@ -187,38 +193,80 @@ void Dispatcher::share_first_weights(bridge::OwnedFd fd) {
         fail_start, effects);
     broadcast(
         others, [](uint64_t ticket) { return CommitWeights{.ticket = ticket}; }, fail_start,
-        effects);
+        effects)
+        ->weights_hash = weights_.hash;
   }
   run(effects);
 }
 
 void Dispatcher::switch_weights(bridge::InFlight in_flight, bridge::OutcomeCallback done) {
   Effects effects;
-  bool is_cancelled = false;
+  bridge::Outcome error;
   {
     const std::lock_guard lock(mutex_);
-    is_cancelled = !update_version_;  // while the ranks checked
-    if (!is_cancelled) {
+    if (!update_version_) {  // while the ranks checked
+      error = wrong_state("commit", "begin first: the update was cancelled");
+    } else {
       const int64_t version = *update_version_;
-      is_switching_ = true;
-      // Past the point of no return: who cannot switch is given up, so that all others agree.
-      broadcast(
-          all_workers(),
-          [&](uint64_t ticket) {
-            return CommitWeights{ticket, version, in_flight};
-          },
-          [this, version, done](bridge::Outcome error, int) {
-            end_switch(version, std::move(error), done);
-          },
-          effects)
-          ->must_succeed = true;
+      const bridge::WeightsInUse next{.version = version,
+                                      .hash = agree_on_weights(version, effects)};
+      error = fatal_;
+      if (!error) {
+        is_switching_ = true;
+        // Past the point of no return: who cannot switch is given up, so that all others agree.
+        const auto collection = broadcast(
+            all_workers(),
+            [&](uint64_t ticket) {
+              return CommitWeights{ticket, version, in_flight};
+            },
+            [this, next, done](bridge::Outcome refused, int) {
+              end_switch(next, std::move(refused), done);
+            },
+            effects);
+        collection->must_succeed = true;
+        collection->weights_hash = next.hash;
+      }
     }
   }
+  changed_.notify_all();
   run(effects);
-  if (is_cancelled) done(wrong_state("commit", "begin first: the update was cancelled"));
+  if (error) done(std::move(error));
 }
 
-void Dispatcher::end_switch(int64_t version, bridge::Outcome error,
+// What most of them have packed; of two that are as many, the one of the lower rank. Who has
+// something else is given up.
+uint64_t Dispatcher::agree_on_weights(int64_t version, Effects& effects) {
+  const std::vector<int32_t> workers = all_workers();
+  std::map<std::optional<uint64_t>, int> votes;
+  for (const int32_t worker : workers) ++votes[workers_[worker].weights_hash];
+  std::optional<uint64_t> agreed;
+  int most = 0;
+  for (const int32_t worker : workers) {
+    const std::optional<uint64_t> hash = workers_[worker].weights_hash;
+    if (!hash || votes[hash] <= most) continue;
+    agreed = hash;
+    most = votes[hash];
+  }
+  const bridge::WeightsInUse expected{.version = version, .hash = agreed.value_or(0)};
+  for (const int32_t worker : workers) {
+    if (agreed && workers_[worker].weights_hash == agreed) continue;
+    give_up(worker, other_weights_error(worker, expected), effects);
+  }
+  return expected.hash;
+}
+
+ErrorInfo Dispatcher::other_weights_error(int32_t worker,
+                                          const bridge::WeightsInUse& expected) const {
+  const std::optional<uint64_t> told = workers_[worker].weights_hash;
+  return {.code = ErrorCode::kDataLoss,
+          .field = fmt::format("rank {} weights", worker),
+          .value = told ? fmt::format("hash {:016x}", *told) : "without a hash",
+          .allowed = fmt::format("hash {:016x}, which the other ranks have for version {}",
+                                 expected.hash, expected.version),
+          .message = "what it has packed is not what it was sent; it may not draw samples"};
+}
+
+void Dispatcher::end_switch(const bridge::WeightsInUse& switched, bridge::Outcome error,
                             const bridge::OutcomeCallback& done) {
   Effects effects;
   {
@@ -231,7 +279,9 @@ void Dispatcher::end_switch(int64_t version, bridge::Outcome error,
       // up, so an error says that nobody did.
       if (!recovery_.is_on) end_with(*error, effects);
     } else {
-      weight_version_ = version;
+      weights_ = switched;
+      weights_.packing_ms = update_times_.packing_ms;
+      weights_.pause_ms = update_times_.pause_ms;
       kept_weights_.commit();
     }
     resume_joins(effects);

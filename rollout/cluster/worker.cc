@@ -25,6 +25,24 @@ double peak_memory_bytes() {
   return static_cast<double>(usage.ru_maxrss) * 1024;
 }
 
+double milliseconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start)
+      .count();
+}
+
+// Adds the time of its scope to `sum_ms`, where steps wait for it.
+class Lap {
+ public:
+  Lap(double& sum_ms, const Engine& engine) : sum_ms_(engine.has_work() ? &sum_ms : nullptr) {}
+  ~Lap() {
+    if (sum_ms_ != nullptr) *sum_ms_ += milliseconds_since(start_);
+  }
+
+ private:
+  double* const sum_ms_;
+  const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
 ErrorInfo info_of(std::exception_ptr error) {
   try {
     std::rethrow_exception(error);
@@ -49,8 +67,8 @@ Worker::Worker(Replica& replica, std::function<void(Event)> emit,
       [this](bridge::FailedSample sample) { on_failed(std::move(sample)); });
 }
 
-void Worker::start() {
-  thread_ = std::thread([this] { run(); });
+void Worker::start(bool has_weights) {
+  thread_ = std::thread([this, has_weights] { run(has_weights); });
 }
 
 Worker::~Worker() {
@@ -75,14 +93,18 @@ void Worker::send(Command command) {
   wake_.notify_one();
 }
 
-void Worker::run() {
+void Worker::run(bool has_weights) {
+  Event last = WorkerStopped{};
   try {
-    emit_(WorkerReady{.pid = ::getpid(), .fingerprint = replica_.backend().info().fingerprint});
+    WorkerReady ready{.pid = ::getpid(), .fingerprint = replica_.backend().info().fingerprint};
+    if (has_weights) ready.weights_hash = replica_.backend().weights_hash();
+    emit_(std::move(ready));
     work();
-    emit_(WorkerStopped{});
   } catch (...) {
-    emit_(WorkerFailed{info_of(std::current_exception())});
+    last = WorkerFailed{info_of(std::current_exception())};
   }
+  finish_check();
+  emit_(std::move(last));
 }
 
 void Worker::work() {
@@ -90,7 +112,10 @@ void Worker::work() {
     finish_switch();
     tell_capacity();
     tell_stats(/*now=*/false);
-    if (!is_paused_ && step()) continue;
+    if (!is_paused_ && step()) {
+      watch_prefill();
+      continue;
+    }
     finish_switch();
     tell_stats(/*now=*/true);  // idle: the numbers stand
     std::unique_lock lock(mutex_);
@@ -185,6 +210,9 @@ std::vector<std::pair<std::string, double>> Worker::stats() const {
       {"num_drafts", static_cast<double>(counters.num_drafts)},
       {"num_draft_tokens", static_cast<double>(counters.num_draft_tokens)},
       {"num_accepted_tokens", static_cast<double>(counters.num_accepted_tokens)},
+      {"last_update_packing_ms", last_times_.packing_ms},
+      {"last_update_pause_ms", last_times_.pause_ms},
+      {"last_update_prefill_ms", last_prefill_ms_},
       {"peak_memory_bytes", peak_memory_bytes()}};
 }
 
@@ -194,10 +222,7 @@ void Worker::finish_switch() {
   if (pending_commit_) {
     const CommitWeights commit = *std::exchange(pending_commit_, std::nullopt);
     engine_.set_admits(pending_pauses_.empty());
-    acknowledge(commit.ticket, [&] {
-      replica_.backend().commit_weights();
-      engine_.switch_version(commit.version);
-    });
+    switch_weights(commit);
   }
   if (pending_pauses_.empty()) return;
   is_paused_ = true;
@@ -250,14 +275,19 @@ void Worker::handle(Resume&) {
 }
 
 void Worker::handle(BeginWeights& command) {
+  finish_check();
+  times_ = {};
   acknowledge(command.ticket, [&] {
+    const Lap lap(times_.packing_ms, engine_);
     command.is_partial ? replica_.weights().begin_partial_staging()
                        : replica_.weights().begin_staging();
   });
 }
 
 void Worker::handle(StageWeights& command) {
+  finish_check();
   acknowledge(command.ticket, [&] {
+    const Lap lap(times_.packing_ms, engine_);
     for (const bridge::WeightTensor& tensor : command.chunk->tensors) {
       replica_.weights().stage(tensor.name, tensor.dtype, tensor.shape, tensor.bytes);
     }
@@ -265,12 +295,21 @@ void Worker::handle(StageWeights& command) {
 }
 
 void Worker::handle(FinishWeights& command) {
-  acknowledge(command.ticket, [&] { replica_.weights().finish_staging(); });
+  finish_check();
+  try {
+    const Lap lap(times_.packing_ms, engine_);
+    replica_.weights().finish_staging();
+  } catch (const Error& error) {
+    return emit_(Ack{.ticket = command.ticket, .error = error.info});
+  }
+  check_staged(command.ticket);
 }
 
 void Worker::handle(ExportWeights& command) {
   Ack ack{.ticket = command.ticket};
   try {
+    const Lap lap(times_.pause_ms, engine_);
+    finish_check();
     ack.fd = replica_.backend().export_staged_weights();
   } catch (const Error& error) {
     ack.error = error.info;
@@ -279,7 +318,14 @@ void Worker::handle(ExportWeights& command) {
 }
 
 void Worker::handle(AdoptWeights& command) {
-  acknowledge(command.ticket, [&] { replica_.backend().adopt_staged_weights(command.fd->get()); });
+  try {
+    const Lap lap(times_.pause_ms, engine_);
+    finish_check();
+    replica_.backend().adopt_staged_weights(command.fd->get());
+  } catch (const Error& error) {
+    return emit_(Ack{.ticket = command.ticket, .error = error.info});
+  }
+  check_staged(command.ticket);
 }
 
 void Worker::handle(CommitWeights& command) {
@@ -289,14 +335,58 @@ void Worker::handle(CommitWeights& command) {
     return;
   }
   if (command.in_flight == bridge::InFlight::kAbort) engine_.abort(std::nullopt);
-  acknowledge(command.ticket, [&] {
-    replica_.backend().commit_weights();
-    engine_.switch_version(command.version);
-  });
+  switch_weights(command);
 }
 
 void Worker::handle(DiscardWeights&) {
+  finish_check();
   replica_.backend().discard_weights();
+  times_ = {};
+}
+
+// What it acknowledges with: the hash that goes with the set which steps use from now on.
+void Worker::switch_weights(const CommitWeights& command) {
+  Ack ack{.ticket = command.ticket};
+  try {
+    {
+      const Lap lap(times_.pause_ms, engine_);
+      finish_check();
+      replica_.backend().commit_weights();
+      engine_.switch_version(command.version);
+    }
+    ack.weights_hash = replica_.backend().weights_hash();
+    ack.times = last_times_ = std::exchange(times_, {});
+    last_prefill_ms_ = 0;
+    if (engine_.has_started_work()) prefill_since_ = std::chrono::steady_clock::now();
+  } catch (const Error& error) {
+    ack.error = error.info;
+  }
+  emit_(std::move(ack));
+}
+
+// Keys and values went with the old weights: until those of every live sample are there again.
+void Worker::watch_prefill() {
+  if (!prefill_since_ || engine_.is_behind()) return;
+  last_prefill_ms_ = milliseconds_since(*prefill_since_);
+  prefill_since_.reset();
+}
+
+// The staged set is read through before anybody switches to it, beside the steps: at 15 GB/s it
+// would cost each of them a pause.
+void Worker::check_staged(uint64_t ticket) {
+  check_ = std::thread([this, ticket] {
+    Ack ack{.ticket = ticket};
+    try {
+      ack.weights_hash = replica_.backend().staged_weights_hash();
+    } catch (const Error& error) {
+      ack.error = error.info;
+    }
+    emit_(std::move(ack));
+  });
+}
+
+void Worker::finish_check() {
+  if (check_.joinable()) check_.join();
 }
 
 void Worker::handle(Measure& command) {

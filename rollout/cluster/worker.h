@@ -24,14 +24,15 @@ namespace rollpack::rollout {
 
 class Worker : public WorkerLink, private EngineOutput {
  public:
-  // `emit` is called on the worker's thread. Weights of the replica are committed, or come by
-  // AdoptWeights and CommitWeights before the first group.
+  // `emit` is called on threads of the worker's, from two at once while it checks weights.
   // `reference`, if any, scores every sample before it is emitted.
   Worker(Replica& replica, std::function<void(Event)> emit,
          std::unique_ptr<Replica> reference = nullptr);
   ~Worker() override;  // stops without handing back, if still running
 
-  void start();
+  // has_weights: those of the replica are committed; otherwise they come by AdoptWeights and
+  // CommitWeights before the first group.
+  void start(bool has_weights = true);
   // Ends the thread without handing samples back; no event comes after it. Whoever takes the events
   // must outlive this call.
   void stop();
@@ -39,7 +40,7 @@ class Worker : public WorkerLink, private EngineOutput {
   void join();
 
  private:
-  void run();
+  void run(bool has_weights);
   void work();
   bool step();  // false: there is nothing to do
   bool must_stop();
@@ -49,6 +50,10 @@ class Worker : public WorkerLink, private EngineOutput {
   void tell_stats(bool now);
   std::vector<std::pair<std::string, double>> stats() const;
   void finish_switch();
+  void switch_weights(const CommitWeights& command);
+  void check_staged(uint64_t ticket);
+  void finish_check();
+  void watch_prefill();
 
   void handle(AddGroups& command);
   void handle(AddScores& command);
@@ -88,6 +93,11 @@ class Worker : public WorkerLink, private EngineOutput {
   bool is_stopped_ = false;
   std::vector<uint64_t> pending_pauses_;         // tickets; wait for running samples to finish
   std::optional<CommitWeights> pending_commit_;  // likewise
+  std::thread check_;                            // reads the staged set through while steps go on
+  UpdateTimes times_;                            // of the update under way
+  UpdateTimes last_times_;                       // of the last one that was switched to
+  double last_prefill_ms_ = 0;
+  std::optional<std::chrono::steady_clock::time_point> prefill_since_;  // the last switch
   std::chrono::steady_clock::time_point stats_due_;
   std::chrono::steady_clock::time_point progress_due_;
   int64_t num_layers_told_ = 0;

@@ -110,6 +110,14 @@ bool Engine::has_started_work() const {
   return !state_.running.empty() || state_.waiting.num_started() > 0;
 }
 
+bool Engine::is_behind() const {
+  return state_.waiting.num_started() > 0 ||
+         std::ranges::any_of(state_.running, [](const auto& sequence) {
+           return !sequence->is_finished && sequence->has_started() &&
+                  sequence->num_remaining() > 1;
+         });
+}
+
 Engine::StepOutcome Engine::step(std::chrono::milliseconds timeout,
                                  const std::function<bool()>& is_interrupted) {
   const auto started = Clock::now();

@@ -47,6 +47,8 @@ class Engine {
   int32_t num_wanted() const { return policy_->num_wanted(state_.limits); }
   // Whether some sample has tokens and is not finished, running or preempted.
   bool has_started_work() const;
+  // Whether a sample that has tokens waits, or computes keys and values of some of them anew.
+  bool is_behind() const;
   enum class StepOutcome : uint8_t { kDone, kNothingToDo, kInterrupted };
   // One step; returns when its results are applied. `is_interrupted` is asked every 100 ms while
   // the backend computes: once true the step's results are given up, and only abort() may follow.

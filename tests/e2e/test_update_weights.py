@@ -104,11 +104,16 @@ def _assert_scored(client: rollpack.Client, samples: list[rollpack.Sample], vers
 def test_an_update_with_the_files_tensors_gives_the_files_bits(client: rollpack.Client,
                                                                old: Tensors, new: Tensors) -> None:
     before = _draw(client)
-    assert client.update_weights(new, version=1) == 1
+    loaded = client.get_weight_version().weights_hash
+    updated = client.update_weights(new, version=1)
+    assert updated == 1
+    assert updated.weights_hash != loaded
     assert _draw(client) != before
     wrapped = {f"module._orig_mod.{name}": tensor.float() for name, tensor in old.items()}
     assert client.update_weights(wrapped, version=2) == 2
-    assert client.get_weight_version() == 2
+    version = client.get_weight_version()
+    assert (version, version.weights_hash) == (2, loaded), "as packed from the file"
+    assert (version.packing_ms, version.pause_ms) == (0, 0), "nothing had to wait for it"
     assert _draw(client) == before
 
 
@@ -129,13 +134,20 @@ def test_some_tensors_over_a_base_give_the_bits_of_all(client: rollpack.Client, 
 def test_keep_goes_on_under_the_new_weights(client: rollpack.Client, old: Tensors,
                                             new: Tensors) -> None:
     _submit_load(client)
-    assert client.update_weights(new, version=1, mode="keep") == 1
+    version = client.update_weights(new, version=1, mode="keep")
+    assert version == 1
+    assert 0 < version.packing_ms < 5000
+    assert 0 < version.pause_ms < 5000
     samples = _collect(client)
     assert all(sample.finish_reason == "length" for sample in samples)
     assert all((np.diff(sample.weight_versions) >= 0).all() for sample in samples)
     mixed = [sample for sample in samples if len(set(sample.weight_versions.tolist())) == 2]
     assert mixed, "no sample was under way"
     _assert_scored(client, samples, version=1)
+    stats = client.stats()
+    assert stats["last_update_packing_ms"] == version.packing_ms
+    assert stats["last_update_pause_ms"] == version.pause_ms
+    assert 0 < stats["last_update_prefill_ms"] < 20000
     client.update_weights(old, version=2)
     _assert_scored(client, samples, version=0)
 

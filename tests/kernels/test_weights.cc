@@ -178,6 +178,29 @@ TEST_P(WeightErrors, ACopyOfTheCommittedSetTakesUpdatesOfSomeParts) {
   EXPECT_NE(backend().weights_hash(), hash);
 }
 
+TEST_P(WeightErrors, TheStagedSetsHashIsThatOfTheCommittedOneItBecomes) {
+  const ErrorCode code = ErrorCode::kFailedPrecondition;
+  expect_error(code, {}, [&] { backend().staged_weights_hash(); });
+  backend().begin_staging();
+  load(0, 0, 8, 1);
+  load(1, 0, 4, 8);
+  expect_error(code, {"1"}, [&] { backend().staged_weights_hash(); });  // w1 part 1 is missing
+  load(1, 1, 2, 8);
+  const uint64_t first = backend().staged_weights_hash();
+  const std::vector<float> ones(16, 1.0f);
+  backend().load_weight(1, 1, {ones.data(), DType::kF32, {2, 8}}, {0, 2});
+  const uint64_t second = backend().staged_weights_hash();
+  EXPECT_NE(second, first) << "a part came anew";
+  backend().commit_weights();
+  EXPECT_EQ(backend().weights_hash(), second);
+  backend().begin_staging();
+  backend().copy_committed_to_staged();
+  EXPECT_EQ(backend().staged_weights_hash(), second);
+  load(1, 1, 2, 8);
+  backend().commit_weights();
+  EXPECT_EQ(backend().weights_hash(), first) << "hashed after the commit";
+}
+
 // bf16 1.5, 2.0 are the same numbers in every source dtype.
 TEST_P(WeightErrors, SourcesOfEveryFloatDtypePackAlike) {
   std::vector<uint64_t> hashes;

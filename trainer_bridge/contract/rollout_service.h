@@ -87,6 +87,16 @@ struct WeightChunk {
 using Outcome = std::optional<ErrorInfo>;
 using OutcomeCallback = std::function<void(Outcome)>;
 
+// The weights that samples are drawn with, and what the update that brought them cost.
+struct WeightsInUse {
+  int64_t version = 0;
+  uint64_t hash = 0;  // of the packed weights, which every rank has said it uses
+  // Of the rank that stood still longest, while it had work: for packing, and for all else but the
+  // prefill of live samples, which follows the switch.
+  double packing_ms = 0;
+  double pause_ms = 0;
+};
+
 // What hello says about the engine; fixed for its life but for weight_version.
 struct ServiceInfo {
   std::string resolved_config_json;
@@ -125,6 +135,7 @@ class RolloutService {
   virtual void commit_weights(InFlight in_flight, OutcomeCallback done) = 0;
   virtual void cancel_weights() = 0;
   virtual int64_t weight_version() const = 0;
+  virtual WeightsInUse weights_in_use() const = 0;
 
   // Counters and gauges by name, e.g. "num_running_seqs".
   virtual std::vector<std::pair<std::string, double>> stats() const = 0;

@@ -1,5 +1,7 @@
 #include "trainer_bridge/server/replies.h"
 
+#include <fmt/format.h>
+
 #include <array>
 #include <utility>
 
@@ -50,6 +52,14 @@ Json inspect_reply(const SlotRing& slots) {
   }
   const size_t num_fds = list.size();
   return {{"slots", std::move(list)}, {"slot_bytes", slots.slot_bytes()}, {"num_fds", num_fds}};
+}
+
+// The hash as text: readers of MessagePack differ in what they make of a number above 2^63.
+Json weights_reply(const WeightsInUse& weights) {
+  return {{"weight_version", weights.version},
+          {"weights_hash", fmt::format("{:016x}", weights.hash)},
+          {"packing_ms", weights.packing_ms},
+          {"pause_ms", weights.pause_ms}};
 }
 
 Json batch_reply(const BatchNotice& notice) {

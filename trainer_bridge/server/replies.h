@@ -19,6 +19,7 @@ Json hello_reply(const ServiceInfo& info, int64_t weight_version, const SlotRing
 Json inspect_reply(const SlotRing& slots);
 // Their numbers, in the reply's order.
 std::vector<int32_t> filled_slots(const SlotRing& slots);
+Json weights_reply(const WeightsInUse& weights);
 Json batch_reply(const BatchNotice& notice);
 Json score_reply(const std::vector<ScoredSequence>& results);
 // Text or integer, as it was given.

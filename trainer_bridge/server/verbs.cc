@@ -197,7 +197,7 @@ void Verbs::update_weights(Request& request) {
         client, version, in_flight,
         [responder = request.responder, &service = parts_.service](const Outcome& outcome) {
           outcome ? responder.error(*outcome)
-                  : responder.ok({{"weight_version", service.weight_version()}});
+                  : responder.ok(weights_reply(service.weights_in_use()));
         });
   }
   fields.finish();
@@ -223,7 +223,7 @@ void Verbs::weight_chunk(Request& request, int64_t version) {
 void Verbs::get_weight_version(Request& request) {
   request.fields.finish();
   check_no_fds(request);
-  request.responder.ok({{"weight_version", parts_.service.weight_version()}});
+  request.responder.ok(weights_reply(parts_.service.weights_in_use()));
 }
 
 void Verbs::stats(Request& request) {

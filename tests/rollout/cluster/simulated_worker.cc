@@ -39,7 +39,8 @@ int64_t SimulatedWorker::arrival(const std::deque<OnWire<T>>& wire) {
 
 void SimulatedWorker::start(int32_t index) {
   index_ = index;
-  emit(WorkerReady{.pid = 100 + index, .fingerprint = "same"});
+  // Where ranks share, its weights are those that it adopts.
+  emit(WorkerReady{.pid = 100 + index, .fingerprint = "same", .weights_hash = 0});
 }
 
 void SimulatedWorker::emit(Event event) {
@@ -211,6 +212,12 @@ void SimulatedWorker::answer(uint64_t ticket, bridge::Outcome error) {
   emit(Ack{.ticket = ticket, .error = std::move(error)});
 }
 
+void SimulatedWorker::answer_with_hash(uint64_t ticket, int64_t weights) {
+  emit(Ack{.ticket = ticket,
+           .weights_hash = static_cast<uint64_t>(weights),
+           .times = {.packing_ms = 1, .pause_ms = 2}});
+}
+
 void SimulatedWorker::handle(Pause& command) {
   if (command.in_flight == bridge::InFlight::kWait) {
     pending_pauses_.push_back(command.ticket);
@@ -255,7 +262,7 @@ void SimulatedWorker::handle(ExportWeights& command) {
 
 void SimulatedWorker::handle(AdoptWeights& command) {
   staged_ = unpacked(command.fd->get());
-  answer(command.ticket);
+  answer_with_hash(command.ticket, *staged_);
 }
 
 void SimulatedWorker::handle(CommitWeights& command) {
@@ -277,7 +284,12 @@ void SimulatedWorker::switch_to(const CommitWeights& commit) {
   weights_ = staged_.value_or(-1);
   staged_.reset();
   version_ = commit.version;
-  answer(commit.ticket);
+  if (is_process_ && version_ > 0 && world_.dice.chance(world_.fault_rate)) {
+    world_.fault(Fault::kWrongWeights);
+    is_at_fault_ = true;
+    weights_ += 5000;
+  }
+  answer_with_hash(commit.ticket, weights_);
 }
 
 void SimulatedWorker::finish_waits() {

@@ -121,6 +121,7 @@ class SimulatedWorker : public WorkerLink, public std::enable_shared_from_this<S
   void finish(const Item& item, bool is_aborted);
   void hand_back(std::optional<int64_t> request_id);
   void answer(uint64_t ticket, bridge::Outcome error = std::nullopt);
+  void answer_with_hash(uint64_t ticket, int64_t weights);
   void switch_to(const CommitWeights& commit);
   void finish_waits();
 
@@ -131,7 +132,7 @@ class SimulatedWorker : public WorkerLink, public std::enable_shared_from_this<S
   void handle(Resume& command);
   void handle(BeginWeights& command);
   void handle(StageWeights& command);
-  void handle(FinishWeights& command) { answer(command.ticket); }
+  void handle(FinishWeights& command) { answer_with_hash(command.ticket, staged_.value_or(-1)); }
   void handle(ExportWeights& command);
   void handle(AdoptWeights& command);
   void handle(CommitWeights& command);

@@ -111,7 +111,7 @@ EngineLimits simulated_limits() {
 Run::Run(uint64_t seed)
     : world_(seed),
       dispatcher_(tiny_config(), tiny_model_config(), simulated_limits(), "same",
-                  /*shares_weights=*/seed % 3 == 0, recovery_of(world_)) {
+                  /*weights_hash=*/0, /*shares_weights=*/seed % 3 == 0, recovery_of(world_)) {
   dispatcher_.set_sink(*this);
   // From a quiet run to one where nearly everything goes wrong.
   world_.fault_rate = std::array{0.003, 0.01, 0.03, 0.1}[seed % 4];
@@ -375,7 +375,7 @@ const std::array<const char*, kNumFaults> kFaultNames = {
     "engine failure", "lost tail",          "duplicate",      "reorder",        "slow link",
     "poison",         "refused chunk",      "refused switch", "stopped rank 0", "abort",
     "pause",          "cancelled update",   "late result",    "conviction",     "no worker left",
-    "replacement",    "failed start"};
+    "replacement",    "failed start",       "wrong weights"};
 
 void Report::add(const Report& other) {
   for (size_t i = 0; i < kNumFaults; ++i) num_faults[i] += other.num_faults[i];

@@ -31,8 +31,9 @@ enum class Fault {
   kLateResult,  // a result of a fenced attempt was dropped
   kConviction,  // a prompt was convicted
   kNoWorkerLeft,
-  kReplacement,  // one was started
-  kFailedStart,  // or could not be
+  kReplacement,   // one was started
+  kFailedStart,   // or could not be
+  kWrongWeights,  // a worker switches to other weights than it was told to
   kCount
 };
 inline constexpr auto kNumFaults = static_cast<size_t>(Fault::kCount);

@@ -42,7 +42,7 @@ MUTANTS = [
      "if (quarantine_ == worker) quarantine_.reset();", ""),
     ("a replacement takes part at once", "dispatcher_joining", ".is_joining = true,", ""),
     ("a replacement joins under old weights", "dispatcher_joining",
-     "if (version != weight_version_ || update_version_) {", "if (false) {"),
+     "if (version != weights_.version || update_version_) {", "if (false) {"),
     ("partial updates are kept without what they rest on", "kept_weights",
      "if (!staged_.is_partial) updates_.clear();", "updates_.clear();"),
     ("an update counts before all have switched", "dispatcher_workers",
@@ -50,6 +50,11 @@ MUTANTS = [
      "void Dispatcher::on_event(int32_t, StepProgress&",
      "  if (--collection->num_missing <= 1) finish(collection, effects);\n}\n\n"
      "void Dispatcher::on_event(int32_t, StepProgress&"),
+    ("who uses other weights goes on", "dispatcher_workers",
+     "if (!event.error && collection->weights_hash && event.weights_hash != "
+     "collection->weights_hash) {", "if (false) {"),
+    ("a replacement's weights are not looked at", "dispatcher_joining",
+     "} else if (state.weights_hash != weights_.hash) {", "} else if (false) {"),
     ("who cannot switch goes on", "dispatcher_workers",
      "if (event.error && collection->must_succeed && recovery_.is_on) {", "if (false) {"),
 ]

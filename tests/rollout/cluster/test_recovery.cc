@@ -116,7 +116,8 @@ struct HalfStopped {
   explicit HalfStopped(const Config& config, Clock& clock)
       : replica(tiny_replica(config)),
         dispatcher(config, replica->model(), replica->limits(),
-                   replica->backend().info().fingerprint, false, clock.recovery()),
+                   replica->backend().info().fingerprint, replica->backend().weights_hash(), false,
+                   clock.recovery()),
         worker(std::make_shared<Worker>(
             *replica, [this](Event event) { dispatcher.handle(0, std::move(event)); })),
         stopped(std::make_shared<StoppedLink>()) {
@@ -124,7 +125,8 @@ struct HalfStopped {
     dispatcher.add_worker(worker);
     dispatcher.add_worker(stopped);
     worker->start();
-    dispatcher.handle(1, WorkerReady{.fingerprint = replica->backend().info().fingerprint});
+    dispatcher.handle(1, WorkerReady{.fingerprint = replica->backend().info().fingerprint,
+                                     .weights_hash = replica->backend().weights_hash()});
     dispatcher.handle(1, Pull{.num_samples = 6});
     dispatcher.check_leases();
   }

@@ -77,6 +77,7 @@ class ThreadRanks {
     Replica& first = *replicas_[0];
     dispatcher_ = std::make_unique<Dispatcher>(first.config(), first.model(), first.limits(),
                                                first.backend().info().fingerprint,
+                                               first.backend().weights_hash(),
                                                /*shares_weights=*/false, recovery);
     dispatcher_->set_sink(sink);
     for (int rank = 0; rank < num_ranks; ++rank) {

@@ -78,6 +78,7 @@ class SimulatedBackend : public kernels::Backend {
   void commit_weights() override {}
   void discard_weights() override {}
   uint64_t weights_hash() override { return version_; }
+  uint64_t staged_weights_hash() override { return version_; }
   int export_staged_weights() override { return -1; }
   void adopt_staged_weights(int) override {}
   void sleep(const std::vector<std::string>&) override {}
@@ -211,8 +212,8 @@ inline kernels::HeadResult SimulatedBackend::sample(const kernels::StepPlan& pla
   check(plan.positions.at(row.row) + 1 == slot.next_position, "a draw at the slot's position");
   const kernels::SlotInit& init = slot.init;
   kernels::HeadResult result{.slot = row.slot, .position = slot.next_position};
-  result.token = draw(hash, init.seed, init.prompt_hash,
-                      sees_sample_index_ ? init.sample_index : 0, options_.vocab_size);
+  result.token = draw(hash, init.seed, init.prompt_hash, sees_sample_index_ ? init.sample_index : 0,
+                      options_.vocab_size);
   result.logprob = logprob(hash, result.token);
   const bool is_stop = slot.next_position >= init.min_position &&
                        std::ranges::binary_search(init.stop_token_ids, result.token);

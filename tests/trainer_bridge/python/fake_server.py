@@ -107,6 +107,12 @@ def packed_columns(num_samples: int = 3, num_rows: int = 2) -> dict[str, np.ndar
     }
 
 
+def weights_reply(version: int) -> Message:
+    """What a commit and get_weight_version say."""
+    return {"weight_version": version, "weights_hash": f"{version:016x}", "packing_ms": 1.5,
+            "pause_ms": 0.25}
+
+
 class FakeServer:
     """Answers each verb by its handler; one thread, one client at a time."""
 

@@ -13,7 +13,7 @@ import pytest
 import rollpack
 from rollpack import aio
 
-from fake_server import FakeServer, encode_batch, packed_columns
+from fake_server import FakeServer, encode_batch, packed_columns, weights_reply
 from real_server import TENSOR_SHAPES, Start, logprobs, response
 from test_connection import in_child
 
@@ -185,7 +185,7 @@ def test_a_cancelled_update_is_taken_back(server: FakeServer) -> None:
 
     def update(request: dict, fds: list[int]) -> dict | None:
         answered.append(request["phase"])
-        return None if request["phase"] == "commit" else {"weight_version": 1}
+        return None if request["phase"] == "commit" else weights_reply(1)
 
     server.handlers["update_weights"] = update
 

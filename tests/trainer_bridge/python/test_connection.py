@@ -17,7 +17,14 @@ import pytest
 import rollpack
 from rollpack.errors import error_from_map
 
-from fake_server import FakeServer, encode_batch, encode_reply, packed_columns, refusal
+from fake_server import (
+    FakeServer,
+    encode_batch,
+    encode_reply,
+    packed_columns,
+    refusal,
+    weights_reply,
+)
 
 
 def in_child(check: Callable[[], object]) -> str:
@@ -132,7 +139,7 @@ def test_replies_are_matched_by_id_in_any_order(
         held.append(request)
         if len(held) == 2:
             for each in reversed(held):
-                reply = {"weight_version": each["id"]}
+                reply = weights_reply(each["id"])
                 server.send(encode_reply(each, reply))
 
     server.handlers["get_weight_version"] = hold_first

@@ -44,8 +44,11 @@ def test_an_update_of_any_dtype_and_wrapper_becomes_current(
     start: Start, cast: Cast, prefix: str
 ) -> None:
     with rollpack.connect(start().path) as client:
-        assert client.update_weights(weights(cast, prefix), 7, chunk_bytes=200) == 7
-        assert client.get_weight_version() == 7
+        version = client.update_weights(weights(cast, prefix), 7, chunk_bytes=200)
+        assert (version, version.weights_hash) == (7, f"{7:016x}")
+        assert (version.packing_ms, version.pause_ms) == (1.5, 0.25)
+        current = client.get_weight_version()
+        assert (current, vars(current)) == (version, vars(version))
         client.submit([[1, 2]], n=1)
         with client.next_batch(1, timeout_s=20) as batch:
             assert set(batch["weight_versions"][batch["loss_mask"] == 1]) == {7}

@@ -17,7 +17,7 @@ import rollpack
 import torch
 from rollpack.weights import write_chunks
 
-from fake_server import FakeServer, Message, refusal
+from fake_server import FakeServer, Message, refusal, weights_reply
 
 Sent = tuple[Message, bytes]
 
@@ -36,7 +36,7 @@ def received(server: FakeServer) -> Iterator[list[Sent]]:
                 assert seals & getattr(fcntl, f"F_SEAL_{name}"), name
             assert os.fstat(fds[0]).st_size == request["bytes"]
         requests.append((request, data))
-        return {"weight_version": request["version"]} if request["phase"] == "commit" else {}
+        return weights_reply(request["version"]) if request["phase"] == "commit" else {}
 
     server.handlers["update_weights"] = take
     yield requests

@@ -330,6 +330,14 @@ int64_t FakeService::weight_version() const {
   return version_;
 }
 
+WeightsInUse FakeService::weights_in_use() const {
+  const int64_t version = weight_version();
+  return {.version = version,
+          .hash = static_cast<uint64_t>(version),
+          .packing_ms = 1.5,
+          .pause_ms = 0.25};
+}
+
 int64_t FakeService::num_cancelled_updates() const {
   const std::lock_guard lock(mutex_);
   return num_cancelled_updates_;

@@ -60,6 +60,8 @@ class FakeService final : public RolloutService {
   void commit_weights(InFlight in_flight, OutcomeCallback done) override;
   void cancel_weights() override;
   int64_t weight_version() const override;
+  // Its hash is the version, its times are made up.
+  WeightsInUse weights_in_use() const override;
   std::vector<std::pair<std::string, double>> stats() const override;
   Outcome health() const override;
   void shutdown() override;

@@ -31,6 +31,7 @@ from rollpack.launcher import launch
 from rollpack.prompts import Prompt, Sampling, ScoredSequence, ScoreSequence
 from rollpack.samples import Sample
 from rollpack.views import LayoutView
+from rollpack.weights import WeightVersion
 
 __all__ = [
     "Batch",
@@ -57,6 +58,7 @@ __all__ = [
     "ScoredSequence",
     "Unavailable",
     "Unsupported",
+    "WeightVersion",
     "WouldBlock",
     "WrongProcess",
     "aio",

@@ -20,7 +20,8 @@ def main() -> int:
         with connect(arguments.socket, timeout_s=arguments.timeout_s) as client:
             state = {
                 "status": client.health(),
-                "weight_version": client.get_weight_version(),
+                "weight_version": (version := client.get_weight_version()),
+                "weights_hash": version.weights_hash,
                 "fingerprint": client.info.fingerprint,
                 "num_slots": client.info.num_slots,
                 "stats": client.stats(),

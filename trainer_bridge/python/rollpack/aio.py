@@ -30,7 +30,7 @@ from rollpack.inbox import Pending, Steps, end_connection
 from rollpack.prompts import Prompt, Sampling, ScoredSequence, ScoreSequence, TokenIds
 from rollpack.samples import Sample
 from rollpack.session import Mode, Opening, Order, Session, State, opening
-from rollpack.weights import CHUNK_BYTES, Tensor
+from rollpack.weights import CHUNK_BYTES, Tensor, WeightVersion
 
 T = TypeVar("T")
 
@@ -155,14 +155,14 @@ class AsyncClient:
         base_version: int | None = None,
         timeout_s: float = 600.0,
         chunk_bytes: int = CHUNK_BYTES,
-    ) -> int:
+    ) -> WeightVersion:
         """Send new weights, read and copied in the executor; as Client.update_weights."""
         call = self._session.update_weights(
             weights, version, mode, base_version, timeout_s, chunk_bytes
         )
         return await self._run(call, aside=True)
 
-    async def get_weight_version(self, *, timeout_s: float = 60.0) -> int:
+    async def get_weight_version(self, *, timeout_s: float = 60.0) -> WeightVersion:
         """The version that new tokens are drawn from."""
         return await self._run(self._session.get_weight_version(timeout_s))
 

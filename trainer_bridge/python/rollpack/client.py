@@ -18,7 +18,7 @@ from rollpack.inbox import end_connection
 from rollpack.prompts import Prompt, Sampling, ScoredSequence, ScoreSequence, TokenIds
 from rollpack.samples import Sample
 from rollpack.session import Mode, Opening, Order, Session, State, opening
-from rollpack.weights import CHUNK_BYTES, Tensor
+from rollpack.weights import CHUNK_BYTES, Tensor, WeightVersion
 
 
 def connect(
@@ -252,7 +252,7 @@ class Client:
         base_version: int | None = None,
         timeout_s: float = 600.0,
         chunk_bytes: int = CHUNK_BYTES,
-    ) -> int:
+    ) -> WeightVersion:
         """Send new weights; all of them become current at once, or the old ones stay.
 
         Args:
@@ -267,7 +267,8 @@ class Client:
             chunk_bytes: shared memory sent at a time; two such pieces exist at once.
 
         Returns:
-            The version that is current now.
+            The version that is current now, with the hash of the packed weights and the time for
+            which generation stood still.
 
         Raises:
             InvalidArgument: a tensor is missing, unknown or of another shape or dtype; names it. Or
@@ -280,8 +281,8 @@ class Client:
         )
         return self._session.run(call)
 
-    def get_weight_version(self, *, timeout_s: float = 60.0) -> int:
-        """The version that new tokens are drawn from."""
+    def get_weight_version(self, *, timeout_s: float = 60.0) -> WeightVersion:
+        """The version that new tokens are drawn from; as `update_weights` returns it."""
         return self._session.run(self._session.get_weight_version(timeout_s))
 
     def stats(self, *, timeout_s: float = 60.0) -> dict[str, float]:

@@ -34,7 +34,7 @@ from rollpack.prompts import (
 )
 from rollpack.samples import Sample
 from rollpack.slots import Lease, Slot
-from rollpack.weights import Tensor, write_chunks
+from rollpack.weights import Tensor, WeightVersion, write_chunks
 
 DEFAULT_SOCKET = "run/rollpack.sock"
 
@@ -257,7 +257,7 @@ class Session:
         base_version: int | None,
         timeout_s: float,
         chunk_bytes: int,
-    ) -> Steps[int]:
+    ) -> Steps[WeightVersion]:
         """See Client.update_weights."""
         deadline = time.monotonic() + timeout_s
         mode = _checked_mode(mode)
@@ -280,7 +280,7 @@ class Session:
                 yield pending(in_flight)
             commit = {"phase": "commit", "version": version, "mode": mode}
             reply = yield pending(self._post("update_weights", commit))
-            return int(reply.fields["weight_version"])
+            return WeightVersion.from_reply(reply.fields)
         except BaseException:
             yield from self._cancel_update(version)
             raise
@@ -292,10 +292,10 @@ class Session:
                 fields = {"phase": "cancel", "version": version}
                 yield from self._request("update_weights", fields, REPLY_GRACE_S)
 
-    def get_weight_version(self, timeout_s: float) -> Steps[int]:
+    def get_weight_version(self, timeout_s: float) -> Steps[WeightVersion]:
         """See Client.get_weight_version."""
         fields = yield from self._request("get_weight_version", {}, timeout_s)
-        return int(fields["weight_version"])
+        return WeightVersion.from_reply(fields)
 
     def stats(self, timeout_s: float) -> Steps[dict[str, float]]:
         """See Client.stats."""

@@ -29,6 +29,32 @@ _DTYPES = ("float32", "float16", "bfloat16")
 Tensor = Any
 
 
+class WeightVersion(int):
+    """A version of the weights: the number itself, and what the engine says of it.
+
+    Attributes:
+        weights_hash: of the packed weights, 16 hex digits; every rank has said that it uses them.
+            Equal hashes under equal fingerprints mean equal weights.
+        packing_ms: longest time for which a rank's steps waited for the update's tensors to be
+            rounded and packed, ms; 0 where it had nothing to do.
+        pause_ms: likewise, for all else until steps went on. The prefill of live samples, which
+            follows, is last_update_prefill_ms in `stats`.
+    """
+
+    weights_hash: str
+    packing_ms: float
+    pause_ms: float
+
+    @classmethod
+    def from_reply(cls, fields: Mapping[str, Any]) -> WeightVersion:
+        """Read it from the reply of a commit or of get_weight_version."""
+        version = cls(fields["weight_version"])
+        version.weights_hash = str(fields["weights_hash"])
+        version.packing_ms = float(fields["packing_ms"])
+        version.pause_ms = float(fields["pause_ms"])
+        return version
+
+
 @dataclass
 class Chunk:
     """Some tensors of an update, sealed and ready to be sent.
