@@ -10,6 +10,7 @@
 #include <spdlog/spdlog.h>
 
 #include "kernels/base/error.h"
+#include "kernels/base/fault_point.h"
 #include "rollout/cluster/job.h"
 #include "rollout/cluster/launch.h"
 #include "rollout/command/command.h"
@@ -139,6 +140,7 @@ int run(int argc, char** argv) {
   Launch launch(&argc, &argv);
   int status = kUsageStatus;
   try {
+    rollpack::arm_faults(launch.placement().rank);
     const Config config =
         rollpack::rollout::load_config(parsed.line.config_path, parsed.line.overrides);
     status = 1;

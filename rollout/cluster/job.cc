@@ -13,6 +13,7 @@
 #include <spdlog/spdlog.h>
 
 #include "kernels/base/error.h"
+#include "kernels/base/fault_point.h"
 #include "kernels/machine_limits.h"
 #include "rollout/cluster/weight_sharing.h"
 
@@ -145,6 +146,7 @@ void run_worker_rank(const Config& config, Launch& launch, const JobOptions& opt
   const auto& order = launch.join_order();
   RankClient client = order ? RankClient(bridge::OwnedFd(order->socket))
                             : RankClient(line.substr(colon + 1), rank, Clock::now() + 1min);
+  fault_at(FaultPoint::kWorkerConnected);
   const auto tell_rank_0 = [&client](const Event& event) {
     try {
       client.send(event);

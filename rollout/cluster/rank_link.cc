@@ -16,6 +16,7 @@
 #include <fmt/format.h>
 
 #include "kernels/base/error.h"
+#include "kernels/base/fault_point.h"
 #include "rollout/cluster/message_codec.h"
 #include "rollout/cluster/replacement.h"
 #include "trainer_bridge/wire/message.h"
@@ -52,6 +53,24 @@ sockaddr_un address_of(const std::string& path) {
                .message = fmt::format("{}: {}", call, std::strerror(errno))});
 }
 
+// A frame without descriptors, with something that happens in the middle of it.
+template <class Middle>
+void send_in_halves(int socket, const std::vector<uint8_t>& body, const Middle& middle) {
+  std::vector<uint8_t> bytes(4);
+  for (size_t i = 0; i < 4; ++i) bytes[i] = static_cast<uint8_t>(body.size() >> (8 * i));
+  bytes.insert(bytes.end(), body.begin(), body.end());
+  const auto send_up_to = [&, sent = size_t{0}](size_t end) mutable {
+    while (sent < end) {
+      const ssize_t put = ::send(socket, bytes.data() + sent, end - sent, MSG_NOSIGNAL);
+      if (put <= 0) fail_call("send", "to rank 0");
+      sent += static_cast<size_t>(put);
+    }
+  };
+  send_up_to(bytes.size() / 2);
+  middle();
+  send_up_to(bytes.size());
+}
+
 int milliseconds_until(Clock::time_point deadline) {
   const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - Clock::now());
   return static_cast<int>(std::max<int64_t>(0, left.count()));
@@ -85,6 +104,7 @@ class RankHub::Link : public WorkerLink, public std::enable_shared_from_this<Lin
   // ledger, which counts it.
   void kill() override {
     bridge::asio::post(io_, [self = shared_from_this()] {
+      if (fault_at(FaultPoint::kWorkerGivenUp)) return;
       const int process = self->peer_.pidfd.get();
       if (process >= 0) ::syscall(SYS_pidfd_send_signal, process, SIGKILL, nullptr, 0);
     });
@@ -264,10 +284,17 @@ RankClient::~RankClient() {
 
 void RankClient::send(const Event& event) {
   Frame frame = encode(event);
+  const bool is_sample = std::holds_alternative<SampleDone>(event);
   const std::lock_guard lock(send_mutex_);
-  // Rank 0 reads on a thread that never computes: a minute of a full socket means that it is stuck.
-  bridge::send_frame(socket_, std::move(frame.body), std::move(frame.fds),
-                     Clock::now() + std::chrono::minutes(1));
+  if (is_sample && is_fault_armed(FaultPoint::kSampleCutOff)) {
+    send_in_halves(socket_, frame.body, [] { fault_at(FaultPoint::kSampleCutOff); });
+  } else {
+    // Rank 0 reads on a thread that never computes: a minute of a full socket means that it is
+    // stuck.
+    bridge::send_frame(socket_, std::move(frame.body), std::move(frame.fds),
+                       Clock::now() + std::chrono::minutes(1));
+  }
+  if (is_sample) fault_at(FaultPoint::kSampleSent);
 }
 
 std::optional<Command> RankClient::receive() {

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "kernels/base/error.h"
+#include "kernels/base/fault_point.h"
 
 namespace rollpack::rollout {
 namespace {
@@ -98,6 +99,7 @@ void Worker::run(bool has_weights) {
   try {
     WorkerReady ready{.pid = ::getpid(), .fingerprint = replica_.backend().info().fingerprint};
     if (has_weights) ready.weights_hash = replica_.backend().weights_hash();
+    fault_at(FaultPoint::kWorkerLoaded);
     emit_(std::move(ready));
     work();
   } catch (...) {
@@ -246,6 +248,7 @@ void Worker::handle(AddGroups& command) {
                                                                  group.num_samples()};
     engine_.add(std::move(group));
   }
+  fault_at(FaultPoint::kGroupsTaken);
 }
 
 void Worker::handle(AddScores& command) {
@@ -281,6 +284,7 @@ void Worker::handle(BeginWeights& command) {
     const Lap lap(times_.packing_ms, engine_);
     command.is_partial ? replica_.weights().begin_partial_staging()
                        : replica_.weights().begin_staging();
+    fault_at(FaultPoint::kWeightsBegun);
   });
 }
 
@@ -291,6 +295,7 @@ void Worker::handle(StageWeights& command) {
     for (const bridge::WeightTensor& tensor : command.chunk->tensors) {
       replica_.weights().stage(tensor.name, tensor.dtype, tensor.shape, tensor.bytes);
     }
+    fault_at(FaultPoint::kWeightsStaged);
   });
 }
 
@@ -354,6 +359,7 @@ void Worker::switch_weights(const CommitWeights& command) {
       replica_.backend().commit_weights();
       engine_.switch_version(command.version);
     }
+    fault_at(FaultPoint::kWeightsSwitched);
     ack.weights_hash = replica_.backend().weights_hash();
     ack.times = last_times_ = std::exchange(times_, {});
     last_prefill_ms_ = 0;
@@ -378,6 +384,7 @@ void Worker::check_staged(uint64_t ticket) {
     Ack ack{.ticket = ticket};
     try {
       ack.weights_hash = replica_.backend().staged_weights_hash();
+      fault_at(FaultPoint::kWeightsChecked);
     } catch (const Error& error) {
       ack.error = error.info;
     }

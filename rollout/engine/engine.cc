@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 
 #include "kernels/base/error.h"
+#include "kernels/base/fault_point.h"
 #include "rollout/batching/drafting.h"
 
 namespace rollpack::rollout {
@@ -120,6 +121,7 @@ bool Engine::is_behind() const {
 
 Engine::StepOutcome Engine::step(std::chrono::milliseconds timeout,
                                  const std::function<bool()>& is_interrupted) {
+  fault_at(FaultPoint::kStepBegun);
   const auto started = Clock::now();
   batch_.clear();
   policy_->plan(state_, batch_);
@@ -136,6 +138,7 @@ Engine::StepOutcome Engine::step(std::chrono::milliseconds timeout,
   const kernels::StepHandle handle = backend_.submit(std::move(batch_.plan));
   const std::optional<kernels::StepResult> result = wait(handle, timeout, is_interrupted);
   if (!result) return StepOutcome::kInterrupted;
+  fault_at(FaultPoint::kStepComputed);
   const auto computed = Clock::now();
   work_.compute_s = std::chrono::duration<double>(computed - submitted).count();
   apply(*result);

@@ -2,6 +2,7 @@
 
 #include <vector>
 
+#include "kernels/base/fault_point.h"
 #include "rollout/model/rope_table.h"
 
 namespace rollpack::rollout {
@@ -51,6 +52,7 @@ void Transformer::run(kernels::Backend& backend, int64_t num_rows, int64_t num_h
   backend.embed({.weight = weights_.embedding, .out = residual});
   for (int64_t layer = 0; layer < config_.num_hidden_layers; ++layer) {
     run_layer(layer, num_rows);
+    fault_at(FaultPoint::kLayerRun);
     num_layers_run_.fetch_add(1, std::memory_order_relaxed);
   }
   if (num_head_rows == 0) return;
