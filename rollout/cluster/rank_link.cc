@@ -59,7 +59,7 @@ void send_in_halves(int socket, const std::vector<uint8_t>& body, const Middle& 
   std::vector<uint8_t> bytes(4);
   for (size_t i = 0; i < 4; ++i) bytes[i] = static_cast<uint8_t>(body.size() >> (8 * i));
   bytes.insert(bytes.end(), body.begin(), body.end());
-  const auto send_up_to = [&, sent = size_t{0}](size_t end) mutable {
+  auto send_up_to = [&, sent = size_t{0}](size_t end) mutable {
     while (sent < end) {
       const ssize_t put = ::send(socket, bytes.data() + sent, end - sent, MSG_NOSIGNAL);
       if (put <= 0) fail_call("send", "to rank 0");

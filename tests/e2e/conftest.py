@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from engine_process import BINARY, MODEL, shared_files, wait_for_no_new_files
+from recovery_rig import MODEL as SMALL_MODEL
 from tiny_models import MODELS
 
 
@@ -26,6 +27,12 @@ def needs() -> None:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A random Llama of odd sizes whose pad id is its EOS id."""
     return MODELS["llama-untied"].write(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A random Llama whose steps take milliseconds."""
+    return SMALL_MODEL.write(tmp_path_factory.mktemp("models") / "small")
 
 
 @pytest.fixture(autouse=True)
