@@ -2,7 +2,7 @@
 
 async with await rollpack.aio.connect() as client:
     await client.submit(prompts, n=8)
-    async with await client.next_batch(len(prompts)) as batch:
+    with await client.next_batch(len(prompts)) as batch:
         ...
 
 Nothing blocks the event loop: replies come from the connection's own thread, and what works on
