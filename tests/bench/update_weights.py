@@ -1,0 +1,100 @@
+"""What an update of all weights costs while samples are drawn: its rate, and how long steps wait.
+
+    .venv/bin/python tests/bench/update_weights.py --model MODEL [--ranks 1,2] [--updates 5]
+
+Prints a row a configuration, medians over the updates after the first: the whole call (tensors
+written into shared memory, checked, packed by every rank or by one, switched), its rate, and of the
+rank that stood still longest the time for packing, the pause beyond it and the prefill of live
+samples, as the engine reports them; last, the longest time between two tokens of a sample of length
+one that was asked for over and over, which sees all three and the wait for its turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import statistics
+import tempfile
+import threading
+import time
+
+import rollpack
+from safetensors.torch import load_file
+
+NUM_PROMPTS, NUM_SAMPLES, RESPONSE_LENGTH = 4, 8, 2000
+COLUMNS = ("ranks", "weights", "GB", "update s", "GB/s", "packing ms", "pause ms", "prefill ms",
+           "longest wait for a token ms")
+
+
+class Probe:
+    """Scores one token again and again: each needs a step."""
+
+    def __init__(self, socket: str) -> None:
+        """Starts to ask."""
+        self.longest_ms = 0.0
+        self._socket = socket
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._ask)
+        self._thread.start()
+
+    def _ask(self) -> None:
+        with rollpack.connect(self._socket) as client:
+            while not self._ends.is_set():
+                start = time.monotonic()
+                client.score([{"input_ids": [1], "response_ids": [2]}])
+                self.longest_ms = max(self.longest_ms, 1000 * (time.monotonic() - start))
+
+    def stop(self) -> None:
+        """Stops asking."""
+        self._ends.set()
+        self._thread.join()
+
+
+def measure(model: pathlib.Path, num_ranks: int, sharing: str, num_updates: int) -> list[str]:
+    """Returns the row of one configuration."""
+    tensors = load_file(model / "model.safetensors")
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    rows: list[list[float]] = []
+    with tempfile.TemporaryDirectory(prefix="update-") as folder:
+        config = pathlib.Path(folder) / "config.yaml"
+        config.write_text(
+            f"model: {{path: {model}}}\n"
+            f"rollout: {{n: {NUM_SAMPLES}, response_length: {RESPONSE_LENGTH}, ignore_eos: true}}\n"
+            f"engine: {{kv_cache_memory: 512MiB, share_weights: {sharing}}}\n"
+            f"bridge: {{socket: {folder}/s/rollpack.sock}}\n")
+        with rollpack.launch(config, num_ranks=num_ranks) as client:
+            client.submit([[1 + index, 2, 3] for index in range(NUM_PROMPTS)])
+            time.sleep(1)
+            for version in range(1, num_updates + 2):
+                probe = Probe(f"{folder}/s/rollpack.sock")
+                start = time.monotonic()
+                updated = client.update_weights(tensors, version)
+                seconds = time.monotonic() - start
+                while (prefill_ms := client.stats()["last_update_prefill_ms"]) == 0:
+                    time.sleep(0.1)
+                probe.stop()
+                rows.append([seconds, num_bytes / seconds / 1e9, updated.packing_ms,
+                             updated.pause_ms, prefill_ms, probe.longest_ms])
+    medians = [statistics.median(column) for column in zip(*rows[1:], strict=True)]
+    texts = [f"{medians[0]:.2f}", f"{medians[1]:.2f}", *(f"{value:.1f}" for value in medians[2:])]
+    return [str(num_ranks), "one copy" if sharing == "on" else "a copy a rank",
+            f"{num_bytes / 1e9:.2f}", *texts]
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=pathlib.Path, required=True)
+    parser.add_argument("--ranks", default="1,2")
+    parser.add_argument("--updates", type=int, default=5)
+    arguments = parser.parse_args()
+    print("|" + "|".join(COLUMNS) + "|\n" + "|---" * len(COLUMNS) + "|")
+    for num_ranks in map(int, arguments.ranks.split(",")):
+        for sharing in ("off", "on") if num_ranks > 1 else ("off",):
+            row = measure(arguments.model.resolve(), num_ranks, sharing, arguments.updates)
+            print("|" + "|".join(row) + "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()
