@@ -104,6 +104,7 @@ def run_step(client: rollpack.Client, policy: Policy, chat: ChatFormat, args: ar
         columns = {name: batch[name].copy() for name in (
             "segment_ids", "position_ids", "loss_mask", "rollout_log_probs", "cu_seqlens",
             "row_starts")}
+    client.report_probs_diff(report.probs_diff)  # among the server's metrics from here on
     trained = time.perf_counter()
     client.update_weights(policy.weights(), version)
     updated = time.perf_counter()

@@ -240,9 +240,26 @@ BatchNotice Delivery::send(uint64_t client, BatchNotice notice, std::vector<Samp
   notice.num_samples = static_cast<int64_t>(samples.size());
   slots_.deliver(*lease, client);
   delivered_[lease->slot] = notice;
+  count_delivered(notice, samples);
+  return notice;
+}
+
+void Delivery::count_delivered(const BatchNotice& notice, const std::vector<Sample>& samples) {
   ++num_delivered_;
   num_samples_delivered_ += notice.num_samples;
-  return notice;
+  last_version_lag_ = notice.version_lag;
+  int64_t num_tokens = 0;
+  size_t longest_prompt = 0, longest_response = 0;
+  for (const Sample& sample : samples) {
+    longest_prompt = std::max(longest_prompt, sample.prompt_ids->size());
+    longest_response = std::max(longest_response, sample.response_ids.size());
+    num_tokens += static_cast<int64_t>(sample.prompt_ids->size() + sample.response_ids.size());
+  }
+  const int64_t num_places = layout_.num_places(pointers_to(samples));
+  const auto padded = static_cast<int64_t>(samples.size() * (longest_prompt + longest_response));
+  num_tokens_delivered_ += num_tokens;
+  num_pads_delivered_ += num_places - num_tokens;
+  num_pads_avoided_ += std::max<int64_t>(padded - num_places, 0);
 }
 
 void Delivery::join(uint64_t client, const DpMember& member) {
@@ -292,6 +309,10 @@ std::vector<std::pair<std::string, double>> Delivery::stats() const {
           {"num_samples_delivered", number(num_samples_delivered_)},
           {"num_samples_held", number(num_held_samples())},
           {"num_stale_samples", number(num_stale_samples_)},
+          {"num_tokens_delivered", number(num_tokens_delivered_)},
+          {"num_pads_delivered", number(num_pads_delivered_)},
+          {"num_pads_avoided", number(num_pads_avoided_)},
+          {"batch_version_lag", number(last_version_lag_)},
           {"num_dp_steps", number(ranks_.num_steps())},
           {"num_dp_shares_waiting", number(ranks_.num_shares())},
           {"num_duplicate_samples", number(groups_.num_duplicates())},

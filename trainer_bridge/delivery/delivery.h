@@ -106,6 +106,7 @@ class Delivery {
   // Writes what the notice is about and delivers it; without samples there is nothing to write.
   BatchNotice send(uint64_t client, BatchNotice notice, std::vector<Sample> samples,
                    std::optional<SlotLease> lease, std::span<const int32_t> row_starts);
+  void count_delivered(const BatchNotice& notice, const std::vector<Sample>& samples);
 
   SlotRing& slots_;
   const BatchLayout& layout_;
@@ -119,6 +120,10 @@ class Delivery {
   int64_t num_redelivered_ = 0;
   int64_t num_samples_delivered_ = 0;
   int64_t num_stale_samples_ = 0;
+  int64_t num_tokens_delivered_ = 0;
+  int64_t num_pads_delivered_ = 0;
+  int64_t num_pads_avoided_ = 0;  // of what padding to the longest of each batch would have added
+  int64_t last_version_lag_ = 0;
 };
 
 }  // namespace rollpack::bridge

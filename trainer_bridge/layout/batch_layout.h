@@ -44,6 +44,9 @@ class BatchLayout {
 
   // Most tokens of a row; 0 where a row is one sample.
   virtual int64_t max_tokens_per_row() const = 0;
+  // Entries of input_ids for these samples: their tokens, and the pads among them.
+  // Errors: as write() where no width holds them.
+  virtual int64_t num_places(std::span<const Sample* const> samples) const = 0;
 
   // Exactly the bytes that write() fills for the same arguments.
   // Errors: as write(), but for the slot's size.

@@ -174,6 +174,14 @@ class PackedLayout : public BatchLayout {
 
   int64_t max_tokens_per_row() const override { return options().max_tokens_per_row; }
 
+  int64_t num_places(std::span<const Sample* const> samples) const override {
+    int64_t num_tokens = 0;
+    for (const Sample* sample : samples) {
+      num_tokens += static_cast<int64_t>(sample->prompt_ids->size() + sample->response_ids.size());
+    }
+    return num_tokens;
+  }
+
  protected:
   std::vector<Column> columns(std::span<const Sample* const> samples,
                               std::span<const int32_t> row_starts) const override {

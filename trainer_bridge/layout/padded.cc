@@ -130,6 +130,11 @@ class PaddedLayout : public BatchLayout {
 
   int64_t max_tokens_per_row() const override { return 0; }
 
+  int64_t num_places(std::span<const Sample* const> samples) const override {
+    const Grid grid = make_grid(samples, options());
+    return static_cast<int64_t>(samples.size() * (grid.prompt_width + grid.response_width));
+  }
+
  protected:
   std::vector<Column> columns(std::span<const Sample* const> samples,
                               std::span<const int32_t>) const override {

@@ -32,6 +32,7 @@ void BatchWaiters::serve() {
     }
     const Waiter served = std::move(*waiter);
     waiter = waiting_.erase(waiter);
+    waits_.add(std::chrono::steady_clock::now() - served.asked);
     served.deliver(*std::move(notice));
   }
   if (waiting_.empty()) return;
@@ -47,6 +48,7 @@ void BatchWaiters::refuse_expired() {
   std::vector<Waiter> expired(std::make_move_iterator(first),
                               std::make_move_iterator(waiting_.end()));
   waiting_.erase(first, waiting_.end());
+  num_expired_ += static_cast<int64_t>(expired.size());
   for (const Waiter& waiter : expired) waiter.refuse(timed_out(waiter));
 }
 

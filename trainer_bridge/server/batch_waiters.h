@@ -11,6 +11,7 @@
 
 #include "trainer_bridge/contract/rollout_service.h"
 #include "trainer_bridge/delivery/delivery.h"
+#include "trainer_bridge/server/wait_histogram.h"
 #include "trainer_bridge/wire/asio.h"
 
 namespace rollpack::bridge {
@@ -23,6 +24,7 @@ class BatchWaiters {
     BatchWish wish;
     int64_t timeout_ms = 0;  // 0 looks once
     std::chrono::steady_clock::time_point deadline;
+    std::chrono::steady_clock::time_point asked = std::chrono::steady_clock::now();
     std::function<void(BatchNotice)> deliver;
     std::function<void(const ErrorInfo&)> refuse;
   };
@@ -37,6 +39,9 @@ class BatchWaiters {
   void remove(uint64_t client);
   void refuse_all(const ErrorInfo& error);
   int64_t num_waiting() const { return static_cast<int64_t>(waiting_.size()); }
+  int64_t num_expired() const { return num_expired_; }
+  // Of the calls that got a batch.
+  const WaitHistogram& waits() const { return waits_; }
 
  private:
   ErrorInfo timed_out(const Waiter& waiter) const;
@@ -47,6 +52,8 @@ class BatchWaiters {
   std::function<Outcome()> health_;
   asio::steady_timer timer_;
   std::deque<Waiter> waiting_;
+  WaitHistogram waits_;
+  int64_t num_expired_ = 0;
 };
 
 }  // namespace rollpack::bridge

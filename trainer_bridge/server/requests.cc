@@ -143,4 +143,20 @@ ReleaseRequest read_release(Fields& fields) {
   return request;
 }
 
+ProbsDiff read_probs_diff(Fields& fields) {
+  const auto read = [&fields](std::string_view key, double high, const char* allowed) {
+    const double value = fields.number(key);
+    if (value < 0 || value > high) fields.refuse(key, value, allowed);
+    return value;
+  };
+  constexpr const char* kOfProbabilities = "a number from 0 to 1";
+  const ProbsDiff diff{
+      .mean = read("mean", 1, kOfProbabilities),
+      .max = read("max", 1, kOfProbabilities),
+      .std = read("std", 1, kOfProbabilities),
+      .k3_kl = read("k3_kl", std::numeric_limits<double>::max(), "a finite number of at least 0")};
+  fields.finish();
+  return diff;
+}
+
 }  // namespace rollpack::bridge

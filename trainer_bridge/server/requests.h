@@ -38,4 +38,12 @@ struct ReleaseRequest {
 };
 ReleaseRequest read_release(Fields& fields);
 
+// How far a trainer's probabilities are from those its tokens were drawn with; the client's
+// rollout_probs_diff().
+struct ProbsDiff {
+  double mean = 0, max = 0, std = 0;  // of |p_rollout - p_trainer|
+  double k3_kl = 0;                   // nats
+};
+ProbsDiff read_probs_diff(Fields& fields);
+
 }  // namespace rollpack::bridge

@@ -104,6 +104,7 @@ struct Server::State {
   std::map<uint64_t, std::shared_ptr<Connection>> connections;  // by client
   std::vector<std::weak_ptr<Connection>> closing;               // still to be flushed at stop
   uint64_t last_client = 0;
+  std::optional<int32_t> metrics_port;
   Outcome fault;  // of ours: no batch can be trusted to be complete any more
   std::thread thread;
   std::atomic<bool> is_running = false;
@@ -120,6 +121,7 @@ VerbParts Server::State::verb_parts(RolloutService& given_service) {
           .waiters = waiters,
           .weights = *weights,
           .max_held_samples = options.max_held_samples,
+          .metrics_port = metrics_port,
           .instance = new_instance(),
           .on_server_thread = poster(),
           .num_pending_samples = [this] { return inbox.size(); },
@@ -283,6 +285,10 @@ void Server::start(RolloutService& service) {
   state_->start(service);
 }
 
+void Server::set_metrics_port(int32_t port) {
+  state_->metrics_port = port;
+}
+
 void Server::stop() {
   state_->stop();
 }
@@ -297,6 +303,14 @@ void Server::fail(FailedSample sample) {
 
 void Server::health_changed() {
   asio::post(state_->loop->io, [state = state_.get()] { state->waiters.serve(); });
+}
+
+void Server::ask_numbers(std::function<void(ServerNumbers)> done) {
+  asio::post(state_->loop->io, [state = state_.get(), done = std::move(done)] {
+    done({.values = state->verbs->numbers(),
+          .batch_waits = state->waiters.waits(),
+          .fault = state->fault});
+  });
 }
 
 }  // namespace rollpack::bridge

@@ -3,12 +3,16 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "trainer_bridge/contract/rollout_service.h"
 #include "trainer_bridge/contract/sample_sink.h"
 #include "trainer_bridge/layout/batch_layout.h"
+#include "trainer_bridge/server/wait_histogram.h"
 #include "trainer_bridge/wire/frame_socket.h"
 
 namespace rollpack::bridge {
@@ -24,6 +28,13 @@ struct ServerOptions {
   FrameSocketOptions frames;         // of each client
 };
 
+// What a server counts, as of one moment.
+struct ServerNumbers {
+  std::vector<std::pair<std::string, double>> values;  // as in stats, without the service's
+  WaitHistogram batch_waits;
+  Outcome fault;  // why no batch can be trusted any more, if so
+};
+
 class Server final : public SampleSink {
  public:
   // Takes the socket's lock and the slots' memory; nobody can connect yet.
@@ -35,6 +46,9 @@ class Server final : public SampleSink {
 
   // Listens; hello succeeds from here on. `service` outlives the stop.
   void start(RolloutService& service);
+  // Tells clients, in stats, at which port of this machine the program's metrics are. Before
+  // start().
+  void set_metrics_port(int32_t port);
   // Fails what waits, flushes replies for at most 300 ms, closes, removes socket and lock. Not from
   // the service's calls. A server is started once.
   void stop();
@@ -47,6 +61,10 @@ class Server final : public SampleSink {
   // Looks at once whether the service is still healthy; without it waiting calls learn of a change
   // within 20 ms. Any thread.
   void health_changed();
+
+  // Calls `done` with the numbers of then on the server's thread, soon; never before start() and
+  // not at all after stop(). Any thread, never blocking.
+  void ask_numbers(std::function<void(ServerNumbers)> done);
 
  private:
   struct State;

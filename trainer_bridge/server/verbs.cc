@@ -44,6 +44,7 @@ const std::vector<Verbs::Entry>& Verbs::entries() {
       {"score", &Verbs::score},
       {"update_weights", &Verbs::update_weights},
       {"get_weight_version", &Verbs::get_weight_version},
+      {"report_probs_diff", &Verbs::report_probs_diff},
       {"stats", &Verbs::stats},
       {"health", &Verbs::health, false},
       {"inspect", &Verbs::inspect, false},
@@ -231,10 +232,34 @@ void Verbs::stats(Request& request) {
   check_no_fds(request);
   Json stats = Json::object();
   for (const auto& [name, value] : parts_.service.stats()) stats[name] = value;
-  for (const auto& [name, value] : parts_.delivery.stats()) stats[name] = value;
-  stats["num_clients"] = static_cast<double>(parts_.num_clients());
-  stats["num_waiting_calls"] = static_cast<double>(parts_.waiters.num_waiting());
+  for (const auto& [name, value] : numbers()) stats[name] = value;
   request.responder.ok({{"stats", std::move(stats)}});
+}
+
+std::vector<std::pair<std::string, double>> Verbs::numbers() const {
+  auto numbers = parts_.delivery.stats();
+  const auto add = [&numbers](const char* name, auto value) {
+    numbers.emplace_back(name, static_cast<double>(value));
+  };
+  add("num_clients", parts_.num_clients());
+  add("num_waiting_calls", parts_.waiters.num_waiting());
+  add("num_expired_calls", parts_.waiters.num_expired());
+  if (parts_.metrics_port) add("metrics_port", *parts_.metrics_port);
+  add("num_probs_diff_reports", num_probs_diff_reports_);
+  if (num_probs_diff_reports_ == 0) return numbers;  // nothing unknown is ever 0
+  add("probs_diff_mean", probs_diff_.mean);
+  add("probs_diff_max", probs_diff_.max);
+  add("probs_diff_std", probs_diff_.std);
+  add("probs_diff_k3_kl", probs_diff_.k3_kl);
+  return numbers;
+}
+
+void Verbs::report_probs_diff(Request& request) {
+  const ProbsDiff diff = read_probs_diff(request.fields);
+  check_no_fds(request);
+  probs_diff_ = diff;
+  ++num_probs_diff_reports_;
+  request.responder.ok();
 }
 
 void Verbs::health(Request& request) {

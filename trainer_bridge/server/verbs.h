@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -13,6 +14,7 @@
 #include "trainer_bridge/delivery/delivery.h"
 #include "trainer_bridge/server/batch_waiters.h"
 #include "trainer_bridge/server/connection.h"
+#include "trainer_bridge/server/requests.h"
 #include "trainer_bridge/shared_memory/slot_ring.h"
 #include "trainer_bridge/weight_inbox/weight_inbox.h"
 
@@ -26,6 +28,7 @@ struct VerbParts {
   BatchWaiters& waiters;
   WeightInbox& weights;
   int64_t max_held_samples = 0;
+  std::optional<int32_t> metrics_port;
   std::string instance;                                         // of this server's life
   std::function<void(std::function<void()>)> on_server_thread;  // from any thread
   std::function<int64_t()> num_pending_samples;                 // committed, not yet delivered to
@@ -42,6 +45,9 @@ class Verbs {
   // hello; what the verb's fields and the parts have against it.
   void handle(Request& request);
 
+  // What is counted on this side of the service, by name.
+  std::vector<std::pair<std::string, double>> numbers() const;
+
  private:
   struct Entry;
   static const std::vector<Entry>& entries();
@@ -57,12 +63,15 @@ class Verbs {
   void update_weights(Request& request);
   void weight_chunk(Request& request, int64_t version);
   void get_weight_version(Request& request);
+  void report_probs_diff(Request& request);
   void stats(Request& request);
   void health(Request& request);
   void inspect(Request& request);
   void shutdown(Request& request);
 
   VerbParts parts_;
+  ProbsDiff probs_diff_;  // the last one reported
+  int64_t num_probs_diff_reports_ = 0;
 };
 
 }  // namespace rollpack::bridge

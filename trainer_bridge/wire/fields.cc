@@ -136,6 +136,11 @@ std::optional<double> Fields::optional_number(std::string_view key) {
   return value->get<double>();
 }
 
+double Fields::number(std::string_view key) {
+  any(key);
+  return *optional_number(key);
+}
+
 std::optional<bool> Fields::optional_boolean(std::string_view key) {
   const Json* value = optional_any(key);
   if (value == nullptr) return std::nullopt;

@@ -28,6 +28,7 @@ class Fields {
   std::optional<uint64_t> optional_u64(std::string_view key);
   // Any finite number; integers too.
   std::optional<double> optional_number(std::string_view key);
+  double number(std::string_view key);
   std::optional<bool> optional_boolean(std::string_view key);
   std::string text(std::string_view key);
   // The place of the text in `names`.

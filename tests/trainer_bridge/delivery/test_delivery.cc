@@ -104,6 +104,29 @@ TEST_F(DeliveryTest, HeaderAndNoticeAgreeAndTheChecksumHolds) {
   EXPECT_EQ(crc32_of(std::span(bytes).subspan(sizeof(BatchHeader))), notice->crc32);
 }
 
+TEST_F(DeliveryTest, PadsThatABatchDoesWithoutAreCounted) {
+  commit_group(1, 0, 2, /*tokens=*/4);
+  commit_group(1, 1, 1, /*tokens=*/9);
+  ASSERT_TRUE(next_batch(kAnna));
+  EXPECT_EQ(stat("num_tokens_delivered"), 7 + 7 + 12);
+  EXPECT_EQ(stat("num_pads_delivered"), 0);
+  EXPECT_EQ(stat("num_pads_avoided"), 3 * (3 + 9) - 26);
+}
+
+class PaddedDeliveryTest : public DeliveryTest {
+ protected:
+  PaddedDeliveryTest()
+      : DeliveryTest(2, 1 << 16, {.layout = "padded", .prompt_width = 8, .response_width = 16}) {}
+};
+
+TEST_F(PaddedDeliveryTest, PadsThatABatchHasAreCountedAndNoneIsAvoided) {
+  commit_group(1, 0, 2, /*tokens=*/4);
+  ASSERT_TRUE(next_batch(kAnna));
+  EXPECT_EQ(stat("num_tokens_delivered"), 14);
+  EXPECT_EQ(stat("num_pads_delivered"), 2 * (8 + 16) - 14);
+  EXPECT_EQ(stat("num_pads_avoided"), 0);
+}
+
 TEST_F(DeliveryTest, GroupsComeInOrderOfFinishing) {
   delivery.commit(sample_of(1, 0, 0, 2, 4));  // begins first, finishes last
   commit_group(1, 2, 2);

@@ -48,6 +48,8 @@ def test_every_verb_is_awaited(start: Start) -> None:
         assert await client.update_weights(weights, 3, chunk_bytes=64) == 3
         assert await client.get_weight_version() == 3
         assert (await client.stats())["num_clients"] == 1
+        await client.report_probs_diff(rollpack.metrics.rollout_probs_diff([-1.0], [-1.0], [1]))
+        assert (await client.stats())["probs_diff_max"] == 0
         assert await client.health() == "ok"
         await client.pause("keep")
         await client.submit([[3]], n=2)

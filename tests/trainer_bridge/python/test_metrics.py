@@ -10,6 +10,8 @@ import rollpack
 import torch
 from rollpack.metrics import rollout_probs_diff
 
+from real_server import Start
+
 NAN = math.nan
 
 
@@ -60,3 +62,39 @@ def test_what_cannot_be_compared_is_an_error(
 ) -> None:
     with pytest.raises(kind, match=text):
         rollout_probs_diff(np.array(rollout), np.array(trainer), np.array(mask))
+
+
+def test_a_report_reaches_the_servers_numbers_and_the_latest_stands(start: Start) -> None:
+    with rollpack.connect(start().path) as client, rollpack.connect(start().path) as other:
+        before = client.stats()
+        assert before["num_probs_diff_reports"] == 0
+        assert "probs_diff_mean" not in before  # nothing unknown is 0
+        for trainer in ([0.5, 0.25], [0.25, 0.25]):
+            diff = rollout_probs_diff(np.log([0.5, 0.5]), np.log(trainer), [1, 1])
+            client.report_probs_diff(diff)
+        stats = client.stats()
+        assert stats["num_probs_diff_reports"] == 2
+        assert stats["probs_diff_mean"] == diff["training/rollout_probs_diff_mean"]
+        assert stats["probs_diff_max"] == pytest.approx(0.25)
+        assert stats["probs_diff_std"] == 0
+        assert stats["probs_diff_k3_kl"] == pytest.approx(math.log(2) - 0.5)
+        assert other.stats()["num_probs_diff_reports"] == 0  # another server's
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"rollout_corr/k3_kl": None}, r"probs_diff\['rollout_corr/k3_kl'\] = None"),
+        ({"training/rollout_probs_diff_max": 1.5}, r"max = 1.5 \(.*\): expected a number from 0"),
+        ({"training/rollout_probs_diff_mean": NAN}, "mean"),
+        ({"training/rollout_probs_diff_std": -0.5}, "std = -0.5"),
+    ],
+)
+def test_a_bad_report_is_refused_by_name_and_changes_nothing(
+    start: Start, changed: dict[str, float], text: str
+) -> None:
+    diff = {**rollout_probs_diff([-1.0], [-1.0], [1]), **changed}
+    with rollpack.connect(start().path) as client:
+        with pytest.raises(rollpack.InvalidArgument, match=text):
+            client.report_probs_diff(diff)
+        assert client.stats()["num_probs_diff_reports"] == 0

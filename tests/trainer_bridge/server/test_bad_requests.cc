@@ -231,6 +231,19 @@ std::vector<BadRequest> bad_requests() {
       {"update_weights", {{"phase", "cancel"}, {"version", 1}}, precondition, "begin first"},
       {"update_weights", {{"phase", "chunk"}, {"version", 1}, {"bytes", 8}}, invalid, "tensors"},
       {"get_weight_version", {{"x", 1}}, invalid, "x = 1 (request)"},
+      {"report_probs_diff", {{"max", 0}, {"std", 0}, {"k3_kl", 0}}, invalid, "mean"},
+      {"report_probs_diff",
+       {{"mean", 0}, {"max", 1.5}, {"std", 0}, {"k3_kl", 0}},
+       invalid,
+       "max = 1.5 (request): expected a number from 0 to 1"},
+      {"report_probs_diff",
+       {{"mean", 0}, {"max", 0}, {"std", 0}, {"k3_kl", -1e-9}},
+       invalid,
+       "k3_kl"},
+      {"report_probs_diff",
+       {{"mean", 0}, {"max", 0}, {"std", 0}, {"k3_kl", 0}, {"x", 1}},
+       invalid,
+       "unknown key"},
       {"stats", {{"x", 1}}, invalid, "unknown key"},
       {"health", {{"x", 1}}, invalid, "unknown key"},
       {"shutdown", {{"x", 1}}, invalid, "unknown key"},
@@ -253,8 +266,9 @@ TEST_F(BadRequests, AWrongRequestIsItsOwnErrorAndTheConnectionLives) {
 TEST_F(BadRequests, NothingButHelloAndHealthBeforeHello) {
   start();
   TestClient client(path, /*says_hello=*/false);
-  for (const char* verb : {"submit", "next_batch", "release", "abort", "pause", "resume", "score",
-                           "update_weights", "get_weight_version", "stats", "shutdown"}) {
+  for (const char* verb :
+       {"submit", "next_batch", "release", "abort", "pause", "resume", "score", "update_weights",
+        "get_weight_version", "report_probs_diff", "stats", "shutdown"}) {
     const ErrorInfo error = error_in(client.request(verb));
     EXPECT_EQ(error.code, ErrorCode::kFailedPrecondition) << verb;
     EXPECT_EQ(error.allowed, "hello first") << verb;

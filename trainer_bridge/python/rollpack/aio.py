@@ -166,6 +166,12 @@ class AsyncClient:
         """The version that new tokens are drawn from."""
         return await self._run(self._session.get_weight_version(timeout_s))
 
+    async def report_probs_diff(
+        self, probs_diff: Mapping[str, float], *, timeout_s: float = 60.0
+    ) -> None:
+        """Tell the server how far the trainer's probabilities are; as Client.report_probs_diff."""
+        await self._run(self._session.report_probs_diff(probs_diff, timeout_s))
+
     async def stats(self, *, timeout_s: float = 60.0) -> dict[str, float]:
         """Counters and gauges by name."""
         return await self._run(self._session.stats(timeout_s))

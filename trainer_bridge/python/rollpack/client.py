@@ -285,6 +285,22 @@ class Client:
         """The version that new tokens are drawn from; as `update_weights` returns it."""
         return self._session.run(self._session.get_weight_version(timeout_s))
 
+    def report_probs_diff(
+        self, probs_diff: Mapping[str, float], *, timeout_s: float = 60.0
+    ) -> None:
+        """Tell the server how far the trainer's probabilities are from the engine's.
+
+        They are among its metrics then, beside what the engine says of itself.
+
+        Args:
+            probs_diff: what `rollpack.metrics.rollout_probs_diff` returned.
+            timeout_s: longest wait, seconds.
+
+        Raises:
+            InvalidArgument: a number of it is missing, not finite or out of range; names it.
+        """
+        self._session.run(self._session.report_probs_diff(probs_diff, timeout_s))
+
     def stats(self, *, timeout_s: float = 60.0) -> dict[str, float]:
         """Counters and gauges by name, e.g. "num_running_seqs"."""
         return self._session.run(self._session.stats(timeout_s))

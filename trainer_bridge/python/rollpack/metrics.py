@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,34 @@ def rollout_probs_diff(
         "training/rollout_probs_diff_std": float(diff.std(ddof=1)) if diff.size > 1 else 0.0,
         "rollout_corr/k3_kl": float((np.expm1(log_ratio) - log_ratio).mean()),
     }
+
+
+# Names of the protocol's numbers -> those of rollout_probs_diff.
+_REPORTED = {
+    "mean": "training/rollout_probs_diff_mean",
+    "max": "training/rollout_probs_diff_max",
+    "std": "training/rollout_probs_diff_std",
+    "k3_kl": "rollout_corr/k3_kl",
+}
+
+
+def report_fields(probs_diff: Mapping[str, float]) -> dict[str, float]:
+    """Returns what a report to the server carries of `rollout_probs_diff`'s numbers.
+
+    Raises:
+        InvalidArgument: one of them is missing or no number; names it.
+    """
+    fields = {}
+    for field, name in _REPORTED.items():
+        try:
+            fields[field] = float(probs_diff[name])
+        except (KeyError, TypeError, ValueError):
+            raise InvalidArgument(
+                field=f"probs_diff[{name!r}]",
+                value=repr(probs_diff.get(name)),
+                allowed="a number, as rollout_probs_diff() returns it",
+            ) from None
+    return fields
 
 
 def _to_numpy(values: ArrayLike) -> npt.NDArray[Any]:

@@ -22,6 +22,7 @@ from rollpack.errors import FailedPrecondition, InvalidArgument, RollpackError, 
 from rollpack.generation import RequestSamples
 from rollpack.hello import DpRank, ServerInfo, hello_fields, read_hello
 from rollpack.inbox import REPLY_GRACE_S, BatchWish, Inbox, Pending, Steps, end_connection
+from rollpack.metrics import report_fields
 from rollpack.prompts import (
     Prompt,
     Sampling,
@@ -296,6 +297,10 @@ class Session:
         """See Client.get_weight_version."""
         fields = yield from self._request("get_weight_version", {}, timeout_s)
         return WeightVersion.from_reply(fields)
+
+    def report_probs_diff(self, probs_diff: Mapping[str, float], timeout_s: float) -> Steps[None]:
+        """See Client.report_probs_diff."""
+        yield from self._request("report_probs_diff", report_fields(probs_diff), timeout_s)
 
     def stats(self, timeout_s: float) -> Steps[dict[str, float]]:
         """See Client.stats."""
