@@ -25,9 +25,9 @@ int64_t whole(double value) {
 
 // Of the workers' numbers, those that only rise: how often something happened.
 Json counters_report(const Pass& pass) {
-  constexpr std::array<std::string_view, 6> kLevels = {"num_running_seqs",    "num_waiting_seqs",
-                                                       "num_kv_pages",        "num_kv_pages_used",
-                                                       "num_kv_pages_cached", "peak_memory_bytes"};
+  constexpr std::array<std::string_view, 7> kLevels = {
+      "num_running_seqs",  "num_waiting_seqs",    "num_preempted_seqs", "num_kv_pages",
+      "num_kv_pages_used", "num_kv_pages_cached", "peak_memory_bytes"};
   Json report = Json::object();
   for (const auto& [name, rise] : pass.counters) {
     if (std::ranges::find(kLevels, name) != kLevels.end()) continue;

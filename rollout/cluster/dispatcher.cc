@@ -95,6 +95,7 @@ int64_t Dispatcher::submit(std::vector<bridge::PromptRequest> prompts) {
         continue;
       }
       for (int32_t sample = 0; sample < groups[i].key.group_size; ++sample) {
+        ++num_failed_;
         bridge::SampleKey key = groups[i].key;
         key.sample_index = sample;
         effects.push_back(
@@ -361,11 +362,38 @@ std::vector<std::pair<std::string, double>> Dispatcher::stats() const {
   sums["num_replacements"] = static_cast<double>(num_replacements_);
   sums["num_groups_requeued"] = static_cast<double>(num_groups_requeued_);
   sums["num_groups_convicted"] = static_cast<double>(num_groups_convicted_);
+  sums["num_samples_stop"] = static_cast<double>(num_finished_[0]);
+  sums["num_samples_length"] = static_cast<double>(num_finished_[1]);
+  sums["num_samples_abort"] = static_cast<double>(num_finished_[2]);
+  sums["num_samples_failed"] = static_cast<double>(num_failed_);
+  sums["num_weight_updates"] = static_cast<double>(num_weight_updates_);
+  sums["num_queued_samples"] = static_cast<double>(ledger_.num_queued_samples());
+  sums["is_paused"] = is_paused_ ? 1 : 0;
+  double longest_silence_s = 0;
+  for (const WorkerState& worker : workers_) {
+    longest_silence_s = std::max(longest_silence_s, silence_s(worker));
+  }
+  sums["longest_silence_s"] = longest_silence_s;
   sums["num_open_samples"] = static_cast<double>(ledger_.num_open_samples());
   sums["num_queued_groups"] = static_cast<double>(ledger_.num_queued_groups());
   sums["num_late_samples_dropped"] = static_cast<double>(ledger_.num_dropped());
   sums["weight_version"] = static_cast<double>(weights_.version);
   return {sums.begin(), sums.end()};
+}
+
+std::vector<Dispatcher::WorkerNumbers> Dispatcher::worker_numbers() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<WorkerNumbers> all;
+  for (const int32_t worker : all_workers()) {
+    all.push_back({worker, silence_s(workers_[worker]), workers_[worker].stats});
+  }
+  return all;
+}
+
+// Who owes nothing, or is gone, is not silent.
+double Dispatcher::silence_s(const WorkerState& worker) const {
+  if (!worker.takes_part() || !worker.is_ready || !worker.owes()) return 0;
+  return std::chrono::duration<double>(recovery_.now() - worker.last_progress).count();
 }
 
 bridge::Outcome Dispatcher::health() const {

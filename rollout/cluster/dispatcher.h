@@ -7,6 +7,7 @@
 // job goes on, where the launcher lets it (RecoveryOptions).
 #pragma once
 
+#include <array>
 #include <chrono>
 #include <condition_variable>
 #include <functional>
@@ -96,6 +97,14 @@ class Dispatcher : public bridge::RolloutService {
   int64_t weight_version() const override;
   bridge::WeightsInUse weights_in_use() const override;
   std::vector<std::pair<std::string, double>> stats() const override;
+  // The numbers of each worker that takes part, as it last told them: at most a second old while it
+  // computes.
+  struct WorkerNumbers {
+    int32_t rank = 0;
+    double silence_s = 0;  // since it last showed progress, where it owes some
+    std::map<std::string, double> values;
+  };
+  std::vector<WorkerNumbers> worker_numbers() const;
   bridge::Outcome health() const override;
   void shutdown() override;
 
@@ -187,6 +196,7 @@ class Dispatcher : public bridge::RolloutService {
                     Effects& effects);
   static void finish(const std::shared_ptr<Collection>& collection, Effects& effects);
   bool has_worker_processes() const;
+  double silence_s(const WorkerState& worker) const;
   void ask(int32_t worker, const std::shared_ptr<Collection>& collection, const MakeCommand& make);
   void replace(const WorkerState& lost, Effects& effects);
   void end_if_nobody_is_left(const ErrorInfo& last, Effects& effects);
@@ -196,6 +206,9 @@ class Dispatcher : public bridge::RolloutService {
   void resume_joins(Effects& effects);
   void commit_empty(const GroupRequest& request, Effects& effects);
   void fail_open(const GroupRequest& request, const ErrorInfo& error, Effects& effects);
+  int64_t& num_finished(bridge::FinishReason reason) {
+    return num_finished_[static_cast<size_t>(reason)];
+  }
   void run(Effects& effects);
 
   void on_event(int32_t worker, WorkerReady& event, Effects& effects);
@@ -233,6 +246,9 @@ class Dispatcher : public bridge::RolloutService {
   Ledger ledger_;
   TimePoint last_check_;  // of leases
   int64_t num_requests_ = 0;
+  std::array<int64_t, 3> num_finished_ = {};  // samples committed, by FinishReason
+  int64_t num_failed_ = 0;                    // samples
+  int64_t num_weight_updates_ = 0;            // committed
   int64_t num_worker_deaths_ = 0;
   int64_t num_groups_requeued_ = 0;
   int64_t num_groups_convicted_ = 0;

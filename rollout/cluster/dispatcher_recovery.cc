@@ -17,9 +17,10 @@ constexpr std::chrono::minutes kJoinTimeout{30};
 
 // Sums that a lost worker has added to stay; what it had at the moment is gone with it.
 constexpr const char* kGauges[] = {
-    "num_running_seqs",       "num_waiting_seqs",     "num_kv_pages",
-    "num_kv_pages_used",      "num_kv_pages_cached",  "peak_memory_bytes",
-    "last_update_packing_ms", "last_update_pause_ms", "last_update_prefill_ms"};
+    "num_running_seqs",       "num_waiting_seqs",      "num_preempted_seqs",
+    "num_waiting_reference",  "num_kv_pages",          "num_kv_pages_used",
+    "num_kv_pages_cached",    "peak_memory_bytes",     "last_update_packing_ms",
+    "last_update_pause_ms",   "last_update_prefill_ms"};
 
 ErrorInfo culprit_error(const GroupRequest& request, const ErrorInfo& last) {
   return {.code = ErrorCode::kInternal,
@@ -211,6 +212,7 @@ void Dispatcher::dispatch_suspect() {
 }
 
 void Dispatcher::commit_empty(const GroupRequest& request, Effects& effects) {
+  num_finished(bridge::FinishReason::kAbort) += request.num_samples();
   for (int32_t i = 0; i < request.num_samples(); ++i) {
     bridge::Sample sample{.key = request.key,
                           .prompt_ids = request.prompt_ids,
@@ -222,6 +224,7 @@ void Dispatcher::commit_empty(const GroupRequest& request, Effects& effects) {
 }
 
 void Dispatcher::fail_open(const GroupRequest& request, const ErrorInfo& error, Effects& effects) {
+  num_failed_ += request.num_samples();
   for (int32_t i = 0; i < request.num_samples(); ++i) {
     bridge::FailedSample failed{request.key, error};
     failed.key.sample_index = request.sample_index(i);

@@ -151,6 +151,7 @@ void Dispatcher::on_event(int32_t worker, Pull& event, Effects&) {
 void Dispatcher::on_event(int32_t worker, SampleDone& event, Effects& effects) {
   const std::optional<int64_t> tokens = ledger_.commit(event.sample.key, worker, event.attempt);
   if (!tokens) return;
+  ++num_finished(event.sample.finish_reason);
   workers_[worker].has_committed = true;
   if (workers_[worker].is_replacement) num_fruitless_ = 0;
   release_tokens(worker, *tokens);
@@ -162,6 +163,7 @@ void Dispatcher::on_event(int32_t worker, SampleDone& event, Effects& effects) {
 void Dispatcher::on_event(int32_t worker, SampleFailed& event, Effects& effects) {
   const std::optional<int64_t> tokens = ledger_.commit(event.sample.key, worker, event.attempt);
   if (!tokens) return;
+  ++num_failed_;
   release_tokens(worker, *tokens);
   effects.push_back([this, sample = std::move(event.sample)] { sink_->fail(sample); });
 }

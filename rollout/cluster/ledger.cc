@@ -33,11 +33,18 @@ GroupRequest Ledger::open_request(const Entry& entry) {
 }
 
 void Ledger::enqueue(const GroupKey& key, const Entry& entry) {
+  num_queued_samples_ += entry.num_left;
   if (entry.num_deaths >= kDeathsOfSuspect) {
     suspects_.insert(key);
   } else {
     queue_.insert(queue_key(key, entry));
   }
+}
+
+// A group that is not queued stays as it is.
+void Ledger::dequeue(const GroupKey& key, const Entry& entry) {
+  const size_t num_taken = queue_.erase(queue_key(key, entry)) + suspects_.erase(key);
+  if (num_taken > 0) num_queued_samples_ -= entry.num_left;
 }
 
 std::optional<std::string> Ledger::live_origin(const std::string& prompt_id) const {
@@ -58,8 +65,7 @@ std::optional<Ledger::GroupKey> Ledger::next_suspect() const {
 
 GroupRequest Ledger::assign(const GroupKey& key, int32_t worker) {
   Entry& entry = entries_.at(key);
-  queue_.erase(queue_key(key, entry));
-  suspects_.erase(key);
+  dequeue(key, entry);
   entry.worker = worker;
   ++entry.attempt;
   return open_request(entry);
@@ -129,8 +135,7 @@ std::vector<GroupRequest> Ledger::take_suspects() {
 }
 
 GroupRequest Ledger::take(Entries::iterator entry) {
-  queue_.erase(queue_key(entry->first, entry->second));
-  suspects_.erase(entry->first);
+  dequeue(entry->first, entry->second);
   num_open_samples_ -= entry->second.num_left;
   GroupRequest request = open_request(entry->second);
   erase(entry);

@@ -75,6 +75,7 @@ class Ledger {
   int64_t num_queued_groups() const {
     return static_cast<int64_t>(queue_.size() + suspects_.size());
   }
+  int64_t num_queued_samples() const { return num_queued_samples_; }
   int64_t num_dropped() const { return num_dropped_; }
 
  private:
@@ -96,6 +97,7 @@ class Ledger {
   static int64_t open_tokens(const Entry& entry);
   static GroupRequest open_request(const Entry& entry);
   void enqueue(const GroupKey& key, const Entry& entry);
+  void dequeue(const GroupKey& key, const Entry& entry);
   void erase(Entries::iterator entry);
   // Forgets a group that is not running and returns its open samples.
   GroupRequest take(Entries::iterator entry);
@@ -109,6 +111,7 @@ class Ledger {
   std::set<GroupKey> suspects_;
   std::unordered_map<std::string, std::string> live_prompt_ids_;  // explicit ids -> origin
   int64_t num_open_samples_ = 0;
+  int64_t num_queued_samples_ = 0;  // of groups in queue_ and suspects_
   int64_t num_dropped_ = 0;
 };
 

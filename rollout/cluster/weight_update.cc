@@ -282,6 +282,7 @@ void Dispatcher::end_switch(const bridge::WeightsInUse& switched, bridge::Outcom
       weights_ = switched;
       weights_.packing_ms = update_times_.packing_ms;
       weights_.pause_ms = update_times_.pause_ms;
+      ++num_weight_updates_;
       kept_weights_.commit();
     }
     resume_joins(effects);

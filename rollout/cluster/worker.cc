@@ -194,6 +194,7 @@ std::vector<std::pair<std::string, double>> Worker::stats() const {
   return {
       {"num_running_seqs", static_cast<double>(state.running.size())},
       {"num_waiting_seqs", static_cast<double>(state.waiting.size())},
+      {"num_preempted_seqs", static_cast<double>(state.waiting.num_started())},
       {"num_waiting_reference", static_cast<double>(reference_ ? reference_->num_waiting() : 0)},
       {"num_kv_pages", state.pool.num_pages()},
       {"num_kv_pages_used", used},
@@ -203,6 +204,7 @@ std::vector<std::pair<std::string, double>> Worker::stats() const {
       {"num_rows_computed", static_cast<double>(counters.num_rows_computed)},
       {"num_pad_rows", static_cast<double>(counters.num_pad_rows)},
       {"num_tokens_generated", static_cast<double>(counters.num_tokens_generated)},
+      {"num_prompt_tokens", static_cast<double>(counters.num_prompt_tokens)},
       {"num_samples", static_cast<double>(counters.num_samples)},
       {"num_tokens_recomputed", static_cast<double>(counters.num_tokens_recomputed)},
       {"prefix_cache_queries", static_cast<double>(counters.prefix_cache_queries)},

@@ -203,6 +203,7 @@ void Engine::append_token(Sequence& sequence, const kernels::HeadResult& result)
       sequence.weight_versions.back().version != state_.weight_version) {
     sequence.weight_versions.push_back({sequence.num_response(), state_.weight_version});
   }
+  if (sequence.num_response() == 0) state_.counters.num_prompt_tokens += sequence.num_prompt;
   sequence.tokens.push_back(result.token);
   sequence.logprobs.push_back(result.logprob);
   sequence.scaled_logprobs.push_back(result.scaled_logprob);

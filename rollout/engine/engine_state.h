@@ -42,6 +42,7 @@ struct EngineCounters {
   int64_t num_rows_computed = 0;  // pads included
   int64_t num_pad_rows = 0;
   int64_t num_tokens_generated = 0;
+  int64_t num_prompt_tokens = 0;  // of samples whose first token was drawn, cached ones included
   int64_t num_samples = 0;
   // Tokens of admitted sequences that the prefix index was asked for, and found there. Neither
   // counts a sibling that shares its leader's prompt, nor one that comes back after preemption.

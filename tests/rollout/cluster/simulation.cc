@@ -154,9 +154,15 @@ Report Run::run() {
     world_.report.num_samples += static_cast<int64_t>(samples_.size());
   }
   world_.check(callbacks_.num_waiting() == 0, "a callback was never called");
+  double num_counted = 0;
   for (const auto& [name, value] : dispatcher_.stats()) {
     if (name == "num_late_samples_dropped" && value > 0) world_.fault(Fault::kLateResult);
+    if (name == "num_queued_samples") world_.check(value == 0 || is_over(), "samples stay queued");
+    if (name.starts_with("num_samples_")) num_counted += value;
   }
+  world_.check(
+      is_over() || num_counted == static_cast<double>(samples_.size()),
+      fmt::format("{} of {} samples were counted by how they ended", num_counted, samples_.size()));
   return world_.report;
 }
 

@@ -70,6 +70,24 @@ TEST(Ledger, GivesBackQueuedGroupsOfOneSubmit) {
   EXPECT_EQ(ledger.abort(std::nullopt).size(), 1u);
 }
 
+TEST(Ledger, CountsTheSamplesThatAreQueued) {
+  Ledger ledger;
+  for (const int32_t index : {0, 1}) ledger.accept(group(0, index, 5, 3), "");
+  EXPECT_EQ(ledger.num_queued_samples(), 6);
+  bridge::SampleKey key = ledger.assign({0, 0}, 7).key;
+  EXPECT_EQ(ledger.num_queued_samples(), 3);
+  ledger.commit(key, 7, 1);
+  ledger.fence(7);  // two of it are still open
+  EXPECT_EQ(ledger.num_queued_samples(), 5);
+  ledger.assign({0, 0}, 7);
+  ledger.fence(7);  // a suspect by now, and queued all the same
+  EXPECT_EQ(ledger.num_queued_samples(), 5);
+  ledger.assign({0, 1}, 8);
+  ledger.abort(std::nullopt);
+  EXPECT_EQ(ledger.num_queued_samples(), 0);
+  EXPECT_EQ(ledger.num_open_samples(), 3);
+}
+
 TEST(Ledger, FencesTheAttemptOfALostWorkerAndQueuesWhatIsOpen) {
   Ledger ledger;
   ledger.accept(group(0, 0, 5, 3), "here");
