@@ -1,4 +1,5 @@
 #include <cstdio>
+#include <optional>
 
 #include <fmt/format.h>
 #include <spdlog/spdlog.h>
@@ -6,6 +7,7 @@
 #include "kernels/base/error.h"
 #include "rollout/command/command.h"
 #include "rollout/command/end_signal.h"
+#include "rollout/metrics/metrics_endpoint.h"
 #include "trainer_bridge/server/server.h"
 
 namespace rollpack::rollout {
@@ -46,12 +48,20 @@ int serve(Job& job, const CommandLine&) {
     server.health_changed();
     end.raise(0);
   });
+  std::optional<MetricsEndpoint> metrics;
+  if (job.config().metrics.port >= 0) {
+    metrics.emplace(job.config(), dispatcher, server);
+    server.set_metrics_port(metrics->port());
+    spdlog::info("metrics at http://127.0.0.1:{}/metrics", metrics->port());
+  }
   job.start();
   server.start(dispatcher);
+  if (metrics) metrics->set_phase(ServingPhase::kServing);
   spdlog::info("serving at {}", options.socket);
   fmt::print("ready\n");
   std::fflush(stdout);
   end.wait([] { return false; });
+  if (metrics) metrics->set_phase(ServingPhase::kDraining);
   const bridge::Outcome broken = dispatcher.health();
   job.stop(/*hand_back=*/!broken);
   server.stop();

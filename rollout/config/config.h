@@ -192,6 +192,18 @@ struct ClusterSection {
   }
 };
 
+struct MetricsSection {
+  int32_t port = -1;
+
+  bool operator==(const MetricsSection&) const = default;
+
+  template <class Self, class Field>
+  static void fields(Self& self, Field&& field) {
+    field("port", self.port, Between{-1, 65535},
+          "of 127.0.0.1, where serve answers /metrics and /health; 0: any free one; -1: none");
+  }
+};
+
 struct Config {
   ModelSection model;
   RolloutSection rollout;
@@ -199,6 +211,7 @@ struct Config {
   ReferenceModelSection reference_model;
   BridgeSection bridge;
   ClusterSection cluster;
+  MetricsSection metrics;
 
   // "engine.backend" -> "configs/quickstart.yaml:12" or "--set"; defaults are not in it.
   std::map<std::string, std::string> origins;
@@ -217,6 +230,7 @@ struct Config {
             "a frozen policy that scores every sample; each rank holds its weights");
     section("bridge", self.bridge, "how the trainer gets it");
     section("cluster", self.cluster, "ranks, and what becomes of lost ones");
+    section("metrics", self.metrics, "what it says of itself while it runs");
   }
 };
 

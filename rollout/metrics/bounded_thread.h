@@ -1,0 +1,54 @@
+// A thread whose end is waited for only so long: a process that ends is not held up by one that
+// does not react. What the thread uses must be its own (shared) then.
+#pragma once
+
+#include <chrono>
+#include <functional>
+#include <future>
+#include <thread>
+#include <utility>
+
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace rollpack::rollout {
+
+class BoundedThread {
+ public:
+  // Runs `body` with less claim to a CPU than the threads that compute.
+  explicit BoundedThread(std::function<void()> body) {
+    std::promise<void> ended;
+    ended_ = ended.get_future();
+    thread_ = std::thread([body = std::move(body), ended = std::move(ended)]() mutable {
+      // Linux keeps a niceness a thread. Refused or not, the thread does its work.
+      ::setpriority(PRIO_PROCESS, static_cast<id_t>(::syscall(SYS_gettid)), kNiceness);
+      body();
+      body = nullptr;  // what it holds ends before its end is told
+      ended.set_value();
+    });
+  }
+  ~BoundedThread() {
+    if (thread_.joinable()) thread_.detach();
+  }
+  BoundedThread(const BoundedThread&) = delete;
+  BoundedThread& operator=(const BoundedThread&) = delete;
+
+  // To be called once `body` was told to end. False: it has not within `limit`, and is left alone.
+  bool join(std::chrono::milliseconds limit) {
+    if (ended_.wait_for(limit) != std::future_status::ready) {
+      thread_.detach();
+      return false;
+    }
+    thread_.join();
+    return true;
+  }
+
+ private:
+  static constexpr int kNiceness = 10;
+
+  std::future<void> ended_;
+  std::thread thread_;
+};
+
+}  // namespace rollpack::rollout
