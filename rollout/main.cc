@@ -36,6 +36,8 @@ struct Parsed {
   Run run;  // empty: print the configuration
   InspectLine inspect_line;
   bool inspects = false;
+  rollpack::rollout::TopOptions top;
+  bool is_top = false;
   bool prints_help = false;
 };
 
@@ -94,6 +96,16 @@ void add_inspect(CLI::App& app, Parsed& parsed) {
   command->callback([&parsed] { parsed.inspects = true; });
 }
 
+void add_top(CLI::App& app, Parsed& parsed) {
+  rollpack::rollout::TopOptions& top = parsed.top;
+  CLI::App* command = app.add_subcommand("top", "show what a serving job does, live");
+  command->add_option("--config", top.config_path, "YAML file that the job was started with");
+  command->add_option("--port", top.port, "its metrics.port")->check(CLI::Range(1, 65535));
+  command->add_option("--interval", top.interval_s, "seconds")->check(CLI::Range(0.1, 3600.0));
+  command->add_flag("--once", top.once, "print one screen and end");
+  command->callback([&parsed] { parsed.is_top = true; });
+}
+
 void print_error(const Error& error) {
   std::fflush(stdout);
   fmt::print(stderr, "rollpack: {}: {}\n", rollpack::error_code_name(error.info.code),
@@ -106,6 +118,15 @@ int run_inspect(const InspectLine& line) {
   } catch (const Error& error) {
     print_error(error);
     return 1;
+  }
+}
+
+int run_top(const rollpack::rollout::TopOptions& options) {
+  try {
+    return rollpack::rollout::top(options);
+  } catch (const Error& error) {
+    print_error(error);
+    return error.info.code == rollpack::ErrorCode::kInvalidArgument ? kUsageStatus : 1;
   }
 }
 
@@ -124,6 +145,7 @@ int run(int argc, char** argv) {
   app.require_subcommand(0, 1);  // checked below: CLI11 would not name an unknown command
   add_commands(app, parsed);
   add_inspect(app, parsed);
+  add_top(app, parsed);
   try {
     app.parse(argc, argv);
     if (app.get_subcommands().empty()) throw CLI::RequiredError::Subcommand(1);
@@ -131,6 +153,7 @@ int run(int argc, char** argv) {
     return app.exit(error) == 0 ? 0 : kUsageStatus;
   }
   if (parsed.inspects) return run_inspect(parsed.inspect_line);
+  if (parsed.is_top) return run_top(parsed.top);
   if (!parsed.run) {
     const Config config =
         rollpack::rollout::load_config(parsed.line.config_path, parsed.line.overrides);

@@ -33,6 +33,13 @@ struct InspectLine {
 // Draws a batch on standard output; needs no configuration and no model.
 int inspect(const InspectLine& line);
 
+struct TopOptions {
+  std::string config_path;  // where metrics.port is, unless `port` is given
+  int port = 0;
+  double interval_s = 1;
+  bool once = false;  // print one screen and end
+};
+
 // Serves trainers over the bridge until a signal, a shutdown request or the loss of all workers.
 int serve(Job& job, const CommandLine& line);
 // Prompts in, samples out, in input order.
@@ -41,5 +48,8 @@ int generate(Job& job, const CommandLine& line);
 int score(Job& job, const CommandLine& line);
 // A workload of fixed lengths; one JSON object on standard output.
 int bench(Job& job, const CommandLine& line);
+
+// Shows what a serving job on this machine says of itself, again and again; no rank of any job.
+int top(const TopOptions& options);
 
 }  // namespace rollpack::rollout
