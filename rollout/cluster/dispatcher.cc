@@ -349,14 +349,23 @@ bridge::WeightsInUse Dispatcher::weights_in_use() const {
 }
 
 std::vector<std::pair<std::string, double>> Dispatcher::stats() const {
-  const std::lock_guard lock(mutex_);
-  std::map<std::string, double> sums;
-  for (const WorkerState& worker : workers_) {
-    for (const auto& [name, value] : worker.stats) {
+  std::vector<std::shared_ptr<const std::map<std::string, double>>> of_workers;
+  std::map<std::string, double> sums = own_stats(of_workers);
+  for (const auto& of_worker : of_workers) {
+    for (const auto& [name, value] : *of_worker) {
       double& sum = sums[name];
       sum = name.starts_with("last_update_") ? std::max(sum, value) : sum + value;
     }
   }
+  return {sums.begin(), sums.end()};
+}
+
+std::map<std::string, double> Dispatcher::own_stats(
+    std::vector<std::shared_ptr<const std::map<std::string, double>>>& of_workers) const {
+  const std::lock_guard lock(mutex_);
+  of_workers.reserve(workers_.size());
+  for (const WorkerState& worker : workers_) of_workers.push_back(worker.stats);
+  std::map<std::string, double> sums;
   sums["num_workers"] = static_cast<double>(all_workers().size());
   sums["num_worker_deaths"] = static_cast<double>(num_worker_deaths_);
   sums["num_replacements"] = static_cast<double>(num_replacements_);
@@ -378,7 +387,7 @@ std::vector<std::pair<std::string, double>> Dispatcher::stats() const {
   sums["num_queued_groups"] = static_cast<double>(ledger_.num_queued_groups());
   sums["num_late_samples_dropped"] = static_cast<double>(ledger_.num_dropped());
   sums["weight_version"] = static_cast<double>(weights_.version);
-  return {sums.begin(), sums.end()};
+  return sums;
 }
 
 std::vector<Dispatcher::WorkerNumbers> Dispatcher::worker_numbers() const {

@@ -102,7 +102,7 @@ class Dispatcher : public bridge::RolloutService {
   struct WorkerNumbers {
     int32_t rank = 0;
     double silence_s = 0;  // since it last showed progress, where it owes some
-    std::map<std::string, double> values;
+    std::shared_ptr<const std::map<std::string, double>> values;
   };
   std::vector<WorkerNumbers> worker_numbers() const;
   bridge::Outcome health() const override;
@@ -126,7 +126,9 @@ class Dispatcher : public bridge::RolloutService {
     int64_t num_outstanding = 0;           // expected tokens of what it works on
     std::set<uint64_t> tickets;            // it has to answer
     TimePoint last_progress;               // or since when it owes something
-    std::map<std::string, double> stats;
+    // Replaced, never changed: whoever sums thousands of them does so without the lock.
+    std::shared_ptr<const std::map<std::string, double>> stats =
+        std::make_shared<const std::map<std::string, double>>();
 
     bool takes_part() const { return !is_stopped && !is_joining; }
     bool owes() const { return !tickets.empty() || (num_outstanding > 0 && !is_paused); }
@@ -197,6 +199,9 @@ class Dispatcher : public bridge::RolloutService {
   static void finish(const std::shared_ptr<Collection>& collection, Effects& effects);
   bool has_worker_processes() const;
   double silence_s(const WorkerState& worker) const;
+  // The dispatcher's own numbers; `of_workers` gets those of each worker, lost ones too.
+  std::map<std::string, double> own_stats(
+      std::vector<std::shared_ptr<const std::map<std::string, double>>>& of_workers) const;
   void ask(int32_t worker, const std::shared_ptr<Collection>& collection, const MakeCommand& make);
   void replace(const WorkerState& lost, Effects& effects);
   void end_if_nobody_is_left(const ErrorInfo& last, Effects& effects);

@@ -92,7 +92,9 @@ void Dispatcher::give_up(int32_t worker, ErrorInfo error, Effects& effects) {
   state.is_lost = true;
   state.num_wanted = 0;
   state.num_outstanding = 0;
-  for (const char* gauge : kGauges) state.stats.erase(gauge);
+  auto stats = std::make_shared<std::map<std::string, double>>(*state.stats);
+  for (const char* gauge : kGauges) stats->erase(gauge);
+  state.stats = std::move(stats);
   if (quarantine_ == worker) quarantine_.reset();
   ++num_worker_deaths_;
   effects.push_back([link = state.link] { link->kill(); });

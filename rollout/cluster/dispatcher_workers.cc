@@ -221,7 +221,9 @@ void Dispatcher::on_event(int32_t worker, Ack& event, Effects& effects) {
 void Dispatcher::on_event(int32_t, StepProgress&, Effects&) {}
 
 void Dispatcher::on_event(int32_t worker, WorkerStats& event, Effects&) {
-  for (const auto& [name, value] : event.values) workers_[worker].stats[name] = value;
+  auto stats = std::make_shared<std::map<std::string, double>>(*workers_[worker].stats);
+  for (const auto& [name, value] : event.values) (*stats)[name] = value;
+  workers_[worker].stats = std::move(stats);
 }
 
 void Dispatcher::measure(const std::string& batching, bridge::OutcomeCallback done) {

@@ -173,8 +173,9 @@ MetricFamily batch_wait(const bridge::WaitHistogram& waits) {
 }
 
 double number_of(const Dispatcher::WorkerNumbers& worker, const char* name) {
-  const auto found = worker.values.find(name);
-  return found == worker.values.end() ? 0 : found->second;
+  if (worker.values == nullptr) return 0;
+  const auto found = worker.values->find(name);
+  return found == worker.values->end() ? 0 : found->second;
 }
 
 // Five lines a rank, some 300 bytes: with thousands of ranks a scrape is a megabyte.

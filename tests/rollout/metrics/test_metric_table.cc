@@ -2,8 +2,11 @@
 
 #include <gtest/gtest.h>
 
+#include <map>
+#include <memory>
 #include <set>
 #include <string>
+#include <utility>
 
 #include "rollout/metrics/throughput.h"
 
@@ -11,6 +14,10 @@ namespace rollpack::rollout {
 namespace {
 
 using namespace std::chrono_literals;
+
+std::shared_ptr<const std::map<std::string, double>> numbers(std::map<std::string, double> values) {
+  return std::make_shared<const std::map<std::string, double>>(std::move(values));
+}
 
 std::string text_of(const Snapshot& snapshot, bool is_well = true) {
   return metrics_text(metric_families(snapshot, {.is_well = is_well}, {.model_name = "a\"b"}));
@@ -38,8 +45,9 @@ TEST(MetricTable, AnUnknownCounterIsZeroAndAnUnknownGaugeIsAbsent) {
 TEST(MetricTable, NumbersLabelsRanksAndHealthAreWritten) {
   Snapshot snapshot;
   snapshot.values = {{"num_running_seqs", 3}, {"num_samples_length", 1e15}};
-  snapshot.workers = {{.rank = 0, .values = {{"num_kv_pages", 8}, {"num_kv_pages_used", 2}}},
-                      {.rank = 7, .silence_s = 1.5}};
+  snapshot.workers = {
+      {.rank = 0, .values = numbers({{"num_kv_pages", 8}, {"num_kv_pages_used", 2}})},
+      {.rank = 7, .silence_s = 1.5}};
   const std::string text = text_of(snapshot, false);
   for (const char* line :
        {"rollpack:num_requests_running 3",

@@ -2,7 +2,10 @@
 
 #include <gtest/gtest.h>
 
+#include <map>
+#include <memory>
 #include <string>
+#include <utility>
 
 #include "rollout/metrics/metric_table.h"
 #include "tests/error_text.h"
@@ -11,6 +14,10 @@ namespace rollpack::rollout {
 namespace {
 
 using namespace std::chrono_literals;
+
+std::shared_ptr<const std::map<std::string, double>> numbers(std::map<std::string, double> values) {
+  return std::make_shared<const std::map<std::string, double>>(std::move(values));
+}
 
 Snapshot busy_snapshot() {
   Snapshot snapshot;
@@ -33,7 +40,7 @@ Snapshot busy_snapshot() {
   for (int32_t rank = 0; rank < 40; ++rank) {
     snapshot.workers.push_back({.rank = rank,
                                 .silence_s = rank == 33 ? 12.25 : 0,
-                                .values = {{"num_tokens_generated", 100.0 * rank}}});
+                                .values = numbers({{"num_tokens_generated", 100.0 * rank}})});
   }
   return snapshot;
 }
