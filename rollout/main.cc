@@ -6,8 +6,6 @@
 #include <string>
 
 #include <fmt/format.h>
-#include <spdlog/sinks/stdout_color_sinks.h>
-#include <spdlog/spdlog.h>
 
 #include "kernels/base/error.h"
 #include "kernels/base/fault_point.h"
@@ -16,6 +14,7 @@
 #include "rollout/command/command.h"
 #include "rollout/command/end_signal.h"
 #include "rollout/config/config.h"
+#include "rollout/event_log/event_log.h"
 
 namespace {
 
@@ -106,17 +105,11 @@ void add_top(CLI::App& app, Parsed& parsed) {
   command->callback([&parsed] { parsed.is_top = true; });
 }
 
-void print_error(const Error& error) {
-  std::fflush(stdout);
-  fmt::print(stderr, "rollpack: {}: {}\n", rollpack::error_code_name(error.info.code),
-             error.what());
-}
-
 int run_inspect(const InspectLine& line) {
   try {
     return rollpack::rollout::inspect(line);
   } catch (const Error& error) {
-    print_error(error);
+    rollpack::rollout::log_end(error.info);
     return 1;
   }
 }
@@ -125,7 +118,7 @@ int run_top(const rollpack::rollout::TopOptions& options) {
   try {
     return rollpack::rollout::top(options);
   } catch (const Error& error) {
-    print_error(error);
+    rollpack::rollout::log_end(error.info);
     return error.info.code == rollpack::ErrorCode::kInvalidArgument ? kUsageStatus : 1;
   }
 }
@@ -133,7 +126,8 @@ int run_top(const rollpack::rollout::TopOptions& options) {
 [[noreturn]] void run_rank(const Parsed& parsed, const Config& config, Launch& launch) {
   const JobOptions options{.profiles = parsed.line.profile};
   if (launch.placement().rank > 0) rollpack::rollout::run_worker_rank(config, launch, options);
-  fmt::print(stderr, "{}", rollpack::rollout::config_yaml(config));
+  rollpack::rollout::log_document("configuration", rollpack::rollout::config_json(config),
+                                  rollpack::rollout::config_yaml(config));
   Job job(config, launch, options);
   // Left without destructors: a step under way may take seconds, and nobody waits for its result.
   launch.exit(parsed.run(job, parsed.line));
@@ -161,16 +155,18 @@ int run(int argc, char** argv) {
     return 0;
   }
   Launch launch(&argc, &argv);
+  rollpack::rollout::set_log_rank(launch.placement().rank);
   int status = kUsageStatus;
   try {
     rollpack::arm_faults(launch.placement().rank);
     const Config config =
         rollpack::rollout::load_config(parsed.line.config_path, parsed.line.overrides);
+    rollpack::rollout::configure_log({.level = config.log.level, .format = config.log.format});
     status = 1;
     run_rank(parsed, config, launch);
   } catch (const Error& error) {
     // Every rank reads the same files: one of them says what is wrong.
-    if (launch.placement().rank == 0) print_error(error);
+    if (launch.placement().rank == 0) rollpack::rollout::log_end(error.info);
     if (status != kUsageStatus) launch.call_off();
   }
   launch.exit(status);
@@ -180,15 +176,14 @@ int run(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   rollpack::rollout::block_end_signals();
-  spdlog::set_default_logger(spdlog::stderr_color_mt("rollpack"));
-  spdlog::set_pattern("%Y-%m-%d %H:%M:%S.%e %l %v");
   try {
+    rollpack::rollout::start_log();
     return run(argc, argv);
   } catch (const Error& error) {
-    print_error(error);
+    rollpack::rollout::log_end(error.info);
     return kUsageStatus;
   } catch (const std::exception& error) {
-    fmt::print(stderr, "rollpack: internal: {}\n", error.what());
+    rollpack::rollout::log_end({.code = rollpack::ErrorCode::kInternal, .message = error.what()});
     return 1;
   }
 }

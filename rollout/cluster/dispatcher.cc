@@ -5,6 +5,7 @@
 #include <utility>
 
 #include <fmt/format.h>
+#include <spdlog/spdlog.h>
 
 #include "kernels/base/error.h"
 #include "rollout/engine/engine.h"
@@ -102,6 +103,7 @@ int64_t Dispatcher::submit(std::vector<bridge::PromptRequest> prompts) {
             [this, failed = bridge::FailedSample{key, *skipped[i]}] { sink_->fail(failed); });
       }
     }
+    spdlog::debug("request {}: {} prompts, {} samples", request_id, prompts.size(), num_samples);
     dispatch();
   }
   run(effects);

@@ -178,10 +178,10 @@ void run_worker_rank(const Config& config, Launch& launch, const JobOptions& opt
       client.receive();
       launch.exit(0);
     }
-    spdlog::error("rank {}: rank 0 is gone", rank);
+    spdlog::error("rank 0 is gone");
     launch.exit(1);  // a step under way may take seconds; nobody waits for its result
   } catch (const Error& error) {
-    spdlog::error("rank {}: {}", rank, error.what());
+    spdlog::error("{}", error.what());
     tell_rank_0(WorkerFailed{error.info});
     launch.exit(1);
   }

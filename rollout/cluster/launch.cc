@@ -20,6 +20,7 @@
 #include <fmt/format.h>
 
 #include "kernels/base/error.h"
+#include "rollout/event_log/event_log.h"
 
 namespace rollpack::rollout {
 namespace {
@@ -93,8 +94,9 @@ class MeetingLimit {
   void watch(int rank) {
     std::unique_lock lock(mutex_);
     if (over_.wait_for(lock, kMeetingLimit, [&] { return is_over_; })) return;
-    fmt::print(stderr, "rollpack: deadline_exceeded: rank {}: ranks did not meet in {} s\n", rank,
-               kMeetingLimit.count());
+    log_end({.code = ErrorCode::kDeadlineExceeded,
+             .field = fmt::format("rank {}", rank),
+             .message = fmt::format("ranks did not meet in {} s", kMeetingLimit.count())});
     std::fflush(nullptr);
     if (rank == 0) write_status(std::to_string(kNoMeetingStatus));
     std::_Exit(kNoMeetingStatus);

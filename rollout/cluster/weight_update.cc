@@ -8,6 +8,7 @@
 #include <utility>
 
 #include <fmt/format.h>
+#include <spdlog/spdlog.h>
 
 #include "kernels/base/error.h"
 #include "rollout/cluster/dispatcher.h"
@@ -283,6 +284,7 @@ void Dispatcher::end_switch(const bridge::WeightsInUse& switched, bridge::Outcom
       weights_.packing_ms = update_times_.packing_ms;
       weights_.pause_ms = update_times_.pause_ms;
       ++num_weight_updates_;
+      spdlog::info("weight version {} is current: {} workers", version, all_workers().size());
       kept_weights_.commit();
     }
     resume_joins(effects);

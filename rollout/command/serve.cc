@@ -4,9 +4,9 @@
 #include <fmt/format.h>
 #include <spdlog/spdlog.h>
 
-#include "kernels/base/error.h"
 #include "rollout/command/command.h"
 #include "rollout/command/end_signal.h"
+#include "rollout/event_log/event_log.h"
 #include "rollout/metrics/metrics_endpoint.h"
 #include "trainer_bridge/server/server.h"
 
@@ -66,7 +66,7 @@ int serve(Job& job, const CommandLine&) {
   job.stop(/*hand_back=*/!broken);
   server.stop();
   if (!broken) return 0;
-  fmt::print(stderr, "rollpack: {}: {}\n", error_code_name(broken->code), format_error(*broken));
+  log_end(*broken);
   return kLostRankStatus;
 }
 

@@ -204,6 +204,21 @@ struct MetricsSection {
   }
 };
 
+struct LogSection {
+  std::string level = "info";
+  std::string format = "text";
+
+  bool operator==(const LogSection&) const = default;
+
+  template <class Self, class Field>
+  static void fields(Self& self, Field&& field) {
+    field("level", self.level, OneOf{{"debug", "info", "warn", "error", "off"}},
+          "least grave event to say; ROLLPACK_LOG_LEVEL wins");
+    field("format", self.format, OneOf{{"text", "json"}},
+          "one line or one JSON object an event; ROLLPACK_LOG_FORMAT wins");
+  }
+};
+
 struct Config {
   ModelSection model;
   RolloutSection rollout;
@@ -212,6 +227,7 @@ struct Config {
   BridgeSection bridge;
   ClusterSection cluster;
   MetricsSection metrics;
+  LogSection log;
 
   // "engine.backend" -> "configs/quickstart.yaml:12" or "--set"; defaults are not in it.
   std::map<std::string, std::string> origins;
@@ -231,6 +247,7 @@ struct Config {
     section("bridge", self.bridge, "how the trainer gets it");
     section("cluster", self.cluster, "ranks, and what becomes of lost ones");
     section("metrics", self.metrics, "what it says of itself while it runs");
+    section("log", self.log, "events, on stderr");
   }
 };
 

@@ -1,6 +1,7 @@
 #include "trainer_bridge/server/server.h"
 
 #include <fmt/format.h>
+#include <spdlog/spdlog.h>
 #include <sys/socket.h>
 
 #include <atomic>
@@ -159,6 +160,7 @@ void Server::State::run() {
       loop->io.run();
     } catch (const std::exception& error) {
       fault = ErrorInfo{.code = ErrorCode::kInternal, .field = "server", .message = error.what()};
+      spdlog::error("{}", format_error(*fault));
     }
   }
 }
@@ -213,6 +215,7 @@ void Server::State::accept_clients() {
 
 void Server::State::add_client(OwnedFd socket) {
   Peer peer = peer_of(socket.get());
+  const pid_t pid = peer.pid;
   Outcome refusal = other_user(peer);
   if (!refusal && connections.size() >= static_cast<size_t>(options.max_clients)) {
     refusal = ErrorInfo{.code = ErrorCode::kResourceExhausted,
@@ -222,7 +225,11 @@ void Server::State::add_client(OwnedFd socket) {
   }
   const auto connection = std::make_shared<Connection>(loop->io, std::move(socket), std::move(peer),
                                                        ++last_client, options.frames);
-  if (refusal) return connection->refuse(*refusal);
+  if (refusal) {
+    spdlog::warn("a client was refused: {}", format_error(*refusal));
+    return connection->refuse(*refusal);
+  }
+  spdlog::debug("client {} has connected: process {}", last_client, pid);
   connections[connection->client] = connection;
   connection->start({.on_request = [this](Request& request) { verbs->handle(request); },
                      .on_gone = [this](Connection& gone) { client_gone(gone); }});
@@ -230,6 +237,7 @@ void Server::State::add_client(OwnedFd socket) {
 
 void Server::State::client_gone(Connection& connection) {
   const uint64_t client = connection.client;
+  spdlog::debug("client {} has gone", client);
   connections.erase(client);
   waiters.remove(client);
   weights->client_gone(client);

@@ -244,7 +244,7 @@ TEST(Config, BadFilesNameLineAndReason) {
       {"model: m", "invalid_argument: model = m (f.yaml:1): expected a map of keys"},
       {"model: {path: m}\nrolout: {n: 1}",
        "invalid_argument: rolout (f.yaml:2): expected one of the sections model, rollout, engine, "
-       "reference_model, bridge, cluster, metrics; did you mean rollout?"},
+       "reference_model, bridge, cluster, metrics, log; did you mean rollout?"},
       {"model: {path: m}\ncluster: {size: 2}",
        "invalid_argument: cluster.size = 2 (f.yaml:2): expected one of the keys lease_s, "
        "replace_lost"},
@@ -308,7 +308,7 @@ TEST(Config, BadOverridesNameTheFlag) {
             "1.1 reads this word as a boolean");
   EXPECT_EQ(with("engin.batching=x"),
             "invalid_argument: engin (--set): expected one of the sections model, rollout, engine, "
-            "reference_model, bridge, cluster, metrics; did you mean engine?");
+            "reference_model, bridge, cluster, metrics, log; did you mean engine?");
   EXPECT_EQ(with("rollout.stop_token_ids=[1"),
             "invalid_argument: --set:1: expected keys that are words; this one is a list: is a "
             "bracket open?");
