@@ -15,9 +15,11 @@ constexpr int kBarWidth = 20;
 
 // 1234567 -> 1,234,567
 std::string count(double value) {
-  std::string text = fmt::format("{}", std::llround(value));
-  for (auto at = static_cast<ptrdiff_t>(text.size()) - 3; at > (value < 0 ? 1 : 0); at -= 3) {
-    text.insert(static_cast<size_t>(at), ",");
+  const std::string digits = fmt::format("{}", std::llround(value));
+  std::string text;
+  for (size_t i = 0; i < digits.size(); ++i) {
+    if (i > 0 && digits[i - 1] != '-' && (digits.size() - i) % 3 == 0) text += ',';
+    text += digits[i];
   }
   return text;
 }
