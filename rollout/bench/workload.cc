@@ -44,6 +44,7 @@ std::vector<GroupRequest> make_groups(const Workload& workload, const Config& co
     request.sampling = resolve_sampling(config.rollout, {.ignore_eos = true}, model.eos_token_ids,
                                         model.vocab_size, "workload");
     request.response_lengths = group.response_tokens;
+    request.ignores_stops = true;
     requests.push_back(std::move(request));
   }
   return requests;

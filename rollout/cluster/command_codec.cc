@@ -30,7 +30,8 @@ json encode_group(const GroupRequest& group) {
           {"response_length", sampling.response_length},
           {"min_tokens", sampling.min_tokens},
           {"stop_token_ids", to_bin(sampling.stop_token_ids)},
-          {"response_lengths", to_bin(group.response_lengths)}};
+          {"response_lengths", to_bin(group.response_lengths)},
+          {"ignores_stops", group.ignores_stops}};
 }
 
 GroupRequest decode_group(const json& map) {
@@ -48,6 +49,7 @@ GroupRequest decode_group(const json& map) {
                     .min_tokens = map.at("min_tokens"),
                     .stop_token_ids = from_bin<int32_t>(map.at("stop_token_ids"))};
   group.response_lengths = from_bin<int32_t>(map.at("response_lengths"));
+  group.ignores_stops = map.at("ignores_stops");
   return group;
 }
 

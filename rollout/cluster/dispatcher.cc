@@ -16,7 +16,6 @@ namespace {
 // Samples accepted and not finished: 64k of 2k tokens each hold about 2 GiB when all are done at
 // once.
 constexpr int64_t kMaxOpenSamples = 65536;
-constexpr int32_t kMaxGroupSize = 65536;
 // A frame has at most 16 MiB: a message is full after 4 MiB of groups.
 constexpr size_t kMaxGroupBytes = size_t{4} << 20;
 
@@ -90,17 +89,19 @@ int64_t Dispatcher::submit(std::vector<bridge::PromptRequest> prompts) {
     }
     check_room(num_samples);
     ++num_requests_;
+    if (log_ != nullptr) {
+      std::vector<AcceptedGroup> accepted;
+      accepted.reserve(groups.size());
+      for (size_t i = 0; i < groups.size(); ++i) {
+        accepted.push_back({groups[i], origins[i], skipped[i]});
+      }
+      log_->accepted(request_id, std::move(accepted));
+    }
     for (size_t i = 0; i < groups.size(); ++i) {
       if (!skipped[i]) {
         ledger_.accept(std::move(groups[i]), std::move(origins[i]));
-        continue;
-      }
-      for (int32_t sample = 0; sample < groups[i].key.group_size; ++sample) {
-        ++num_failed_;
-        bridge::SampleKey key = groups[i].key;
-        key.sample_index = sample;
-        effects.push_back(
-            [this, failed = bridge::FailedSample{key, *skipped[i]}] { sink_->fail(failed); });
+      } else {
+        fail_open(groups[i], *skipped[i], effects);
       }
     }
     spdlog::debug("request {}: {} prompts, {} samples", request_id, prompts.size(), num_samples);
@@ -222,6 +223,7 @@ int64_t Dispatcher::abort(std::optional<int64_t> request_id) {
   int64_t num_open = 0;
   {
     const std::lock_guard lock(mutex_);
+    if (log_ != nullptr) log_->aborted(request_id);
     num_open = request_id ? ledger_.num_open_samples(*request_id) : ledger_.num_open_samples();
     for (const GroupRequest& request : ledger_.abort(request_id)) commit_empty(request, effects);
     for (const int32_t worker : all_workers()) {
@@ -289,6 +291,11 @@ void Dispatcher::pause(bridge::InFlight in_flight, bridge::OutcomeCallback done)
 void Dispatcher::resume() {
   const std::lock_guard lock(mutex_);
   is_paused_ = false;
+  if (awaited_version_) {
+    awaited_version_.reset();
+    log_->switched(weight_version_);
+    dispatch();
+  }
   for (const auto& [ticket, collection] : collections_) collection->pauses = false;
   for (const int32_t worker : all_workers()) {
     WorkerState& state = workers_[worker];
@@ -303,6 +310,7 @@ void Dispatcher::resume() {
 void Dispatcher::dispatch() {
   std::map<int32_t, AddGroups> shares;
   std::map<int32_t, size_t> num_bytes;
+  if (awaited_version_) return;
   dispatch_suspect();
   while (!askers_.empty()) {
     const std::optional<Ledger::GroupKey> key = ledger_.next();
@@ -350,6 +358,11 @@ bridge::WeightsInUse Dispatcher::weights_in_use() const {
   return weights_;
 }
 
+std::optional<int64_t> Dispatcher::awaited_weight_version() const {
+  const std::lock_guard lock(mutex_);
+  return awaited_version_;
+}
+
 std::vector<std::pair<std::string, double>> Dispatcher::stats() const {
   std::vector<std::shared_ptr<const std::map<std::string, double>>> of_workers;
   std::map<std::string, double> sums = own_stats(of_workers);
@@ -385,6 +398,7 @@ std::map<std::string, double> Dispatcher::own_stats(
     longest_silence_s = std::max(longest_silence_s, silence_s(worker));
   }
   sums["longest_silence_s"] = longest_silence_s;
+  sums["num_requests"] = static_cast<double>(num_requests_);
   sums["num_open_samples"] = static_cast<double>(ledger_.num_open_samples());
   sums["num_queued_groups"] = static_cast<double>(ledger_.num_queued_groups());
   sums["num_late_samples_dropped"] = static_cast<double>(ledger_.num_dropped());

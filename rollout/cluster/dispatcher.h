@@ -17,6 +17,7 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "rollout/cluster/kept_weights.h"
@@ -24,6 +25,7 @@
 #include "rollout/cluster/messages.h"
 #include "rollout/config/config.h"
 #include "rollout/engine/engine_state.h"
+#include "rollout/journal/request_log.h"
 #include "rollout/model/model_config.h"
 #include "trainer_bridge/contract/rollout_service.h"
 #include "trainer_bridge/contract/sample_sink.h"
@@ -48,6 +50,12 @@ class Dispatcher : public bridge::RolloutService {
              RecoveryOptions recovery = {});
 
   void set_sink(bridge::SampleSink& sink) { sink_ = &sink; }
+  // Writes down what it does from here on, and goes on from what was written down before. Once,
+  // after set_sink() and before any request; `log` outlives this. Where the weights were not the
+  // checkpoint's, nothing is generated until they are current again or resume() is called.
+  void restore(RequestLog& log, RestoredRequests restored);
+  // The log can take nothing more, so nothing can be promised: everything that waits fails.
+  void lose_log(ErrorInfo error);
   // Called once, from any thread, when shutdown() is asked for or no worker can go on.
   void set_on_end(std::function<void()> on_end) { on_end_ = std::move(on_end); }
 
@@ -96,6 +104,7 @@ class Dispatcher : public bridge::RolloutService {
   void cancel_weights() override;
   int64_t weight_version() const override;
   bridge::WeightsInUse weights_in_use() const override;
+  std::optional<int64_t> awaited_weight_version() const override;
   std::vector<std::pair<std::string, double>> stats() const override;
   // The numbers of each worker that takes part, as it last told them: at most a second old while it
   // computes.
@@ -167,6 +176,9 @@ class Dispatcher : public bridge::RolloutService {
   void check_room(int64_t num_samples) const;
   void check_health() const;
   void dispatch();
+  void restore_group(RestoredGroup& group, Effects& effects);
+  void finish_as_cut(bridge::Sample& sample);
+  void note_switch();
   bool asks(int32_t worker) const;
   GroupRequest take_group(const Ledger::GroupKey& key, int32_t worker);
   void dispatch_suspect();
@@ -247,6 +259,10 @@ class Dispatcher : public bridge::RolloutService {
   int32_t num_fruitless_ = 0;  // in a row that were lost without a sample
   int64_t num_replacements_ = 0;
   bool is_paused_ = false;
+  RequestLog* log_ = nullptr;
+  std::optional<int64_t> awaited_version_;  // of weights, before anything is generated
+  // Samples that were aborted in a batch of a life before, and are made again up to there.
+  std::set<std::tuple<int64_t, int32_t, int32_t>> cut_samples_;
   std::optional<int32_t> quarantine_;  // the worker that is kept free for a suspect
   Ledger ledger_;
   TimePoint last_check_;  // of leases

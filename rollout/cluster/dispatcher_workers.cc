@@ -155,6 +155,7 @@ void Dispatcher::on_event(int32_t worker, SampleDone& event, Effects& effects) {
   workers_[worker].has_committed = true;
   if (workers_[worker].is_replacement) num_fruitless_ = 0;
   release_tokens(worker, *tokens);
+  finish_as_cut(event.sample);
   effects.push_back([this, sample = std::make_shared<bridge::Sample>(std::move(event.sample))] {
     sink_->commit(std::move(*sample));
   });

@@ -1,14 +1,17 @@
 #include "rollout/cluster/ledger.h"
 
+#include <algorithm>
+
 namespace rollpack::rollout {
 
-void Ledger::accept(GroupRequest request, std::string origin) {
+void Ledger::accept(GroupRequest request, std::string origin, std::vector<bool> is_done) {
   const GroupKey key{request.key.request_id, request.key.prompt_index};
-  const int32_t size = request.key.group_size;
-  Entry entry{.origin = std::move(origin), .num_left = size, .is_done = std::vector<bool>(size)};
+  is_done.resize(static_cast<size_t>(request.key.group_size));
+  const auto num_left = static_cast<int32_t>(std::ranges::count(is_done, false));
+  Entry entry{.origin = std::move(origin), .num_left = num_left, .is_done = std::move(is_done)};
   if (!entry.origin.empty()) live_prompt_ids_[request.key.prompt_id.text] = entry.origin;
   entry.request = std::move(request);
-  num_open_samples_ += size;
+  num_open_samples_ += num_left;
   entry.precedence = longest_first_ ? open_tokens(entry) : 0;
   enqueue(key, entry);
   entries_.emplace(key, std::move(entry));

@@ -36,7 +36,8 @@ class Ledger {
   void set_longest_first(bool longest_first) { longest_first_ = longest_first; }
 
   // Queues a group. `origin` names an explicit prompt_id's place for errors; empty: id by default.
-  void accept(GroupRequest request, std::string origin);
+  // `is_done` [group_size]: samples that are not to be made, but not all; empty: none.
+  void accept(GroupRequest request, std::string origin, std::vector<bool> is_done = {});
   // Origin of the live group that carries this explicit prompt_id, if there is one.
   std::optional<std::string> live_origin(const std::string& prompt_id) const;
 

@@ -286,6 +286,7 @@ void Dispatcher::end_switch(const bridge::WeightsInUse& switched, bridge::Outcom
       ++num_weight_updates_;
       spdlog::info("weight version {} is current: {} workers", version, all_workers().size());
       kept_weights_.commit();
+      note_switch();
     }
     resume_joins(effects);
   }

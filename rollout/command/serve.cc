@@ -7,7 +7,9 @@
 #include "rollout/command/command.h"
 #include "rollout/command/end_signal.h"
 #include "rollout/event_log/event_log.h"
+#include "rollout/journal/journal.h"
 #include "rollout/metrics/metrics_endpoint.h"
+#include "rollout/model/checkpoint.h"
 #include "trainer_bridge/server/server.h"
 
 namespace rollpack::rollout {
@@ -35,6 +37,17 @@ bridge::ServerOptions server_options(const Job& job) {
   return options;
 }
 
+// What decides a sample's bits, besides the request: the backend and the checkpoint.
+std::string maker_of(const Job& job) {
+  return fmt::format("{}, checkpoint {:08x}", job.replica().backend_info().fingerprint,
+                     checkpoint_digest(*open_checkpoint(job.config().model.path)));
+}
+
+std::unique_ptr<Journal> open_journal(const Job& job) {
+  const std::string& path = job.config().cluster.journal;
+  return path.empty() ? nullptr : Journal::open(path, maker_of(job));
+}
+
 }  // namespace
 
 int serve(Job& job, const CommandLine&) {
@@ -42,12 +55,21 @@ int serve(Job& job, const CommandLine&) {
   Dispatcher& dispatcher = job.dispatcher();
   bridge::ServerOptions options = server_options(job);
   options.layout.pad_token_id = dispatcher.info().pad_token_id;
+  const std::unique_ptr<Journal> journal = open_journal(job);
+  if (journal) {
+    options.log = journal.get();
+    options.restored = journal->restored_delivery();
+  }
   bridge::Server server(options);
   dispatcher.set_sink(server);
   dispatcher.set_on_end([&] {
     server.health_changed();
     end.raise(0);
   });
+  if (journal) {
+    journal->set_on_failure([&](ErrorInfo error) { dispatcher.lose_log(std::move(error)); });
+    dispatcher.restore(*journal, journal->restored_requests());
+  }
   std::optional<MetricsEndpoint> metrics;
   if (job.config().metrics.port >= 0) {
     metrics.emplace(job.config(), dispatcher, server);
@@ -63,7 +85,8 @@ int serve(Job& job, const CommandLine&) {
   end.wait([] { return false; });
   if (metrics) metrics->set_phase(ServingPhase::kDraining);
   const bridge::Outcome broken = dispatcher.health();
-  job.stop(/*hand_back=*/!broken);
+  // What a journal holds goes on in the next life: whole, not as partial samples.
+  job.stop(/*hand_back=*/!broken && !journal);
   server.stop();
   if (!broken) return 0;
   log_end(*broken);

@@ -180,6 +180,7 @@ struct BridgeSection {
 struct ClusterSection {
   double lease_s = 30.0;
   bool replace_lost = true;
+  std::string journal;
 
   bool operator==(const ClusterSection&) const = default;
 
@@ -189,6 +190,8 @@ struct ClusterSection {
         "lease_s", self.lease_s, Real{.min = 0.5, .max = 86400},
         "seconds; a rank that has work and shows no progress for so long is killed, others go on");
     field("replace_lost", self.replace_lost, Flag{}, "start another worker in a lost rank's place");
+    field("journal", self.journal, Text{.min_bytes = 0},
+          "serve: a local file by which what was accepted and not released outlives a restart");
   }
 };
 

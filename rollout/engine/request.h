@@ -11,6 +11,8 @@
 
 namespace rollpack::rollout {
 
+inline constexpr int32_t kMaxGroupSize = 65536;
+
 // One prompt and the samples to draw for it. key.sample_index is unused.
 struct GroupRequest {
   bridge::SampleKey key;
@@ -19,8 +21,9 @@ struct GroupRequest {
   std::vector<int32_t> sample_indices;
   std::shared_ptr<const std::vector<int32_t>> prompt_ids;
   RequestSampling sampling;
-  // Fixed lengths of a benchmark, one a sample, stops ignored; empty: sampling.response_length.
+  // Longest responses, one a sample; empty: sampling.response_length.
   std::vector<int32_t> response_lengths;
+  bool ignores_stops = false;  // a benchmark's: response_lengths are reached
 
   int32_t num_samples() const {
     return sample_indices.empty() ? key.group_size : static_cast<int32_t>(sample_indices.size());

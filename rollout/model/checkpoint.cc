@@ -1,12 +1,15 @@
 #include "rollout/model/checkpoint.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <map>
 #include <set>
 #include <utility>
 
+#include "kernels/base/checksum.h"
 #include "kernels/base/error.h"
 #include "rollout/jsonl/strict_json.h"
 #include "rollout/model/safetensors.h"
@@ -154,6 +157,24 @@ std::unique_ptr<Checkpoint> open_checkpoint(const std::string& folder) {
                  .message = "other formats are converted by save_pretrained() of transformers"});
   }
   return std::make_unique<SafetensorsCheckpoint>(std::move(files));
+}
+
+uint32_t checkpoint_digest(const Checkpoint& checkpoint) {
+  constexpr int64_t kSampleBytes = 2048;
+  uint32_t digest = 0;
+  for (size_t i = 0; i < checkpoint.tensors().size(); ++i) {
+    const TensorInfo& tensor = checkpoint.tensors()[i];
+    const std::string head =
+        fmt::format("{} {} [{}]", tensor.name, tensor.file_dtype, fmt::join(tensor.shape, ", "));
+    digest = crc32_of(std::as_bytes(std::span(head)), digest);
+    if (!tensor.is_readable) continue;
+    std::vector<std::byte> bytes(static_cast<size_t>(std::min(kSampleBytes, tensor.bytes)));
+    for (const int64_t offset : {int64_t{0}, tensor.bytes - static_cast<int64_t>(bytes.size())}) {
+      checkpoint.read(i, offset, bytes);
+      digest = crc32_of(bytes, digest);
+    }
+  }
+  return digest;
 }
 
 }  // namespace rollpack::rollout

@@ -136,6 +136,9 @@ class RolloutService {
   virtual void cancel_weights() = 0;
   virtual int64_t weight_version() const = 0;
   virtual WeightsInUse weights_in_use() const = 0;
+  // After a restart: the version that must be current before anything is generated, unless resume()
+  // is called. nullopt: none, as ever.
+  virtual std::optional<int64_t> awaited_weight_version() const { return std::nullopt; }
 
   // Counters and gauges by name, e.g. "num_running_seqs".
   virtual std::vector<std::pair<std::string, double>> stats() const = 0;

@@ -47,24 +47,60 @@ int64_t oldest_version(const Sample& sample, int64_t current) {
   return current;
 }
 
-ErrorInfo too_big(const Group& group, int64_t bytes, int64_t slot_bytes) {
-  const SampleKey& key = group.samples.front().key;
+ErrorInfo too_big(const std::vector<Sample>& group, int64_t bytes, int64_t slot_bytes) {
+  const SampleKey& key = group.front().key;
   return {.code = ErrorCode::kResourceExhausted,
           .field = "bridge.slot_bytes",
           .value = std::to_string(slot_bytes),
           .origin = fmt::format("request {}, prompt {}", key.request_id, key.prompt_index),
-          .allowed = fmt::format("at least {}, the bytes of this group's {} samples", bytes,
-                                 group.samples.size()),
+          .allowed =
+              fmt::format("at least {}, the bytes of this group's {} samples", bytes, group.size()),
           .message = "a group is never split: raise bridge.slot_bytes or lower n or the lengths"};
+}
+
+FormedSample name_of(const Sample& sample) {
+  const bool is_partial = sample.finish_reason == FinishReason::kAbort;
+  return {.request_id = sample.key.request_id,
+          .prompt_index = sample.key.prompt_index,
+          .sample_index = sample.key.sample_index,
+          .num_tokens = is_partial ? static_cast<int32_t>(sample.response_ids.size()) : -1};
+}
+
+FormedBatch record_of(uint64_t batch_seq, const std::vector<Sample>& samples,
+                      const std::vector<FailedSample>& failed) {
+  FormedBatch record{.batch_seq = batch_seq, .needs_slot = !samples.empty(), .failed = failed};
+  record.samples.reserve(samples.size());
+  for (const Sample& sample : samples) record.samples.push_back(name_of(sample));
+  return record;
 }
 
 }  // namespace
 
+void Delivery::restore(DeliveryLog& log, RestoredDelivery restored) {
+  log_ = &log;
+  last_batch_seq_ = restored.last_batch_seq;
+  DpMember split;
+  for (FormedBatch& batch : restored.batches) {
+    if (batch.step > 0) {
+      split = {.size = batch.dp_size, .keeps_groups_whole = batch.keeps_groups_whole};
+    }
+    restored_.add(std::move(batch));
+  }
+  ranks_.restore(split, restored.num_steps);
+  for (const UnformedGroups& groups : restored.unformed) {
+    for (const int32_t prompt : groups.prompt_indices) {
+      groups_.expect_group(groups.request_id, prompt);
+    }
+  }
+}
+
 void Delivery::commit(Sample sample) {
+  if (restored_.take(sample)) return;
   if (groups_.add(std::move(sample))) check_last_finished();
 }
 
 void Delivery::fail(FailedSample sample) {
+  if (restored_.take(sample)) return;
   if (groups_.add(std::move(sample))) check_last_finished();
 }
 
@@ -86,7 +122,7 @@ void Delivery::check_last_finished() {
     }
   }
   if (bytes <= slots_.slot_bytes()) return;
-  fail_all(group.samples, too_big(group, bytes, slots_.slot_bytes()), group.failed);
+  fail_all(group.samples, too_big(group.samples, bytes, slots_.slot_bytes()), group.failed);
 }
 
 void Delivery::fail_stale(Group& group) {
@@ -154,18 +190,50 @@ int64_t Delivery::num_fitting(const std::vector<Group*>& groups, const DpMember*
   return fitting;
 }
 
-std::optional<BatchNotice> Delivery::redeliver(uint64_t client) {
-  const auto is_for_client = [&](const auto& left) {
-    const std::optional<int32_t>& rank = left.second.dp_rank;
-    return rank ? ranks_.may_have(client, *rank) : ranks_.member(client) == nullptr;
-  };
-  const auto first = std::find_if(left_behind_.begin(), left_behind_.end(), is_for_client);
-  if (first == left_behind_.end()) return std::nullopt;
-  BatchNotice notice = std::move(left_behind_.extract(first).mapped());
-  slots_.deliver(*notice.lease, client);
-  delivered_[notice.lease->slot] = notice;
+bool Delivery::may_have(uint64_t client, std::optional<int32_t> dp_rank) const {
+  return dp_rank ? ranks_.may_have(client, *dp_rank) : ranks_.member(client) == nullptr;
+}
+
+const RestoredBatches::Batch* Delivery::first_restored(uint64_t client) const {
+  return restored_.first([&](const FormedBatch& batch) {
+    return may_have(client, batch.step > 0 ? std::optional(batch.dp_rank) : std::nullopt);
+  });
+}
+
+// Under other weights than before, samples may have grown: what fits no slot any more has to fail,
+// as a batch that a client may have seen cannot be split.
+std::optional<BatchNotice> Delivery::deliver_restored(uint64_t client,
+                                                      const RestoredBatches::Batch& whole) {
+  std::optional<SlotLease> lease;
+  if (whole.record.needs_slot && !(lease = slots_.acquire())) return std::nullopt;
+  RestoredBatches::Batch batch = restored_.pop(whole.record.batch_seq);
+  const bool is_share = batch.record.step > 0;
+  BatchNotice notice{.batch_seq = batch.record.batch_seq,
+                     .num_groups = batch.record.num_groups,
+                     .num_complete_groups = batch.record.num_complete_groups,
+                     .step = batch.record.step,
+                     .failed = std::move(batch.record.failed)};
+  if (is_share) notice.dp_rank = batch.record.dp_rank;
+  std::vector<int32_t>& row_starts = batch.record.row_starts;
+  if (!batch.samples.empty()) {
+    int64_t bytes = 0;
+    try {
+      bytes = layout_.batch_bytes(pointers_to(batch.samples), row_starts);
+    } catch (const Error& error) {
+      fail_all(batch.samples, error.info, notice.failed);
+    }
+    if (bytes > slots_.slot_bytes()) {
+      const ErrorInfo error = too_big(batch.samples, bytes, slots_.slot_bytes());
+      fail_all(batch.samples, error, notice.failed);
+    }
+    if (batch.samples.empty()) std::fill(row_starts.begin(), row_starts.end(), 0);
+  }
+  if (lease && batch.samples.empty() && !is_share) {
+    slots_.cancel(*lease);
+    lease.reset();
+  }
   ++num_redelivered_;
-  return notice;
+  return send(client, std::move(notice), std::move(batch.samples), lease, row_starts);
 }
 
 std::optional<BatchNotice> Delivery::next_share(uint64_t client) {
@@ -177,6 +245,7 @@ std::optional<BatchNotice> Delivery::next_share(uint64_t client) {
   BatchNotice notice;
   notice.num_groups = share.num_groups;
   notice.num_complete_groups = share.num_complete_groups;
+  notice.batch_seq = share.batch_seq;
   notice.step = share.step;
   notice.dp_rank = share.rank;
   notice.failed = std::move(share.failed);
@@ -184,13 +253,36 @@ std::optional<BatchNotice> Delivery::next_share(uint64_t client) {
 }
 
 std::optional<BatchNotice> Delivery::pending(uint64_t client) {
-  if (auto again = redeliver(client)) return again;
-  return next_share(client);
+  const auto left = std::find_if(left_behind_.begin(), left_behind_.end(), [&](const auto& each) {
+    return may_have(client, each.second.dp_rank);
+  });
+  const RestoredBatches::Batch* restored = first_restored(client);
+  if (restored != nullptr &&
+      (left == left_behind_.end() || restored->record.batch_seq < left->first)) {
+    if (restored->num_missing > 0) return std::nullopt;
+    return deliver_restored(client, *restored);
+  }
+  if (left == left_behind_.end()) return next_share(client);
+  BatchNotice notice = std::move(left_behind_.extract(left).mapped());
+  if (notice.lease) slots_.deliver(*notice.lease, client);
+  hold(client, notice);
+  ++num_redelivered_;
+  return notice;
+}
+
+void Delivery::hold(uint64_t client, const BatchNotice& notice) {
+  if (notice.lease) {
+    delivered_[notice.lease->slot] = notice;
+  } else {
+    slotless_[notice.batch_seq] = {client, notice};
+  }
 }
 
 std::optional<BatchNotice> Delivery::next_batch(uint64_t client, const BatchWish& wish) {
   if (auto notice = pending(client)) return notice;
   const DpMember* member = ranks_.member(client);
+  // It has to be made anew first, or no slot is free for it.
+  if (first_restored(client) != nullptr) return std::nullopt;
   if (ranks_.next_share(client) != nullptr) return std::nullopt;  // no slot is free for it
   const int64_t most = wish.num_groups.value_or(std::numeric_limits<int64_t>::max());
   const std::vector<Group*> ready = groups_.ready(wish.order, most);
@@ -199,8 +291,7 @@ std::optional<BatchNotice> Delivery::next_batch(uint64_t client, const BatchWish
   for (Group* group : ready) fail_stale(*group);
   const int64_t take = num_fitting(ready, member);
   if (member != nullptr) {
-    ranks_.put_step(groups_.take(wish.order, take), *member, layout_.max_tokens_per_row(),
-                    options_.attention_parity_tokens);
+    put_step(*member, groups_.take(wish.order, take));
     return next_share(client);
   }
   const bool has_samples = std::any_of(ready.begin(), ready.begin() + take,
@@ -218,28 +309,64 @@ std::optional<BatchNotice> Delivery::next_batch(uint64_t client, const BatchWish
   return send(client, std::move(notice), std::move(samples), lease, {});
 }
 
+// All shares of a step are written down at once: half a step could not be made whole again.
+void Delivery::put_step(const DpMember& member, std::vector<Group> groups) {
+  const std::vector<Share*> shares = ranks_.put_step(
+      std::move(groups), member, layout_.max_tokens_per_row(), options_.attention_parity_tokens);
+  if (log_ == nullptr) return;
+  std::vector<FormedBatch> records;
+  for (Share* share : shares) {
+    share->batch_seq = ++last_batch_seq_;
+    FormedBatch& record =
+        records.emplace_back(record_of(share->batch_seq, share->samples, share->failed));
+    record.num_groups = share->num_groups;
+    record.num_complete_groups = share->num_complete_groups;
+    record.step = share->step;
+    record.dp_rank = share->rank;
+    record.dp_size = member.size;
+    record.keeps_groups_whole = member.keeps_groups_whole;
+    record.needs_slot = share->needs_slot;
+    record.row_starts = share->row_starts;
+  }
+  log_->formed(std::move(records));
+}
+
 // A layout that refuses now what it measured before is a bug; its samples are reported all the
 // same, so that their request ends.
 BatchNotice Delivery::send(uint64_t client, BatchNotice notice, std::vector<Sample> samples,
                            std::optional<SlotLease> lease, std::span<const int32_t> row_starts) {
-  if (!lease) return notice;
-  try {
-    notice.bytes = layout_.write(pointers_to(samples), last_batch_seq_ + 1, lease->generation,
-                                 slots_.bytes(*lease), notice.crc32, row_starts);
-  } catch (const Error& error) {
-    slots_.cancel(*lease);
-    fail_all(samples, error.info, notice.failed);
-    return notice;
+  const bool is_new = notice.batch_seq == 0;
+  if (is_new && (lease || log_ != nullptr)) notice.batch_seq = last_batch_seq_ + 1;
+  if (lease) {
+    try {
+      notice.bytes = layout_.write(pointers_to(samples), notice.batch_seq, lease->generation,
+                                   slots_.bytes(*lease), notice.crc32, row_starts);
+    } catch (const Error& error) {
+      slots_.cancel(*lease);
+      lease.reset();
+      fail_all(samples, error.info, notice.failed);
+      if (log_ == nullptr) notice.batch_seq = 0;
+    }
   }
+  if (is_new && notice.batch_seq > 0) {
+    last_batch_seq_ = notice.batch_seq;
+    if (log_ != nullptr) {
+      FormedBatch record = record_of(notice.batch_seq, samples, notice.failed);
+      record.num_groups = notice.num_groups;
+      record.num_complete_groups = notice.num_complete_groups;
+      log_->formed({std::move(record)});
+    }
+  }
+  if (notice.batch_seq == 0) return notice;
   const int64_t current = options_.weight_version();
   for (const Sample& sample : samples) {
     notice.version_lag = std::max(notice.version_lag, current - oldest_version(sample, current));
   }
   notice.lease = lease;
-  notice.batch_seq = ++last_batch_seq_;
   notice.num_samples = static_cast<int64_t>(samples.size());
+  hold(client, notice);
+  if (!lease) return notice;
   slots_.deliver(*lease, client);
-  delivered_[lease->slot] = notice;
   count_delivered(notice, samples);
   return notice;
 }
@@ -264,12 +391,31 @@ void Delivery::count_delivered(const BatchNotice& notice, const std::vector<Samp
 
 void Delivery::join(uint64_t client, const DpMember& member) {
   const auto is_share = [](const auto& entry) { return entry.second.dp_rank.has_value(); };
+  const auto is_slotless_share = [](const auto& entry) {
+    return entry.second.second.dp_rank.has_value();
+  };
   ranks_.join(client, member,
               std::count_if(delivered_.begin(), delivered_.end(), is_share) +
-                  std::count_if(left_behind_.begin(), left_behind_.end(), is_share));
+                  std::count_if(left_behind_.begin(), left_behind_.end(), is_share) +
+                  std::count_if(slotless_.begin(), slotless_.end(), is_slotless_share) +
+                  restored_.num_shares());
 }
 
-void Delivery::release(uint64_t client, SlotLease lease, uint64_t batch_seq) {
+void Delivery::release(uint64_t client, std::optional<SlotLease> given, uint64_t batch_seq) {
+  if (!given) {
+    const auto found = slotless_.find(batch_seq);
+    if (found == slotless_.end() || found->second.first != client) {
+      throw Error({.code = ErrorCode::kNotFound,
+                   .field = "batch_seq",
+                   .value = std::to_string(batch_seq),
+                   .origin = "release",
+                   .allowed = "a batch without a slot that this client has"});
+    }
+    slotless_.erase(found);
+    if (log_ != nullptr) log_->released(batch_seq);
+    return;
+  }
+  const SlotLease lease = *given;
   const auto found = delivered_.find(lease.slot);
   if (found != delivered_.end() && *found->second.lease == lease &&
       found->second.batch_seq != batch_seq) {
@@ -282,10 +428,17 @@ void Delivery::release(uint64_t client, SlotLease lease, uint64_t batch_seq) {
   }
   slots_.release(lease, client);
   delivered_.erase(lease.slot);
+  if (log_ != nullptr) log_->released(batch_seq);
 }
 
 void Delivery::client_gone(uint64_t client, GoneClient memory) {
   ranks_.leave(client);
+  for (auto next = slotless_.begin(); next != slotless_.end();) {
+    const auto it = next++;
+    if (it->second.first != client) continue;
+    left_behind_.emplace(it->first, std::move(it->second.second));
+    slotless_.erase(it);
+  }
   for (const SlotLease& lease : slots_.recall_all(client)) {
     BatchNotice notice = std::move(delivered_.extract(lease.slot).mapped());
     const uint64_t batch_seq = notice.batch_seq;
@@ -306,6 +459,7 @@ std::vector<std::pair<std::string, double>> Delivery::stats() const {
           {"num_batches_delivered", number(num_delivered_)},
           {"num_batches_redelivered", number(num_redelivered_)},
           {"num_batches_left_behind", number(left_behind_.size())},
+          {"num_batches_to_restore", number(restored_.num_batches())},
           {"num_samples_delivered", number(num_samples_delivered_)},
           {"num_samples_held", number(num_held_samples())},
           {"num_stale_samples", number(num_stale_samples_)},

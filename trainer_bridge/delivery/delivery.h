@@ -11,9 +11,11 @@
 #include <utility>
 #include <vector>
 
+#include "trainer_bridge/contract/delivery_log.h"
 #include "trainer_bridge/contract/sample.h"
 #include "trainer_bridge/delivery/dp_ranks.h"
 #include "trainer_bridge/delivery/group_queue.h"
+#include "trainer_bridge/delivery/restored_batches.h"
 #include "trainer_bridge/layout/batch_layout.h"
 #include "trainer_bridge/shared_memory/slot_ring.h"
 
@@ -21,8 +23,8 @@ namespace rollpack::bridge {
 
 // What a client is told of its batch.
 struct BatchNotice {
-  std::optional<SlotLease> lease;  // none: only failures, and nothing to release
-  uint64_t batch_seq = 0;          // 0 without a slot
+  std::optional<SlotLease> lease;  // none: only failures
+  uint64_t batch_seq = 0;          // 0: nothing to release; without a slot, unless it is logged
   int64_t bytes = 0;
   uint32_t crc32 = 0;
   int64_t num_samples = 0;
@@ -68,6 +70,9 @@ class Delivery {
 
   // Before the first commit.
   void configure(DeliveryOptions options) { options_ = std::move(options); }
+  // Writes down what it does from here on, and goes on from what was written down before. Once,
+  // before the first commit.
+  void restore(DeliveryLog& log, RestoredDelivery restored);
   // `num_prompts` groups of a submit will come.
   void expect(int64_t request_id, int64_t num_prompts) { groups_.expect(request_id, num_prompts); }
   // Makes `client` a data-parallel rank: from here on it gets that rank's share of each step.
@@ -80,22 +85,28 @@ class Delivery {
   // rank they are a step, split once for all ranks, whoever of them asks.
   std::optional<BatchNotice> next_batch(uint64_t client, const BatchWish& wish);
   // What is there for `client` without new groups, whatever it asks for: a batch that another
-  // client left behind (the same rank, for ranks), whole, or its rank's share of a step.
+  // client left behind (the same rank, for ranks), in this life or before a restart, whole, or its
+  // rank's share of a step.
   std::optional<BatchNotice> pending(uint64_t client);
 
-  // Errors: as SlotRing::release(); failed_precondition also for another batch_seq.
-  void release(uint64_t client, SlotLease lease, uint64_t batch_seq);
+  // `lease`: none for a batch without a slot.
+  // Errors: as SlotRing::release(); failed_precondition also for another batch_seq; not_found for
+  // one without a slot that this client does not have.
+  void release(uint64_t client, std::optional<SlotLease> lease, uint64_t batch_seq);
   void client_gone(uint64_t client, GoneClient memory);
 
   // Samples and failures that wait for a batch; a batch in a slot is no longer counted.
   int64_t num_held_samples() const {
-    return groups_.num_held_samples() + ranks_.num_held_samples();
+    return groups_.num_held_samples() + ranks_.num_held_samples() + restored_.num_held_samples();
   }
   // By name, for the stats verb.
   std::vector<std::pair<std::string, double>> stats() const;
 
  private:
-  std::optional<BatchNotice> redeliver(uint64_t client);
+  bool may_have(uint64_t client, std::optional<int32_t> dp_rank) const;
+  const RestoredBatches::Batch* first_restored(uint64_t client) const;
+  std::optional<BatchNotice> deliver_restored(uint64_t client, const RestoredBatches::Batch& batch);
+  void hold(uint64_t client, const BatchNotice& notice);
   std::optional<BatchNotice> next_share(uint64_t client);
   std::optional<BatchNotice> batch_of(uint64_t client, std::vector<Group> groups);
   void check_last_finished();
@@ -103,7 +114,9 @@ class Delivery {
   // Of `groups`, how many fit one slot together, or their shares one slot each; 1 or more.
   int64_t num_fitting(const std::vector<Group*>& groups, const DpMember* member) const;
   bool fits(const std::vector<Group*>& groups, const DpMember* member) const;
-  // Writes what the notice is about and delivers it; without samples there is nothing to write.
+  void put_step(const DpMember& member, std::vector<Group> groups);
+  // Writes what the notice is about and delivers it; without samples there is nothing to write. A
+  // batch_seq that it has is written down already.
   BatchNotice send(uint64_t client, BatchNotice notice, std::vector<Sample> samples,
                    std::optional<SlotLease> lease, std::span<const int32_t> row_starts);
   void count_delivered(const BatchNotice& notice, const std::vector<Sample>& samples);
@@ -113,8 +126,11 @@ class Delivery {
   DeliveryOptions options_;
   GroupQueue groups_;
   DpRanks ranks_;
-  std::map<int32_t, BatchNotice> delivered_;     // by slot
-  std::map<uint64_t, BatchNotice> left_behind_;  // by batch_seq
+  RestoredBatches restored_;
+  DeliveryLog* log_ = nullptr;
+  std::map<int32_t, BatchNotice> delivered_;                       // by slot
+  std::map<uint64_t, std::pair<uint64_t, BatchNotice>> slotless_;  // client, by batch_seq
+  std::map<uint64_t, BatchNotice> left_behind_;                    // by batch_seq
   uint64_t last_batch_seq_ = 0;
   int64_t num_delivered_ = 0;
   int64_t num_redelivered_ = 0;

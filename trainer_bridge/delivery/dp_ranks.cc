@@ -104,8 +104,8 @@ Share DpRanks::pop(const Share& share) {
   return taken;
 }
 
-void DpRanks::put_step(std::vector<Group> groups, const DpMember& member,
-                       int64_t max_tokens_per_row, int64_t parity_tokens) {
+std::vector<Share*> DpRanks::put_step(std::vector<Group> groups, const DpMember& member,
+                                      int64_t max_tokens_per_row, int64_t parity_tokens) {
   std::vector<Group*> pointers;
   for (Group& group : groups) pointers.push_back(&group);
   const std::vector<SharePlan> plans =
@@ -141,10 +141,19 @@ void DpRanks::put_step(std::vector<Group> groups, const DpMember& member,
       shares[rank].failed.push_back(std::move(failure));
     }
   }
+  std::vector<Share*> put;
   for (Share& share : shares) {
     num_held_samples_ += num_samples(share);
-    shares_[share.rank].push_back(std::move(share));
+    std::deque<Share>& queue = shares_[share.rank];
+    queue.push_back(std::move(share));
+    put.push_back(&queue.back());
   }
+  return put;
+}
+
+void DpRanks::restore(const DpMember& split, uint64_t num_steps) {
+  split_ = split;
+  num_steps_ = num_steps;
 }
 
 int64_t DpRanks::num_shares() const {

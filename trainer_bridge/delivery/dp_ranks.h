@@ -23,7 +23,8 @@ struct DpMember {
 
 // One rank's part of a step.
 struct Share {
-  uint64_t step = 0;  // from 1
+  uint64_t step = 0;       // from 1
+  uint64_t batch_seq = 0;  // 0: none until it is sent
   int32_t rank = 0;
   std::vector<Sample> samples;       // row by row
   std::vector<int32_t> row_starts;   // [M + 1]; M is the same for all ranks of the step
@@ -59,9 +60,12 @@ class DpRanks {
   const Share* next_share(uint64_t client) const;
   Share pop(const Share& share);
 
-  // Splits `groups` for the ranks of `member`.
-  void put_step(std::vector<Group> groups, const DpMember& member, int64_t max_tokens_per_row,
-                int64_t parity_tokens);
+  // Splits `groups` for the ranks of `member`; returns the shares, which stay here.
+  std::vector<Share*> put_step(std::vector<Group> groups, const DpMember& member,
+                               int64_t max_tokens_per_row, int64_t parity_tokens);
+
+  // Goes on from a split that others made, of so many steps.
+  void restore(const DpMember& split, uint64_t num_steps);
 
   int64_t num_shares() const;
   int64_t num_held_samples() const { return num_held_samples_; }

@@ -31,6 +31,10 @@ class GroupQueue {
   // A submit of `num_prompts` groups: canonical order waits for each from here on. A group that
   // nobody announced counts from its first sample.
   void expect(int64_t request_id, int64_t num_prompts);
+  // One group alone, of a submit whose others were delivered before.
+  void expect_group(int64_t request_id, int32_t prompt_index) {
+    untaken_.emplace(request_id, prompt_index);
+  }
 
   // True when this one finished its group. A sample that came before under the same key is dropped
   // and counted, as long as its group was not taken: the first one wins.

@@ -80,12 +80,14 @@ ErrorInfo BatchWaiters::timed_out(const Waiter& waiter) const {
     if (name == "num_slots") num_slots = value;
     if (name == "num_slots_in_use") num_in_use = value;
   }
+  const std::string advice = advice_();
   return {.code = ErrorCode::kDeadlineExceeded,
           .field = "next_batch",
           .value = fmt::format("{} finished groups after {} ms", num_finished, waiter.timeout_ms),
           .allowed = fmt::format(
               "{} or more", waiter.wish.min_ready.value_or(waiter.wish.num_groups.value_or(1))),
-          .message = num_in_use == num_slots
+          .message = !advice.empty() ? advice
+                     : num_in_use == num_slots
                          ? fmt::format("all {} slots are held: release batches", num_slots)
                          : "nothing came in time; ask again"};
 }

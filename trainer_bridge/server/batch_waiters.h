@@ -8,6 +8,7 @@
 #include <deque>
 #include <functional>
 #include <optional>
+#include <string>
 
 #include "trainer_bridge/contract/rollout_service.h"
 #include "trainer_bridge/delivery/delivery.h"
@@ -30,8 +31,10 @@ class BatchWaiters {
   };
 
   // `health` says why no more samples will come, if so; it is asked whenever a call has to wait.
-  BatchWaiters(asio::io_context& io, Delivery& delivery, std::function<Outcome()> health)
-      : delivery_(delivery), health_(std::move(health)), timer_(io) {}
+  // `advice` says what a call that nothing came for is to do; empty: nothing but ask again.
+  BatchWaiters(asio::io_context& io, Delivery& delivery, std::function<Outcome()> health,
+               std::function<std::string()> advice)
+      : delivery_(delivery), health_(std::move(health)), advice_(std::move(advice)), timer_(io) {}
 
   void add(Waiter waiter);
   // Serves whom it can. To be called when samples came or slots were given back.
@@ -50,6 +53,7 @@ class BatchWaiters {
 
   Delivery& delivery_;
   std::function<Outcome()> health_;
+  std::function<std::string()> advice_;
   asio::steady_timer timer_;
   std::deque<Waiter> waiting_;
   WaitHistogram waits_;

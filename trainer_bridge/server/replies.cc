@@ -16,8 +16,10 @@ Json id_value(const PromptId& id) {
   return number.is_number_integer() ? number : Json(id.text);
 }
 
-Json hello_reply(const ServiceInfo& info, int64_t weight_version, const SlotRing& slots,
+Json hello_reply(const RolloutService& service, const SlotRing& slots,
                  const std::string& instance) {
+  const ServiceInfo info = service.info();
+  const auto awaited = service.awaited_weight_version();
   return {{"protocol_version", kProtocolVersion},
           {"schema_version", kSchemaVersion},
           {"config", Json::parse(info.resolved_config_json)},
@@ -27,7 +29,8 @@ Json hello_reply(const ServiceInfo& info, int64_t weight_version, const SlotRing
           {"fingerprint", info.fingerprint},
           {"instance", instance},
           {"attention_parity_tokens", info.attention_parity_tokens},
-          {"weight_version", weight_version},
+          {"weight_version", service.weight_version()},
+          {"awaited_weight_version", awaited ? Json(*awaited) : Json(nullptr)},
           {"num_slots", slots.num_slots()},
           {"slot_bytes", slots.slot_bytes()},
           {"num_fds", slots.num_slots()}};

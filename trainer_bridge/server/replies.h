@@ -13,8 +13,7 @@
 namespace rollpack::bridge {
 
 // `instance`: of this server's life.
-Json hello_reply(const ServiceInfo& info, int64_t weight_version, const SlotRing& slots,
-                 const std::string& instance);
+Json hello_reply(const RolloutService& service, const SlotRing& slots, const std::string& instance);
 // The slots that were filled at least once, and who has them; their descriptors go with it.
 Json inspect_reply(const SlotRing& slots);
 // Their numbers, in the reply's order.

@@ -136,8 +136,9 @@ NextBatchRequest read_next_batch(Fields& fields) {
 
 ReleaseRequest read_release(Fields& fields) {
   ReleaseRequest request;
-  request.lease.slot = static_cast<int32_t>(fields.integer("slot", 0, kMaxI32));
-  request.lease.generation = fields.u64("generation");
+  const auto slot = fields.optional_integer("slot", 0, kMaxI32);
+  const uint64_t generation = fields.u64("generation");
+  if (slot) request.lease = SlotLease{static_cast<int32_t>(*slot), generation};
   request.batch_seq = fields.u64("batch_seq");
   fields.finish();
   return request;

@@ -33,7 +33,7 @@ struct NextBatchRequest {
 NextBatchRequest read_next_batch(Fields& fields);
 
 struct ReleaseRequest {
-  SlotLease lease;
+  std::optional<SlotLease> lease;  // none: of a batch without a slot
   uint64_t batch_seq = 0;
 };
 ReleaseRequest read_release(Fields& fields);

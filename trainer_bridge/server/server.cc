@@ -39,7 +39,7 @@ struct Loop {
   asio::io_context io{1};
 };
 
-// batch_seq counts from 1 in each life of a server; this tells the lives apart.
+// batch_seq counts from 1 in each life of a server that keeps no log; this tells the lives apart.
 std::string new_instance() {
   std::random_device random;
   return fmt::format("{:08x}{:08x}", random(), random());
@@ -66,7 +66,8 @@ struct Server::State {
         layout(make_layout(options.layout)),
         slots(options.slots, options.slot_bytes),
         delivery(slots, *layout),
-        waiters(loop->io, delivery, [this] { return health(); }),
+        waiters(
+            loop->io, delivery, [this] { return health(); }, [this] { return advice(); }),
         acceptor(loop->io),
         accept_timer(loop->io),
         flush_timer(loop->io) {}
@@ -77,6 +78,7 @@ struct Server::State {
   void put(SampleInbox::Entry entry);
   void deliver_inbox();
   Outcome health() const;
+  std::string advice() const;
 
   void wait_for_clients();
   void accept_clients();
@@ -123,8 +125,15 @@ VerbParts Server::State::verb_parts(RolloutService& given_service) {
           .weights = *weights,
           .max_held_samples = options.max_held_samples,
           .metrics_port = metrics_port,
-          .instance = new_instance(),
+          .instance = options.log != nullptr ? options.restored.instance : new_instance(),
           .on_server_thread = poster(),
+          .when_durable =
+              [log = options.log, post = poster()](std::function<void(const Outcome&)> then) {
+                if (log == nullptr) return then(std::nullopt);
+                log->when_durable([post, then = std::move(then)](const Outcome& outcome) {
+                  post([then, outcome] { then(outcome); });
+                });
+              },
           .num_pending_samples = [this] { return inbox.size(); },
           .num_clients = [this] { return static_cast<int64_t>(connections.size()); },
           .health = [this] { return health(); }};
@@ -142,6 +151,7 @@ void Server::State::start(RolloutService& given_service) {
       {.max_version_lag = options.max_version_lag,
        .attention_parity_tokens = given_service.info().attention_parity_tokens,
        .weight_version = [&given_service] { return given_service.weight_version(); }});
+  if (options.log != nullptr) delivery.restore(*options.log, options.restored);
   verbs = std::make_unique<Verbs>(verb_parts(given_service));
   listener->listen();
   acceptor.assign(OwnedFd::duplicate(listener->fd()).release());
@@ -187,6 +197,15 @@ void Server::State::deliver_inbox() {
 
 Outcome Server::State::health() const {
   return fault ? fault : service->health();
+}
+
+std::string Server::State::advice() const {
+  const auto version = service->awaited_weight_version();
+  if (!version) return "";
+  return fmt::format(
+      "after the restart generation waits for weights of version {}: update_weights(), or resume() "
+      "to go on with version {}",
+      *version, service->weight_version());
 }
 
 void Server::State::wait_for_clients() {

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "trainer_bridge/contract/delivery_log.h"
 #include "trainer_bridge/contract/rollout_service.h"
 #include "trainer_bridge/contract/sample_sink.h"
 #include "trainer_bridge/layout/batch_layout.h"
@@ -26,6 +27,9 @@ struct ServerOptions {
   int64_t max_held_samples = 65536;  // beyond it submit says would_block
   int64_t max_version_lag = -1;      // samples staler than this become failures; -1: none do
   FrameSocketOptions frames;         // of each client
+  // Outlives the server. Replies that promise something wait until it is durable there.
+  DeliveryLog* log = nullptr;
+  RestoredDelivery restored;  // from the same log
 };
 
 // What a server counts, as of one moment.

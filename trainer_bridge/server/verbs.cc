@@ -91,11 +91,16 @@ void Verbs::hello(Request& request) {
   for (int32_t slot = 0; slot < parts_.slots.num_slots(); ++slot) {
     fds.push_back(OwnedFd::duplicate(parts_.slots.fd(slot)));
   }
-  Json reply = hello_reply(parts_.service.info(), parts_.service.weight_version(), parts_.slots,
-                           parts_.instance);
+  Json reply = hello_reply(parts_.service, parts_.slots, parts_.instance);
   if (hello.member) parts_.delivery.join(request.connection.client, *hello.member);
   request.connection.said_hello = true;
   request.responder.ok(std::move(reply), std::move(fds));
+}
+
+void Verbs::reply_when_durable(const Responder& responder, Json fields) {
+  parts_.when_durable([responder, fields = std::move(fields)](const Outcome& outcome) mutable {
+    outcome ? responder.error(*outcome) : responder.ok(std::move(fields));
+  });
 }
 
 void Verbs::submit(Request& request) {
@@ -115,7 +120,7 @@ void Verbs::submit(Request& request) {
   const int64_t request_id = parts_.service.submit(std::move(prompts));
   // Its samples come by way of this thread, so none of them is ahead of this.
   parts_.delivery.expect(request_id, num_prompts);
-  request.responder.ok({{"request_id", request_id}});
+  reply_when_durable(request.responder, {{"request_id", request_id}});
 }
 
 void Verbs::next_batch(Request& request) {
@@ -126,8 +131,10 @@ void Verbs::next_batch(Request& request) {
        .wish = wanted.wish,
        .timeout_ms = wanted.timeout_ms,
        .deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(wanted.timeout_ms),
-       .deliver = [responder = request.responder](
-                      const BatchNotice& notice) { responder.ok(batch_reply(notice)); },
+       .deliver =
+           [this, responder = request.responder](const BatchNotice& notice) {
+             reply_when_durable(responder, batch_reply(notice));
+           },
        .refuse = [responder =
                       request.responder](const ErrorInfo& error) { responder.error(error); }});
 }
@@ -136,7 +143,7 @@ void Verbs::release(Request& request) {
   const ReleaseRequest released = read_release(request.fields);
   check_no_fds(request);
   parts_.delivery.release(request.connection.client, released.lease, released.batch_seq);
-  request.responder.ok();
+  reply_when_durable(request.responder);
   parts_.waiters.serve();
 }
 
@@ -144,7 +151,7 @@ void Verbs::abort(Request& request) {
   const auto request_id = request.fields.optional_integer("request_id", 0, kMaxI64);
   request.fields.finish();
   check_no_fds(request);
-  request.responder.ok({{"num_aborted", parts_.service.abort(request_id)}});
+  reply_when_durable(request.responder, {{"num_aborted", parts_.service.abort(request_id)}});
 }
 
 void Verbs::pause(Request& request) {
@@ -161,7 +168,7 @@ void Verbs::resume(Request& request) {
   request.fields.finish();
   check_no_fds(request);
   parts_.service.resume();
-  request.responder.ok();
+  reply_when_durable(request.responder);
 }
 
 void Verbs::score(Request& request) {
@@ -195,10 +202,9 @@ void Verbs::update_weights(Request& request) {
     const InFlight in_flight = read_in_flight(fields);
     fields.finish();
     return parts_.weights.commit(
-        client, version, in_flight,
-        [responder = request.responder, &service = parts_.service](const Outcome& outcome) {
-          outcome ? responder.error(*outcome)
-                  : responder.ok(weights_reply(service.weights_in_use()));
+        client, version, in_flight, [this, responder = request.responder](const Outcome& outcome) {
+          if (outcome) return responder.error(*outcome);
+          reply_when_durable(responder, weights_reply(parts_.service.weights_in_use()));
         });
   }
   fields.finish();

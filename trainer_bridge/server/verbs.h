@@ -31,7 +31,9 @@ struct VerbParts {
   std::optional<int32_t> metrics_port;
   std::string instance;                                         // of this server's life
   std::function<void(std::function<void()>)> on_server_thread;  // from any thread
-  std::function<int64_t()> num_pending_samples;                 // committed, not yet delivered to
+  // Calls back on the server's thread, at once where nothing is logged.
+  std::function<void(std::function<void(const Outcome&)>)> when_durable;
+  std::function<int64_t()> num_pending_samples;  // committed, not yet delivered to
   std::function<int64_t()> num_clients;
   std::function<Outcome()> health;
 };
@@ -51,6 +53,9 @@ class Verbs {
  private:
   struct Entry;
   static const std::vector<Entry>& entries();
+
+  // Replies once what the service and the delivery have written down is on disk.
+  void reply_when_durable(const Responder& responder, Json fields = Json::object());
 
   void hello(Request& request);
   void submit(Request& request);

@@ -129,14 +129,20 @@ void SimulatedWorker::work() {
 void SimulatedWorker::finish(const Item& item, bool is_aborted) {
   bridge::Sample sample{.key = item.group.key, .prompt_ids = item.group.prompt_ids};
   sample.key.sample_index = item.sample;
+  sample.response_ids = expected_tokens(*item.group.prompt_ids, item.sample, weights_);
+  auto length = static_cast<size_t>(item.group.response_limit(item.sample));
   if (is_aborted) {
     sample.finish_reason = bridge::FinishReason::kAbort;
+    length = std::min(length, static_cast<size_t>(world_.dice.below(2)));
   } else {
     world_.check(version_ >= item.committed_version,
                  fmt::format("worker {} drew under version {} what it was given at version {}",
                              index_, version_, item.committed_version));
-    sample.response_ids = expected_tokens(*item.group.prompt_ids, item.sample, weights_);
-    sample.weight_versions = {{0, version_}};
+  }
+  sample.response_ids.resize(std::min(sample.response_ids.size(), length));
+  if (!sample.response_ids.empty()) sample.weight_versions = {{0, version_}};
+  for (auto* column : {&sample.logprobs, &sample.scaled_logprobs, &sample.support_logmass}) {
+    column->assign(sample.response_ids.size(), -1.0f);
   }
   emit(SampleDone{std::move(sample), item.group.attempt});
 }

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "kernels/base/error.h"
+#include "tests/rollout/cluster/simulated_trainer.h"
 #include "tests/rollout/cluster/simulated_world.h"
 #include "tests/rollout/tiny_model.h"
 #include "trainer_bridge/contract/sample_sink.h"
@@ -61,10 +62,12 @@ class Run : public bridge::SampleSink {
   void fail(bridge::FailedSample sample) override;
 
  private:
-  using SampleName = std::tuple<int64_t, int32_t, int32_t>;
   static SampleName name_of(const bridge::SampleKey& key) {
     return {key.request_id, key.prompt_index, key.sample_index};
   }
+  void begin_life();
+  void end_life();
+  void restart();
   void turn();
   void inject_faults();
   void act();
@@ -77,23 +80,36 @@ class Run : public bridge::SampleSink {
   void start_replacements();
   void calm_down();
   bool is_quiet() const;
-  bool is_over() { return dispatcher_.health().has_value(); }
+  void accept(int64_t request);
+  // With a journal the job is started again.
+  bool is_over() { return !disk_ && dispatcher_->health().has_value(); }
+  void resume();
   void end(const SampleName& name);
 
+  const bool shares_weights_;
   World world_;
-  Callbacks callbacks_{world_};
-  Dispatcher dispatcher_;
+  std::optional<Callbacks> callbacks_;
+  // Of runs with a journal.
+  std::shared_ptr<testing::Disk> disk_;
+  std::optional<SimulatedTrainer> trainer_;
+  std::unique_ptr<Life> life_;
+  int64_t told_version_ = 0;   // of weights, to the client
+  int64_t least_version_ = 0;  // that samples may be of: older ones were not to be made
+  std::unique_ptr<Dispatcher> dispatcher_;
+  bool replaces_lost_ = false;
   std::vector<std::shared_ptr<SimulatedWorker>> workers_;
   std::vector<int64_t> starts_ms_;      // when replacements that were asked for come up
   std::map<SampleName, bool> samples_;  // submitted: whether it has ended
   size_t num_ended_ = 0;
   int64_t num_prompts_ = 0;
   std::set<int64_t> requests_;
+  std::set<int64_t> in_doubt_;  // asked for, and the reply is not there yet
   bool is_paused_ = false;
   // Of weight updates.
   enum class Update { kNone, kAsked, kOpen };
   Update update_ = Update::kNone;
   bool is_partial_ = false;
+  std::optional<int64_t> reload_;  // the version that is sent again after a restart
   int64_t version_ = 0, staged_ = 0;
   std::map<int64_t, int64_t> weights_of_{{0, 0}};  // committed or being committed, by version
 };
@@ -108,25 +124,95 @@ EngineLimits simulated_limits() {
   return {.page_tokens = 16, .num_pages = 1000, .page_bytes = 1024, .max_positions = 4096};
 }
 
-Run::Run(uint64_t seed)
-    : world_(seed),
-      dispatcher_(tiny_config(), tiny_model_config(), simulated_limits(), "same",
-                  /*weights_hash=*/0, /*shares_weights=*/seed % 3 == 0, recovery_of(world_)) {
-  dispatcher_.set_sink(*this);
+Run::Run(uint64_t seed) : shares_weights_(seed % 3 == 0), world_(seed) {
   // From a quiet run to one where nearly everything goes wrong.
   world_.fault_rate = std::array{0.003, 0.01, 0.03, 0.1}[seed % 4];
-  if (world_.dice.chance(0.6)) {
-    dispatcher_.set_replace(
+  replaces_lost_ = world_.dice.chance(0.6);
+  if (world_.dice.chance(0.5)) {
+    disk_ = std::make_shared<testing::Disk>();
+    trainer_.emplace(world_, static_cast<int32_t>(world_.dice.between(1, 2)));
+  }
+  begin_life();
+}
+
+void Run::begin_life() {
+  callbacks_.emplace(world_);
+  dispatcher_ =
+      std::make_unique<Dispatcher>(tiny_config(), tiny_model_config(), simulated_limits(), "same",
+                                   /*weights_hash=*/0, shares_weights_, recovery_of(world_));
+  dispatcher_->set_sink(*this);
+  if (replaces_lost_) {
+    dispatcher_->set_replace(
         [this] { starts_ms_.push_back(world_.now_ms + world_.dice.between(100, 3000)); });
+  }
+  if (disk_) {
+    life_ = std::make_unique<Life>(world_, disk_);
+    trainer_->connect(*life_);
+    const RestoredRequests requests = life_->journal.log().live().requests();
+    dispatcher_->restore(life_->journal, requests);
+    const auto awaited = dispatcher_->awaited_weight_version();
+    least_version_ = awaited.value_or(0);
+    world_.check(!awaited || *awaited >= told_version_,
+                 fmt::format("the client was told of version {}, and {} is awaited", told_version_,
+                             awaited.value_or(0)));
+    world_.check(awaited || told_version_ == 0 || requests.groups.empty(),
+                 "nothing is awaited though the weights are others");
+    if (awaited) world_.fault(Fault::kAwaitedWeights);
   }
   const int64_t num_workers = world_.dice.between(1, 5);
   for (int64_t i = 0; i < num_workers; ++i) {
     const auto worker =
-        std::make_shared<SimulatedWorker>(world_, dispatcher_, /*is_process=*/i > 0);
-    worker->start(dispatcher_.add_worker(worker));
+        std::make_shared<SimulatedWorker>(world_, *dispatcher_, /*is_process=*/i > 0);
+    worker->start(dispatcher_->add_worker(worker));
     workers_.push_back(worker);
   }
-  if (seed % 3 == 0) dispatcher_.share_first_weights(packed_set(0));
+  if (shares_weights_) dispatcher_->share_first_weights(packed_set(0));
+}
+
+// Nothing of it is left but the journal and what the trainer has.
+void Run::end_life() {
+  trainer_->lose_job();
+  life_->journal.crash();
+  workers_.clear();
+  starts_ms_.clear();
+  dispatcher_.reset();
+  life_.reset();
+  is_paused_ = false;
+  update_ = Update::kNone;
+  reload_.reset();
+  world_.committed_version = 0;
+  for (auto& [name, has_ended] : samples_) has_ended = false;
+  num_ended_ = 0;
+}
+
+void Run::restart() {
+  world_.fault(Fault::kRank0Death);
+  end_life();
+  begin_life();
+  told_version_ = least_version_;
+  // What was asked for and not told to be accepted may be gone; then its number is free again.
+  const int64_t num_requests = life_->journal.log().live().counters().num_requests;
+  for (const int64_t request : std::exchange(in_doubt_, {})) {
+    if (request < num_requests) {
+      accept(request);
+      continue;
+    }
+    world_.fault(Fault::kLostSubmit);
+    samples_.erase(samples_.lower_bound({request, 0, 0}),
+                   samples_.lower_bound({request + 1, 0, 0}));
+    requests_.erase(request);
+  }
+  world_.check(requests_.empty() || *requests_.rbegin() < num_requests,
+               "a request that was accepted is gone");
+}
+
+// The client was told.
+void Run::accept(int64_t request) {
+  in_doubt_.erase(request);
+  for (auto it = samples_.lower_bound({request, 0, 0});
+       it != samples_.end() && std::get<0>(it->first) == request; ++it) {
+    trainer_->expect(it->first);
+  }
 }
 
 Report Run::run() {
@@ -139,8 +225,16 @@ Report Run::run() {
   for (int i = 0; i < kCalmTurns && !is_over() && !is_quiet(); ++i) {
     turn();
     if (update_ == Update::kOpen) cancel();
+    if (dispatcher_->awaited_weight_version()) resume();
   }
-  if (is_over()) {
+  if (disk_) {
+    world_.check(in_doubt_.empty(), "a submit was not answered");
+    world_.check(trainer_->is_done(), fmt::format("{} of {} samples were lost",
+                                                  trainer_->num_missing(), samples_.size()));
+    world_.report.num_samples += static_cast<int64_t>(samples_.size());
+    life_->journal.sync();
+    world_.check(life_->journal.log().live().num_groups() == 0, "the journal holds what has ended");
+  } else if (is_over()) {
     world_.fault(Fault::kNoWorkerLeft);
     for (const auto& worker : workers_) {
       world_.check(!worker->is_alive() || worker->has_left() || worker->is_given_up(),
@@ -150,18 +244,18 @@ Report Run::run() {
     world_.check(
         num_ended_ == samples_.size(),
         fmt::format("{} of {} samples were lost", samples_.size() - num_ended_, samples_.size()));
-    world_.check(dispatcher_.abort(std::nullopt) == 0, "the ledger holds what has ended");
+    world_.check(dispatcher_->abort(std::nullopt) == 0, "the ledger holds what has ended");
     world_.report.num_samples += static_cast<int64_t>(samples_.size());
   }
-  world_.check(callbacks_.num_waiting() == 0, "a callback was never called");
+  world_.check(callbacks_->num_waiting() == 0, "a callback was never called");
   double num_counted = 0;
-  for (const auto& [name, value] : dispatcher_.stats()) {
+  for (const auto& [name, value] : dispatcher_->stats()) {
     if (name == "num_late_samples_dropped" && value > 0) world_.fault(Fault::kLateResult);
     if (name == "num_queued_samples") world_.check(value == 0 || is_over(), "samples stay queued");
     if (name.starts_with("num_samples_")) num_counted += value;
   }
   world_.check(
-      is_over() || num_counted == static_cast<double>(samples_.size()),
+      disk_ || is_over() || num_counted == static_cast<double>(samples_.size()),
       fmt::format("{} of {} samples were counted by how they ended", num_counted, samples_.size()));
   return world_.report;
 }
@@ -177,22 +271,33 @@ void Run::end(const SampleName& name) {
       !std::exchange(found->second, true),
       fmt::format("sample {} of prompt {} came twice", std::get<2>(name), std::get<1>(name)));
   ++num_ended_;
+  if (trainer_) {
+    world_.check(!trainer_->is_released(name), "what was acknowledged was made again");
+  }
 }
 
 void Run::commit(bridge::Sample sample) {
   end(name_of(sample.key));
-  if (sample.finish_reason == bridge::FinishReason::kAbort) return;
-  const int64_t version = sample.weight_versions.at(0).version;
-  world_.check(weights_of_.contains(version), "a sample is of a version that never was");
-  world_.check(sample.response_ids == expected_tokens(*sample.prompt_ids, sample.key.sample_index,
-                                                      weights_of_[version]),
-               fmt::format("a sample of version {} holds other tokens", version));
+  if (!sample.response_ids.empty()) {
+    const int64_t version = sample.weight_versions.at(0).version;
+    world_.check(weights_of_.contains(version), "a sample is of a version that never was");
+    world_.check(version >= least_version_, "a sample did not wait for its weights");
+    std::vector<int32_t> expected =
+        expected_tokens(*sample.prompt_ids, sample.key.sample_index, weights_of_[version]);
+    if (sample.finish_reason == bridge::FinishReason::kAbort) {
+      expected.resize(std::min(expected.size(), sample.response_ids.size()));
+    }
+    world_.check(sample.response_ids == expected,
+                 fmt::format("a sample of version {} holds other tokens", version));
+  }
+  if (life_) life_->delivery.commit(std::move(sample));
 }
 
 void Run::fail(bridge::FailedSample sample) {
   end(name_of(sample.key));
   world_.fault(Fault::kConviction);
   world_.check(sample.error.field == "prompt", "a failure without a reason");
+  if (life_) life_->delivery.fail(std::move(sample));
 }
 
 // ---- what happens
@@ -203,7 +308,11 @@ void Run::turn() {
   const auto first = static_cast<size_t>(world_.dice.below(static_cast<int64_t>(workers_.size())));
   for (size_t i = 0; i < workers_.size(); ++i) workers_[(first + i) % workers_.size()]->turn();
   start_replacements();
-  dispatcher_.check_leases();
+  dispatcher_->check_leases();
+  if (!disk_) return;
+  trainer_->turn();
+  if (world_.dice.chance(0.4) || world_.has_calmed_down) life_->journal.sync();
+  if (dispatcher_->health() || world_.dice.chance(world_.fault_rate / 2)) restart();
 }
 
 void Run::start_replacements() {
@@ -215,13 +324,14 @@ void Run::start_replacements() {
     starts_ms_.erase(starts_ms_.begin() + static_cast<int64_t>(i));
     if (world_.dice.chance(world_.fault_rate)) {
       world_.fault(Fault::kFailedStart);
-      dispatcher_.replacement_failed({.code = ErrorCode::kUnavailable, .field = "replacement"});
+      dispatcher_->replacement_failed({.code = ErrorCode::kUnavailable, .field = "replacement"});
       continue;
     }
     world_.fault(Fault::kReplacement);
-    const auto worker = std::make_shared<SimulatedWorker>(world_, dispatcher_, /*is_process=*/true);
+    const auto worker =
+        std::make_shared<SimulatedWorker>(world_, *dispatcher_, /*is_process=*/true);
     workers_.push_back(worker);
-    worker->start(dispatcher_.add_replacement(worker));
+    worker->start(dispatcher_->add_replacement(worker));
   }
 }
 
@@ -256,20 +366,28 @@ void Run::act() {
     world_.fault(Fault::kAbort);
     const auto request = dice.chance(0.2) ? std::optional<int64_t>()
                                           : std::optional(dice.below(*requests_.rbegin() + 1));
-    dispatcher_.abort(request);
+    dispatcher_->abort(request);
   }
   if (dice.chance(0.03)) {
     world_.fault(Fault::kPause);
     is_paused_ = true;
     const auto mode = static_cast<bridge::InFlight>(dice.below(3));
-    dispatcher_.pause(mode, callbacks_.outcome([](bridge::Outcome) {}));
+    dispatcher_->pause(mode, callbacks_->outcome([](bridge::Outcome) {}));
   }
   if (is_paused_ && dice.chance(0.2)) {
     is_paused_ = false;
-    dispatcher_.resume();
+    resume();
   }
+  if (dispatcher_->awaited_weight_version() && dice.chance(0.02)) resume();
   if (dice.chance(0.3)) update();
   if (dice.chance(0.03)) score();
+}
+
+// Goes on with the weights there are, awaited or not.
+void Run::resume() {
+  if (dispatcher_->awaited_weight_version()) told_version_ = 0;
+  least_version_ = 0;
+  dispatcher_->resume();
 }
 
 void Run::submit() {
@@ -283,9 +401,9 @@ void Run::submit() {
   const auto sizes = prompts;
   int64_t request = 0;
   try {
-    request = dispatcher_.submit(std::move(prompts));
+    request = dispatcher_->submit(std::move(prompts));
   } catch (const Error&) {
-    return world_.check(is_over(), "a submit was refused");
+    return world_.check(dispatcher_->health().has_value(), "a submit was refused");
   }
   requests_.insert(request);
   for (size_t i = 0; i < sizes.size(); ++i) {
@@ -293,51 +411,55 @@ void Run::submit() {
       samples_.emplace(SampleName{request, static_cast<int32_t>(i), sample}, false);
     }
   }
+  if (!disk_) return;
+  in_doubt_.insert(request);
+  life_->journal.when_durable([this, request](const bridge::Outcome&) { accept(request); });
 }
 
 void Run::update() {
   if (update_ == Update::kAsked) return;
   if (update_ == Update::kNone) {
-    is_partial_ = world_.dice.chance(0.3);
+    reload_ = dispatcher_->awaited_weight_version();
+    is_partial_ = !reload_ && world_.dice.chance(0.3);
     staged_ = is_partial_ ? weights_of_[world_.committed_version] : 0;
-    version_ = std::max(version_, world_.committed_version) + 1;
+    version_ = reload_.value_or(std::max(version_, world_.committed_version) + 1);
     update_ = Update::kAsked;
     bridge::WeightUpdate update{.version = version_};
     if (is_partial_) update.base_version = world_.committed_version;
-    dispatcher_.begin_weights(update, callbacks_.outcome([this](bridge::Outcome error) {
+    dispatcher_->begin_weights(update, callbacks_->outcome([this](bridge::Outcome error) {
       update_ = error ? Update::kNone : Update::kOpen;
     }));
     return;
   }
-  if (world_.dice.chance(0.5)) return stage();
+  if (reload_ ? staged_ < weights_of_[*reload_] : world_.dice.chance(0.5)) return stage();
   if (world_.dice.chance(0.2)) {
     return cancel();
   }
   update_ = Update::kAsked;
   weights_of_[version_] = staged_;
-  dispatcher_.commit_weights(
+  dispatcher_->commit_weights(
       static_cast<bridge::InFlight>(world_.dice.below(3)),
-      callbacks_.outcome([this](bridge::Outcome error) { end_update(std::move(error)); }));
+      callbacks_->outcome([this](bridge::Outcome error) { end_update(std::move(error)); }));
 }
 
 void Run::cancel() {
   world_.fault(Fault::kCancelledUpdate);
   update_ = Update::kNone;
-  dispatcher_.cancel_weights();
+  dispatcher_->cancel_weights();
 }
 
 void Run::stage() {
   update_ = Update::kAsked;
-  const int64_t weights = world_.dice.between(1, 1000);
+  const int64_t weights = reload_ ? weights_of_[*reload_] - staged_ : world_.dice.between(1, 1000);
   bridge::WeightChunk chunk{.fd = chunk_memory().fd.get(),
                             .mapping = chunk_memory().segment->bytes()};
   chunk.tensors.push_back(
       {.name = "w", .shape = {weights}, .bytes = chunk_memory().segment->bytes()});
-  dispatcher_.stage_weights(std::move(chunk),
-                            callbacks_.outcome([this, weights](bridge::Outcome e) {
-                              if (!e) staged_ += weights;
-                              update_ = e ? Update::kNone : Update::kOpen;
-                            }));
+  dispatcher_->stage_weights(std::move(chunk),
+                             callbacks_->outcome([this, weights](bridge::Outcome e) {
+                               if (!e) staged_ += weights;
+                               update_ = e ? Update::kNone : Update::kOpen;
+                             }));
 }
 
 void Run::end_update(bridge::Outcome error) {
@@ -345,6 +467,10 @@ void Run::end_update(bridge::Outcome error) {
   if (error) return;
   ++world_.report.num_updates;
   world_.committed_version = version_;
+  if (!disk_) return;
+  life_->journal.when_durable([this, version = version_](const bridge::Outcome&) {
+    if (!dispatcher_->awaited_weight_version()) told_version_ = version;
+  });
 }
 
 void Run::score() {
@@ -352,8 +478,8 @@ void Run::score() {
   for (size_t i = 0; i < sequences.size(); ++i) {
     sequences[i] = {.id = {.text = std::to_string(i)}, .input_ids = {1}, .response_ids = {2}};
   }
-  const auto done = callbacks_.outcome([](bridge::Outcome) {});
-  dispatcher_.score(
+  const auto done = callbacks_->outcome([](bridge::Outcome) {});
+  dispatcher_->score(
       sequences, [this, done, count = sequences.size()](
                      bridge::Outcome error, const std::vector<bridge::ScoredSequence>& results) {
         world_.check(error || results.size() == count, "scores are missing");
@@ -367,21 +493,23 @@ void Run::score() {
 void Run::calm_down() {
   world_.has_calmed_down = true;
   world_.fault_rate = 0;
-  if (is_paused_) dispatcher_.resume();
+  if (is_paused_) resume();
 }
 
 bool Run::is_quiet() const {
-  return num_ended_ == samples_.size() && callbacks_.num_waiting() == 0;
+  if (trainer_ && (!trainer_->is_done() || !in_doubt_.empty())) return false;
+  return (trainer_ || num_ended_ == samples_.size()) && callbacks_->num_waiting() == 0;
 }
 
 }  // namespace
 
 const std::array<const char*, kNumFaults> kFaultNames = {
-    "death",          "death in an update", "stop",           "short stop",     "zombie",
-    "engine failure", "lost tail",          "duplicate",      "reorder",        "slow link",
-    "poison",         "refused chunk",      "refused switch", "stopped rank 0", "abort",
-    "pause",          "cancelled update",   "late result",    "conviction",     "no worker left",
-    "replacement",    "failed start",       "wrong weights"};
+    "death",          "death in an update", "stop",           "short stop",      "zombie",
+    "engine failure", "lost tail",          "duplicate",      "reorder",         "slow link",
+    "poison",         "refused chunk",      "refused switch", "stopped rank 0",  "abort",
+    "pause",          "cancelled update",   "late result",    "conviction",      "no worker left",
+    "replacement",    "failed start",       "wrong weights",  "rank 0 death",    "torn journal",
+    "client death",   "redelivery",         "passed over",    "awaited weights", "lost submit"};
 
 void Report::add(const Report& other) {
   for (size_t i = 0; i < kNumFaults; ++i) num_faults[i] += other.num_faults[i];

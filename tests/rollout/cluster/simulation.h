@@ -34,6 +34,14 @@ enum class Fault {
   kReplacement,   // one was started
   kFailedStart,   // or could not be
   kWrongWeights,  // a worker switches to other weights than it was told to
+  // With a journal.
+  kRank0Death,      // the whole job is gone, and started again
+  kTornJournal,     // while it wrote
+  kClientDeath,     // a trainer is gone, and comes again from its checkpoint
+  kRedelivery,      // a batch came again, and was not consumed before
+  kPassedOver,      // or was
+  kAwaitedWeights,  // what was restored had to wait for its weights
+  kLostSubmit,      // rank 0 died before a submit was on disk
   kCount
 };
 inline constexpr auto kNumFaults = static_cast<size_t>(Fault::kCount);

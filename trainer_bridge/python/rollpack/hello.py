@@ -26,11 +26,14 @@ class ServerInfo:
         pad_token_id: written into pads, never read.
         vocab_size: V; token ids are below it.
         fingerprint: equal fingerprints give equal bits.
-        instance: names this life of the server; batch_seq counts from 1 in each.
+        instance: names this life of the server, or its journal where it has one; batch_seq counts
+            from 1 in each.
         attention_parity_tokens: sequence length whose attention costs as much as its linear layers,
             what samples are balanced by over data-parallel ranks.
         num_slots: batches that can be out at once, over all clients.
         slot_bytes: size of a slot.
+        awaited_weight_version: after a restart from a journal, the weight version without which
+            nothing is generated until `Client.resume`, as of hello; None: nothing is awaited.
     """
 
     config: dict[str, Any]
@@ -42,6 +45,7 @@ class ServerInfo:
     attention_parity_tokens: int
     num_slots: int
     slot_bytes: int
+    awaited_weight_version: int | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,7 @@ def read_hello(
             attention_parity_tokens=fields["attention_parity_tokens"],
             num_slots=fields["num_slots"],
             slot_bytes=fields["slot_bytes"],
+            awaited_weight_version=fields.get("awaited_weight_version"),
         )
     except KeyError as error:
         raise DataLoss("it is absent", field=f"hello: {error.args[0]}", origin=peer) from error

@@ -1,0 +1,80 @@
+// The dispatcher after a restart: what was accepted in a life before this one is queued again,
+// under its old names, and waits for the weights it is to be made with.
+#include <algorithm>
+#include <utility>
+
+#include <spdlog/spdlog.h>
+
+#include "rollout/cluster/dispatcher.h"
+
+namespace rollpack::rollout {
+
+void Dispatcher::restore(RequestLog& log, RestoredRequests restored) {
+  Effects effects;
+  {
+    const std::lock_guard lock(mutex_);
+    log_ = &log;
+    num_requests_ = restored.num_requests;
+    const bool has_other_weights = restored.weight_version != weight_version_;
+    if (has_other_weights && !restored.groups.empty()) {
+      awaited_version_ = restored.weight_version;
+      spdlog::warn("{} groups wait for weights of version {}: update_weights() or resume()",
+                   restored.groups.size(), restored.weight_version);
+    } else if (has_other_weights) {
+      log_->switched(weight_version_);
+    }
+    for (RestoredGroup& group : restored.groups) restore_group(group, effects);
+    dispatch();
+  }
+  run(effects);
+}
+
+void Dispatcher::restore_group(RestoredGroup& group, Effects& effects) {
+  GroupRequest& request = group.accepted.request;
+  const int32_t size = request.key.group_size;
+  if (std::ranges::count(group.is_done, false) == 0) return;
+  if (group.accepted.skipped || group.is_aborted) {
+    for (int32_t i = 0; i < size; ++i) {
+      if (!group.is_done[static_cast<size_t>(i)]) request.sample_indices.push_back(i);
+    }
+    group.is_aborted ? commit_empty(request, effects)
+                     : fail_open(request, *group.accepted.skipped, effects);
+    return;
+  }
+  if (!group.cut_lengths.empty()) {
+    request.response_lengths.assign(static_cast<size_t>(size), request.sampling.response_length);
+    for (const auto& [sample, num_tokens] : group.cut_lengths) {
+      request.response_lengths[static_cast<size_t>(sample)] = num_tokens;
+      cut_samples_.emplace(request.key.request_id, request.key.prompt_index, sample);
+    }
+  }
+  ledger_.accept(std::move(request), std::move(group.accepted.origin), std::move(group.is_done));
+}
+
+// It was aborted where it ends now by length: the same tokens, and so the same sample.
+void Dispatcher::finish_as_cut(bridge::Sample& sample) {
+  const auto& key = sample.key;
+  if (cut_samples_.erase({key.request_id, key.prompt_index, key.sample_index}) == 0) return;
+  sample.finish_reason = bridge::FinishReason::kAbort;
+  sample.stop_token_id = -1;
+}
+
+// Older weights than those awaited are a step on the way to them, unless resume() says otherwise.
+void Dispatcher::note_switch() {
+  if (awaited_version_ && weight_version_ < *awaited_version_) return;
+  if (log_ != nullptr) log_->switched(weight_version_);
+  if (!std::exchange(awaited_version_, std::nullopt)) return;
+  dispatch();
+}
+
+void Dispatcher::lose_log(ErrorInfo error) {
+  Effects effects;
+  {
+    const std::lock_guard lock(mutex_);
+    end_with(std::move(error), effects);
+  }
+  changed_.notify_all();
+  run(effects);
+}
+
+}  // namespace rollpack::rollout
