@@ -51,11 +51,13 @@ class Dispatcher : public bridge::RolloutService {
 
   void set_sink(bridge::SampleSink& sink) { sink_ = &sink; }
   // Writes down what it does from here on, and goes on from what was written down before. Once,
-  // after set_sink() and before any request; `log` outlives this. Where the weights were not the
-  // checkpoint's, nothing is generated until they are current again or resume() is called.
+  // after set_sink() and before any request; `log` lives until forget_log(). Where the weights were
+  // not the checkpoint's, nothing is generated until they are current again or resume() is called.
   void restore(RequestLog& log, RestoredRequests restored);
   // The log can take nothing more, so nothing can be promised: everything that waits fails.
   void lose_log(ErrorInfo error);
+  // Writes nothing down any more: the log may go before this.
+  void forget_log();
   // Called once, from any thread, when shutdown() is asked for or no worker can go on.
   void set_on_end(std::function<void()> on_end) { on_end_ = std::move(on_end); }
 

@@ -67,6 +67,11 @@ void Dispatcher::note_switch() {
   dispatch();
 }
 
+void Dispatcher::forget_log() {
+  const std::lock_guard lock(mutex_);
+  log_ = nullptr;
+}
+
 void Dispatcher::lose_log(ErrorInfo error) {
   Effects effects;
   {

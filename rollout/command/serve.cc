@@ -88,6 +88,7 @@ int serve(Job& job, const CommandLine&) {
   // What a journal holds goes on in the next life: whole, not as partial samples.
   job.stop(/*hand_back=*/!broken && !journal);
   server.stop();
+  dispatcher.forget_log();
   if (!broken) return 0;
   log_end(*broken);
   return kLostRankStatus;

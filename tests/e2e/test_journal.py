@@ -52,7 +52,8 @@ class Server:
         self._num_ranks = num_ranks
         self.config = write_config(tmp_path / "config.yaml", {
             "model": {"path": folder},
-            "rollout": {"n": NUM_SAMPLES, "response_length": RESPONSE_LENGTH, "ignore_eos": True},
+            "rollout": {"n": NUM_SAMPLES, "response_length": RESPONSE_LENGTH, "ignore_eos": True,
+                        "prompt_overflow": "skip"},
             "engine": {"kv_cache_memory": "64MiB", "num_threads": 1, "max_num_seqs": 32},
             "bridge": {"slots": 2, "slot_bytes": "16MiB", "socket": self.socket},
             "cluster": {"journal": self.journal}})
@@ -152,7 +153,8 @@ def test_kills_at_random_moments_lose_nothing_and_double_nothing(
                 assert client.stats()["num_open_samples"] == 0
                 with pytest.raises(rollpack.DeadlineExceeded):
                     client.next_batch(timeout_s=0)
-        timer.join()
+        if not is_last:
+            timer.join()
         server.stop()
     assert trainer.samples == _undisturbed(folder, tmp_path, num_requests)
     # Everything is acknowledged: the next life has nothing to do.
@@ -245,6 +247,21 @@ def test_a_batch_with_partial_samples_comes_again_as_it_was(server: Server) -> N
     server.start()
     with server.connect() as client, client.next_batch(timeout_s=60) as batch:
         assert {name: batch[name].tobytes() for name in names} == before
+
+
+def test_failures_are_told_once(server: Server) -> None:
+    server.start()
+    with server.connect() as client:
+        client.submit([{"prompt_id": "long", "input_ids": [5] * 600}])
+        batch = client.next_batch(timeout_s=60)
+        assert batch.num_samples == 0
+        assert {failed.error.field for failed in batch.failed} == {"input_ids"}
+        state = client.state_dict([batch])
+        server.job.kill()
+    server.stop()
+    server.start()
+    with server.connect(state) as client, pytest.raises(rollpack.DeadlineExceeded):
+        client.next_batch(timeout_s=0.2)
 
 
 def test_two_jobs_cannot_share_a_journal(server: Server, tmp_path: pathlib.Path) -> None:

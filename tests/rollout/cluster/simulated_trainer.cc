@@ -91,6 +91,7 @@ void SimulatedTrainer::ask(Client& client) {
 void SimulatedTrainer::receive(uint64_t number, const bridge::BatchNotice& notice) {
   const auto client = std::ranges::find(clients_, number, &Client::number);
   if (client == clients_.end()) return;  // it has died meanwhile
+  compare(notice);
   if (consumed_.contains(notice.batch_seq)) {
     world_.fault(Fault::kPassedOver);
     return give_back(*client, notice);
@@ -122,9 +123,8 @@ SimulatedTrainer::Seen SimulatedTrainer::look(const bridge::BatchNotice& notice)
   return seen;
 }
 
-void SimulatedTrainer::consume(Client& client, size_t index) {
-  const bridge::BatchNotice notice = client.held[index];
-  client.held.erase(client.held.begin() + static_cast<int64_t>(index));
+// A batch that has come before holds what it held then, where the weights are those of then.
+void SimulatedTrainer::compare(const bridge::BatchNotice& notice) {
   const Seen now = look(notice);
   const auto [before, is_new] = seen_.try_emplace(notice.batch_seq, now);
   if (!is_new) {
@@ -139,7 +139,12 @@ void SimulatedTrainer::consume(Client& client, size_t index) {
                    text_of(name) + " is not what it was");
     }
   }
-  for (const SampleName& name : now.names) {
+}
+
+void SimulatedTrainer::consume(Client& client, size_t index) {
+  const bridge::BatchNotice notice = client.held[index];
+  client.held.erase(client.held.begin() + static_cast<int64_t>(index));
+  for (const SampleName& name : seen_.at(notice.batch_seq).names) {
     world_.check(ended_.insert(name).second, text_of(name) + " was consumed twice");
   }
   consumed_.insert(notice.batch_seq);

@@ -63,6 +63,7 @@ class SimulatedTrainer {
   void connect(Client& client);
   void ask(Client& client);
   void receive(uint64_t number, const bridge::BatchNotice& notice);
+  void compare(const bridge::BatchNotice& notice);
   void consume(Client& client, size_t index);
   void give_back(const Client& client, const bridge::BatchNotice& notice);
   Seen look(const bridge::BatchNotice& notice);

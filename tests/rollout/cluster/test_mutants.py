@@ -18,7 +18,7 @@ BUILD = pathlib.Path(os.environ.get("ROLLPACK_BUILD_DIR", ROOT / "build"))
 TARGET = "tests/rollout/test_rollout_simulation"
 NUM_SEEDS = 4000
 
-# What the bug is, where, and the text that becomes another.
+# What the bug is, where (a file of rollout/cluster, or a path), and the text that becomes another.
 MUTANTS = [
     ("a fenced attempt counts", "ledger", "found->second.worker == worker &&\n"
      "                      found->second.attempt == attempt && ", ""),
@@ -57,7 +57,28 @@ MUTANTS = [
      "} else if (state.weights_hash != weights_.hash) {", "} else if (false) {"),
     ("who cannot switch goes on", "dispatcher_workers",
      "if (event.error && collection->must_succeed && recovery_.is_on) {", "if (false) {"),
+    ("restored requests do not wait for their weights", "dispatcher_restart",
+     "if (has_other_weights && !restored.groups.empty()) {", "if (false) {"),
+    ("what was acknowledged is made again", "dispatcher_restart",
+     "std::move(group.accepted.origin), std::move(group.is_done));",
+     "std::move(group.accepted.origin));"),
+    ("a partial sample is made whole", "dispatcher_restart",
+     "      request.response_lengths[static_cast<size_t>(sample)] = num_tokens;\n", ""),
+    ("a switch is not written down", "dispatcher_restart",
+     "if (log_ != nullptr) log_->switched(weight_version_);", ""),
+    ("an acknowledged group is kept", "rollout/journal/live_set",
+     "  groups_.erase(found);\n", ""),
+    ("half a step is written down", "trainer_bridge/delivery/delivery",
+     "  log_->formed(std::move(records));\n",
+     "  records.resize(1);\n  log_->formed(std::move(records));\n"),
+    ("a batch of before gets another number", "trainer_bridge/delivery/delivery",
+     "BatchNotice notice{.batch_seq = batch.record.batch_seq,",
+     "BatchNotice notice{.batch_seq = ++last_batch_seq_,"),
 ]
+
+
+def _path_of(name: str) -> str:
+    return f"{name}.cc" if "/" in name else f"rollout/cluster/{name}.cc"
 
 
 def _commands() -> list[str]:
@@ -67,8 +88,8 @@ def _commands() -> list[str]:
 
 
 def _compile(source: pathlib.Path, name: str, into: pathlib.Path) -> None:
-    """Compiles `source` as the build compiles rollout/cluster/NAME.cc."""
-    [command] = [line for line in _commands() if line.endswith(f"rollout/cluster/{name}.cc")]
+    """Compiles `source` as the build compiles the file of that name."""
+    [command] = [line for line in _commands() if line.endswith("/" + _path_of(name))]
     words = shlex.split(command)
     words[words.index("-o") + 1] = str(into)
     words[-1] = str(source)
@@ -87,7 +108,7 @@ def _link(mutant: pathlib.Path, into: pathlib.Path) -> None:
 @pytest.mark.parametrize(("name", "before", "after"), [mutant[1:] for mutant in MUTANTS],
                          ids=[mutant[0].replace(" ", "-") for mutant in MUTANTS])
 def test_the_simulation_notices(name: str, before: str, after: str, tmp_path: pathlib.Path) -> None:
-    text = (ROOT / "rollout" / "cluster" / f"{name}.cc").read_text()
+    text = (ROOT / _path_of(name)).read_text()
     assert text.count(before) == 1, "the code has changed: mend the mutant"
     source, mutant, program = tmp_path / "mutant.cc", tmp_path / "mutant.o", tmp_path / "simulation"
     source.write_text(text.replace(before, after))
@@ -103,4 +124,4 @@ def test_the_simulation_notices(name: str, before: str, after: str, tmp_path: pa
 @pytest.mark.parametrize(("name", "before"), [mutant[1:3] for mutant in MUTANTS],
                          ids=[mutant[0].replace(" ", "-") for mutant in MUTANTS])
 def test_a_mutant_still_fits_the_code(name: str, before: str) -> None:
-    assert (ROOT / "rollout" / "cluster" / f"{name}.cc").read_text().count(before) == 1
+    assert (ROOT / _path_of(name)).read_text().count(before) == 1

@@ -2,8 +2,9 @@
 #pragma once
 
 #include <memory>
-#include <string>
 #include <vector>
+
+#include <fmt/format.h>
 
 #include "rollout/journal/record.h"
 
@@ -13,7 +14,7 @@ inline AcceptedGroup made_group(int64_t request, int32_t prompt, int32_t size) {
   AcceptedGroup group;
   group.request.key = {.request_id = request,
                        .prompt_index = prompt,
-                       .prompt_id = {.text = "p" + std::to_string(request * 100 + prompt)},
+                       .prompt_id = {.text = fmt::format("p{}", request * 100 + prompt)},
                        .group_size = size};
   group.request.prompt_ids = std::make_shared<const std::vector<int32_t>>(
       std::vector<int32_t>{static_cast<int32_t>(request), prompt, 7});
@@ -21,7 +22,7 @@ inline AcceptedGroup made_group(int64_t request, int32_t prompt, int32_t size) {
                             .seed = 99 + static_cast<uint64_t>(request),
                             .response_length = 12,
                             .stop_token_ids = {2, 3}};
-  group.origin = "submit prompts[" + std::to_string(prompt) + "]";
+  group.origin = fmt::format("submit prompts[{}]", prompt);
   return group;
 }
 

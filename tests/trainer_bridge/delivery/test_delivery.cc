@@ -222,9 +222,12 @@ TEST_F(DeliveryTest, NoFreeSlotMeansWaitingForARelease) {
 TEST_F(DeliveryTest, ReleasesThatAreNotTheClientsAreErrors) {
   commit_group(1, 0, 1);
   const auto notice = *next_batch(kAnna, 1);
-  EXPECT_EQ(error_of([&] { delivery.release(kAnna, {9, 1}, 1); }).code, ErrorCode::kNotFound);
   EXPECT_EQ(error_of([&] {
-              delivery.release(kAnna, {1, 1}, 1);
+              delivery.release(kAnna, SlotLease{9, 1}, 1);
+            }).code,
+            ErrorCode::kNotFound);
+  EXPECT_EQ(error_of([&] {
+              delivery.release(kAnna, SlotLease{1, 1}, 1);
             }).code,
             ErrorCode::kFailedPrecondition);
   EXPECT_EQ(error_of([&] { release(kBerta, notice); }).code, ErrorCode::kFailedPrecondition);
