@@ -179,6 +179,7 @@ class Dispatcher : public bridge::RolloutService {
   void check_health() const;
   void dispatch();
   void restore_group(RestoredGroup& group, Effects& effects);
+  bool goes_on(const bridge::Sample& sample, int32_t worker, int32_t attempt);
   void finish_as_cut(bridge::Sample& sample);
   void note_switch();
   bool asks(int32_t worker) const;

@@ -48,7 +48,18 @@ void Dispatcher::restore_group(RestoredGroup& group, Effects& effects) {
       cut_samples_.emplace(request.key.request_id, request.key.prompt_index, sample);
     }
   }
-  ledger_.accept(std::move(request), std::move(group.accepted.origin), std::move(group.is_done));
+  ledger_.accept(std::move(request), std::move(group.accepted.origin),
+                 {.is_done = std::move(group.is_done), .must_finish = group.is_formed});
+}
+
+// A client that aborts now cannot take back what it was delivered: the batch is to be the same.
+bool Dispatcher::goes_on(const bridge::Sample& sample, int32_t worker, int32_t attempt) {
+  if (sample.finish_reason != bridge::FinishReason::kAbort) return false;
+  const auto tokens = ledger_.give_back(sample.key, worker, attempt);
+  if (!tokens) return false;
+  release_tokens(worker, *tokens);
+  dispatch();
+  return true;
 }
 
 // It was aborted where it ends now by length: the same tokens, and so the same sample.

@@ -149,6 +149,7 @@ void Dispatcher::on_event(int32_t worker, Pull& event, Effects&) {
 }
 
 void Dispatcher::on_event(int32_t worker, SampleDone& event, Effects& effects) {
+  if (goes_on(event.sample, worker, event.attempt)) return;
   const std::optional<int64_t> tokens = ledger_.commit(event.sample.key, worker, event.attempt);
   if (!tokens) return;
   ++num_finished(event.sample.finish_reason);

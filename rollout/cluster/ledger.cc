@@ -4,11 +4,14 @@
 
 namespace rollpack::rollout {
 
-void Ledger::accept(GroupRequest request, std::string origin, std::vector<bool> is_done) {
+void Ledger::accept(GroupRequest request, std::string origin, Taken taken) {
   const GroupKey key{request.key.request_id, request.key.prompt_index};
-  is_done.resize(static_cast<size_t>(request.key.group_size));
-  const auto num_left = static_cast<int32_t>(std::ranges::count(is_done, false));
-  Entry entry{.origin = std::move(origin), .num_left = num_left, .is_done = std::move(is_done)};
+  taken.is_done.resize(static_cast<size_t>(request.key.group_size));
+  const auto num_left = static_cast<int32_t>(std::ranges::count(taken.is_done, false));
+  Entry entry{.origin = std::move(origin),
+              .must_finish = taken.must_finish,
+              .num_left = num_left,
+              .is_done = std::move(taken.is_done)};
   if (!entry.origin.empty()) live_prompt_ids_[request.key.prompt_id.text] = entry.origin;
   entry.request = std::move(request);
   num_open_samples_ += num_left;
@@ -74,26 +77,52 @@ GroupRequest Ledger::assign(const GroupKey& key, int32_t worker) {
   return open_request(entry);
 }
 
-std::optional<int64_t> Ledger::commit(const bridge::SampleKey& key, int32_t worker,
-                                      int32_t attempt) {
+// end() where the result is late, of a fenced attempt, unknown or a second one.
+Ledger::Entries::iterator Ledger::running(const bridge::SampleKey& key, int32_t worker,
+                                          int32_t attempt) {
   const auto found = entries_.find({key.request_id, key.prompt_index});
   const bool counts = found != entries_.end() && found->second.worker == worker &&
                       found->second.attempt == attempt && key.sample_index >= 0 &&
                       key.sample_index < found->second.request.key.group_size &&
-                      !found->second.is_done[key.sample_index];
-  if (!counts) {
+                      !found->second.is_done[key.sample_index] &&
+                      !found->second.given_back.contains(key.sample_index);
+  return counts ? found : entries_.end();
+}
+
+int64_t Ledger::settle(Entries::iterator found, int32_t sample_index) {
+  Entry& entry = found->second;
+  int64_t expected_tokens = entry.request.response_limit(sample_index);
+  if (entry.num_left > static_cast<int32_t>(entry.given_back.size())) return expected_tokens;
+  expected_tokens += static_cast<int64_t>(entry.request.prompt_ids->size());
+  if (entry.num_left == 0) {
+    erase(found);
+  } else {
+    entry.worker = -1;
+    entry.given_back.clear();
+    enqueue(found->first, entry);
+  }
+  return expected_tokens;
+}
+
+std::optional<int64_t> Ledger::commit(const bridge::SampleKey& key, int32_t worker,
+                                      int32_t attempt) {
+  const auto found = running(key, worker, attempt);
+  if (found == entries_.end()) {
     ++num_dropped_;
     return std::nullopt;
   }
-  Entry& entry = found->second;
-  entry.is_done[key.sample_index] = true;
+  found->second.is_done[key.sample_index] = true;
   --num_open_samples_;
-  int64_t expected_tokens = entry.request.response_limit(key.sample_index);
-  if (--entry.num_left == 0) {
-    expected_tokens += static_cast<int64_t>(entry.request.prompt_ids->size());
-    erase(found);
-  }
-  return expected_tokens;
+  --found->second.num_left;
+  return settle(found, key.sample_index);
+}
+
+std::optional<int64_t> Ledger::give_back(const bridge::SampleKey& key, int32_t worker,
+                                         int32_t attempt) {
+  const auto found = running(key, worker, attempt);
+  if (found == entries_.end() || !found->second.must_finish) return std::nullopt;
+  found->second.given_back.insert(key.sample_index);
+  return settle(found, key.sample_index);
 }
 
 Ledger::Fenced Ledger::fence(int32_t worker) {
@@ -103,6 +132,7 @@ Ledger::Fenced Ledger::fence(int32_t worker) {
     Entry& entry = it->second;
     if (entry.worker != worker) continue;
     entry.worker = -1;
+    entry.given_back.clear();
     ++entry.num_deaths;
     if (entry.is_aborted) {
       fenced.aborted.push_back(take(it));
@@ -122,6 +152,7 @@ std::vector<GroupRequest> Ledger::abort(std::optional<int64_t> request_id) {
   for (auto next = first; next != entries_.end();) {
     const auto it = next++;
     if (request_id && it->first.first != *request_id) break;
+    if (it->second.must_finish) continue;
     if (it->second.worker == -1) {
       taken.push_back(take(it));
     } else {

@@ -36,8 +36,15 @@ class Ledger {
   void set_longest_first(bool longest_first) { longest_first_ = longest_first; }
 
   // Queues a group. `origin` names an explicit prompt_id's place for errors; empty: id by default.
-  // `is_done` [group_size]: samples that are not to be made, but not all; empty: none.
-  void accept(GroupRequest request, std::string origin, std::vector<bool> is_done = {});
+  struct Taken {
+    std::vector<bool>
+        is_done;               // [group_size] samples that are not to be made, not all; empty: none
+    bool must_finish = false;  // an abort does not end it
+  };
+  void accept(GroupRequest request, std::string origin) {
+    accept(std::move(request), std::move(origin), {});
+  }
+  void accept(GroupRequest request, std::string origin, Taken taken);
   // Origin of the live group that carries this explicit prompt_id, if there is one.
   std::optional<std::string> live_origin(const std::string& prompt_id) const;
 
@@ -55,6 +62,11 @@ class Ledger {
   // its hands with it. nullopt: it is late, of a fenced attempt, unknown or a second one, and must
   // be dropped.
   std::optional<int64_t> commit(const bridge::SampleKey& key, int32_t worker, int32_t attempt);
+
+  // As commit(), of a sample that `worker` hands back unfinished though its group must finish: once
+  // the worker has nothing more of the group, what is open of it is queued again.
+  // nullopt: it is none of those, and may be committed.
+  std::optional<int64_t> give_back(const bridge::SampleKey& key, int32_t worker, int32_t attempt);
 
   // `worker` is lost: fences its attempts and queues their groups again. What is not queued is
   // taken out and returned, with its open samples: groups that were aborted before, and culprits.
@@ -88,8 +100,10 @@ class Ledger {
     int32_t attempt = 0;     // the last one handed out
     int32_t num_deaths = 0;  // of workers that ran it
     bool is_aborted = false;
+    bool must_finish = false;
     int32_t num_left = 0;
-    std::vector<bool> is_done;  // [group_size]
+    std::vector<bool> is_done;     // [group_size]
+    std::set<int32_t> given_back;  // of num_left, by the worker
   };
   using Entries = std::map<GroupKey, Entry>;
   // (request, -precedence, prompt): oldest submit first.
@@ -99,6 +113,9 @@ class Ledger {
   static GroupRequest open_request(const Entry& entry);
   void enqueue(const GroupKey& key, const Entry& entry);
   void dequeue(const GroupKey& key, const Entry& entry);
+  Entries::iterator running(const bridge::SampleKey& key, int32_t worker, int32_t attempt);
+  // Expected tokens that a worker is rid of with a sample, the prompt's with its last.
+  int64_t settle(Entries::iterator entry, int32_t sample_index);
   void erase(Entries::iterator entry);
   // Forgets a group that is not running and returns its open samples.
   GroupRequest take(Entries::iterator entry);

@@ -77,9 +77,8 @@ void StepBatch::add_sample(Sequence& target, int32_t row) {
                                .next_position = target.length(),
                                .min_position = target.num_prompt + sampling.min_tokens,
                                .end_position = target.end_position,
-                               .stop_token_ids = request.ignores_stops
-                                                     ? std::vector<int32_t>{}
-                                                     : sampling.stop_token_ids});
+                               .stop_token_ids = request.ignores_stops ? std::vector<int32_t>{}
+                                                                       : sampling.stop_token_ids});
     target.slot_is_set = true;
   }
   plan.samples.push_back({.row = row < 0 ? num_rows() - 1 : row, .slot = target.slot});

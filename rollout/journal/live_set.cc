@@ -222,7 +222,8 @@ RestoredRequests LiveSet::requests() const {
   for (const auto& [key, group] : groups_) {
     RestoredGroup& kept = restored.groups.emplace_back();
     kept.accepted = group.record.accepted;
-    kept.is_aborted = group.record.is_aborted && !group.is_formed();
+    kept.is_formed = group.is_formed();
+    kept.is_aborted = group.record.is_aborted && !kept.is_formed;
     kept.cut_lengths = group.cut_lengths;
     for (const SampleState state : group.states) {
       kept.is_done.push_back(state == SampleState::kFailed || state == SampleState::kReleased);

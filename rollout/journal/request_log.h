@@ -22,6 +22,7 @@ struct AcceptedGroup {
 // What is left of an accepted group.
 struct RestoredGroup {
   AcceptedGroup accepted;
+  bool is_formed = false;     // its samples are those of a batch, and must be
   bool is_aborted = false;    // and in no batch yet: what is open comes empty
   std::vector<bool> is_done;  // [group_size] nothing is to be made
   // Samples of a batch that were aborted: response tokens to make, by sample_index.

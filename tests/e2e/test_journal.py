@@ -236,8 +236,8 @@ def test_a_batch_with_partial_samples_comes_again_as_it_was(server: Server) -> N
     names = ("input_ids", "rollout_log_probs", "finish_reason", "sample_index", "prompt_id_bytes")
     server.start()
     with server.connect() as client:
-        request = client.submit(_prompts(0))
-        time.sleep(0.15)
+        request = client.submit(_prompts(0), n=16, sampling={"response_length": 400})
+        time.sleep(0.1)
         assert client.abort(request) > 0
         batch = client.next_batch(num_groups=PROMPTS_A_SUBMIT, timeout_s=60)
         assert 2 in batch["finish_reason"].tolist()

@@ -331,7 +331,7 @@ class Client:
 
         Returns:
             {"instance": str, "consumed": [batch_seq]}, plain values. It counts for the life of the
-            server that it was made in.
+            server that it was made in, or of its journal where it has one.
         """
         return self._session.inbox.state(consumed)
 

@@ -151,13 +151,14 @@ class Inbox:
             self._undelivered.append(future.result())
 
     def _is_consumed(self, fields: dict[str, Any]) -> bool:
-        return fields["batch_seq"] != 0 and fields["batch_seq"] in self._consumed
+        batch_seq = fields.get("batch_seq", 0)
+        return batch_seq != 0 and batch_seq in self._consumed
 
     def _open(self, reply: Reply, verify: bool) -> Batch:
         fields = reply.fields
         pad = self._info.pad_token_id
         if fields.get("slot") is None:
-            if fields["batch_seq"]:  # of a server with a journal: it has been told, once for all
+            if fields.get("batch_seq"):  # of a server with a journal: it has been told, once for all
                 self._release(_handed_over(fields))
             return Batch(fields, None, verify=verify, pad_token_id=pad)
         index, slot_bytes = fields["slot"], self._info.slot_bytes
