@@ -39,9 +39,12 @@ void Dispatcher::replacement_failed(ErrorInfo error) {
   run(effects);
 }
 
-// Not for a rank that was lost while the job started: what ails it would ail another.
+// Not for a rank that was lost while the job started: what ails it would ail another. Nor for one
+// of another node: what starts here would take the CPUs of the ranks here.
 void Dispatcher::replace(const WorkerState& lost, Effects& effects) {
-  if (!replace_ || is_ending_ || (!lost.is_ready && !lost.is_replacement)) return;
+  if (!replace_ || is_ending_ || !lost.link->is_on_this_node() ||
+      (!lost.is_ready && !lost.is_replacement))
+    return;
   if (lost.is_replacement && !lost.has_committed && ++num_fruitless_ >= kMaxFruitless) {
     spdlog::error("{} replacements in a row were lost without a sample: no more are started",
                   num_fruitless_);

@@ -8,13 +8,17 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <optional>
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <spdlog/spdlog.h>
 
 #include "kernels/base/error.h"
 #include "kernels/base/fault_point.h"
 #include "kernels/machine_limits.h"
+#include "rollout/cluster/meeting.h"
+#include "rollout/cluster/rank_acceptor.h"
 #include "rollout/cluster/weight_sharing.h"
 
 namespace rollpack::rollout {
@@ -27,12 +31,13 @@ using namespace std::chrono_literals;
 constexpr auto kStartTimeout = 30min;
 // mpirun follows SIGTERM with SIGKILL after 1 s; the rest is for writing what was handed back.
 constexpr auto kStopTimeout = 600ms;
-// Ranks connect as soon as they have met.
-constexpr auto kConnectTimeout = 1min;
+// Ranks connect as soon as they have met; those of other nodes try several addresses in turn.
+constexpr auto kConnectTimeout = 30s;
 
 int threads_per_rank(const EngineSection& engine, const Placement& placement) {
   if (engine.num_threads > 0) return engine.num_threads;
-  return kernels::usable_cores().num_threads(placement.cpus.num_processes, placement.num_ranks);
+  return kernels::usable_cores().num_threads(placement.cpus.num_processes,
+                                             placement.num_ranks_on_node);
 }
 
 std::string make_private_folder() {
@@ -55,6 +60,22 @@ std::chrono::milliseconds lease_of(const Config& config) {
   return std::chrono::milliseconds(std::llround(config.cluster.lease_s * 1000));
 }
 
+void connect_to_rank_0(const Config& config, const Launch& launch, const Meeting& meeting,
+                       std::optional<RankClient>& client) {
+  const Placement& placement = launch.placement();
+  const auto deadline = Clock::now() + kConnectTimeout;
+  if (const auto& order = launch.join_order()) {
+    client.emplace(bridge::OwnedFd(order->socket));
+  } else if (placement.is_on_first_node()) {
+    client.emplace(connect_on_this_node(meeting, placement.rank, deadline));
+  } else {
+    bridge::OwnedFd socket = connect_from_other_node(meeting, placement.rank, deadline);
+    // Longer than rank 0 waits for us: it may be stopped for a while, and go on.
+    watch_tcp(socket.get(), 2 * lease_of(config));
+    client.emplace(std::move(socket), std::make_unique<NodeMemory>(meeting.job, placement.rank));
+  }
+}
+
 // Where memory runs out a worker can be replaced and rank 0 cannot.
 void be_the_first_to_go() {
   std::ofstream("/proc/self/oom_score_adj") << 500;
@@ -66,20 +87,14 @@ Job::Job(const Config& config, Launch& launch, const JobOptions& options)
     : config_(config),
       placement_(launch.placement()),
       survives_deaths_(launch.survives_deaths()),
-      num_threads_(threads_per_rank(config.engine, launch.placement())) {
+      num_threads_(threads_per_rank(config.engine, launch.placement())),
+      launch_(launch) {
   const ModelConfig model = read_model_config(config.model.path);
-  const WeightSharing sharing = decide_weight_sharing(config.engine.share_weights, num_ranks(),
-                                                      weight_bytes(model, compute_dtype(config)));
+  const WeightSharing sharing =
+      decide_weight_sharing(config.engine.share_weights, placement_.most_ranks_on_a_node(),
+                            weight_bytes(model, compute_dtype(config)));
   shares_weights_ = sharing.is_shared && num_ranks() > 1;
-  std::string socket;
-  if (num_ranks() > 1) {
-    folder_ = make_private_folder();
-    socket = folder_ + "/ranks.sock";
-    hub_ = std::make_unique<RankHub>(socket);
-  }
-  // One line that every rank needs: the socket, and whether its weights come through it.
-  line_ = (shares_weights_ ? "shared:" : "private:") + socket;
-  launch.meet(line_);
+  meet_ranks();
   replica_ = std::make_unique<Replica>(config, model,
                                        ReplicaOptions{.num_threads = num_threads_,
                                                       .cpus = placement_.cpus,
@@ -99,6 +114,42 @@ Job::Job(const Config& config, Launch& launch, const JobOptions& options)
   dispatcher_ = std::make_unique<Dispatcher>(
       config, model, replica_->limits(), info.fingerprint, replica_->backend().weights_hash(),
       shares_weights_, RecoveryOptions{.is_on = survives_deaths_, .lease = lease_of(config)});
+}
+
+// Every rank learns how it reaches this one, and does so before anyone loads anything.
+void Job::meet_ranks() {
+  Meeting meeting{.shares_weights = shares_weights_};
+  std::optional<RankAcceptor> acceptor;
+  if (num_ranks() > 1) {
+    folder_ = make_private_folder();
+    meeting.socket = folder_ + "/ranks.sock";
+    meeting.token = random_token();
+    meeting.answer = random_token();
+    meeting.job = random_token();
+    bridge::OwnedFd tcp;
+    if (placement_.has_other_nodes()) {
+      TcpListener listener = listen_tcp({.interface = config_.cluster.interface,
+                                         .port = config_.cluster.port,
+                                         .num_ports = config_.cluster.num_ports});
+      tcp = std::move(listener.socket);
+      meeting.endpoint = std::move(listener.endpoint);
+      spdlog::info("{} nodes; ranks of others connect to {} port {}", placement_.num_nodes(),
+                   fmt::join(meeting.endpoint.addresses, ", "), meeting.endpoint.port);
+    }
+    acceptor.emplace(meeting, std::move(tcp), num_ranks());
+  }
+  std::vector<AcceptedRank> ranks;
+  line_ = launch_.meet(meeting.text(), [&](const std::string&) {
+    if (acceptor) ranks = acceptor->accept(Clock::now() + kConnectTimeout);
+  });
+  if (!acceptor) return;
+  hub_ = std::make_unique<RankHub>(
+      std::move(ranks), RankHub::Options{.num_ranks = num_ranks(),
+                                         .num_ranks_on_node = placement_.num_ranks_on_node,
+                                         .node_of_rank = placement_.node_of_rank,
+                                         .may_miss = survives_deaths_,
+                                         .lease = lease_of(config_),
+                                         .on_lost_host = [this] { launch_.note_lost_host(); }});
 }
 
 Job::~Job() {
@@ -121,12 +172,7 @@ void Job::start() {
   if (hub_ && survives_deaths_ && config_.cluster.replace_lost) {
     dispatcher.set_replace([this] { hub_->start_replacement(*dispatcher_, line_); });
   }
-  if (hub_) {
-    hub_->connect(dispatcher, {.num_ranks = num_ranks(),
-                               .deadline = Clock::now() + kConnectTimeout,
-                               .may_miss = survives_deaths_,
-                               .lease = lease_of(config_)});
-  }
+  if (hub_) hub_->serve(dispatcher);
   if (shares_weights_) dispatcher.share_first_weights(std::move(first_weights_));
   dispatcher.wait_ready(deadline);
   if (!folder_.empty()) std::filesystem::remove_all(folder_);
@@ -138,14 +184,15 @@ void Job::stop(bool hand_back) {
 
 void run_worker_rank(const Config& config, Launch& launch, const JobOptions& options) {
   const int rank = launch.placement().rank;
-  const std::string line = launch.meet("");
+  std::optional<RankClient> connected;
+  Meeting meeting;
+  const std::string line = launch.meet("", [&](const std::string& text) {
+    meeting = Meeting::parse(text);
+    connect_to_rank_0(config, launch, meeting, connected);
+  });
   if (line.empty()) launch.exit(1);  // rank 0 has said why
-  const size_t colon = line.find(':');
-  const bool is_shared = line.substr(0, colon) == "shared";
+  RankClient& client = *connected;
   be_the_first_to_go();
-  const auto& order = launch.join_order();
-  RankClient client = order ? RankClient(bridge::OwnedFd(order->socket))
-                            : RankClient(line.substr(colon + 1), rank, Clock::now() + 1min);
   fault_at(FaultPoint::kWorkerConnected);
   const auto tell_rank_0 = [&client](const Event& event) {
     try {
@@ -159,9 +206,9 @@ void run_worker_rank(const Config& config, Launch& launch, const JobOptions& opt
     Replica replica(config, read_model_config(config.model.path),
                     {.num_threads = num_threads,
                      .cpus = launch.placement().cpus,
-                     .shared_weights = is_shared,
+                     .shared_weights = meeting.shares_weights,
                      .profiles = options.profiles});
-    if (!is_shared) {
+    if (!meeting.shares_weights) {
       replica.load_checkpoint();
       replica.backend().commit_weights();
     }

@@ -38,10 +38,13 @@ class Job {
   int num_threads() const { return num_threads_; }  // of one rank
 
  private:
+  void meet_ranks();
+
   const Config config_;
   const Placement placement_;
   const bool survives_deaths_;
   const int num_threads_;
+  Launch& launch_;
   std::string folder_;  // private to this run; holds the rank socket while ranks connect
   std::unique_ptr<RankHub> hub_;
   std::unique_ptr<Replica> replica_;

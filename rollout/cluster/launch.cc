@@ -6,18 +6,23 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <mutex>
+#include <numeric>
 #include <string_view>
 #include <thread>
 #include <vector>
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include "kernels/base/error.h"
 #include "rollout/event_log/event_log.h"
@@ -51,18 +56,67 @@ std::filesystem::path mpi_folder() {
          fmt::format("rollpack-mpi-{}-{}", ::getuid(), job != nullptr ? job : "job");
 }
 
-// mpirun may bind ranks to CPUs of their own, to a node's, or not at all: each learns all masks.
-kernels::CpuSharing sharing_of_cpus(const Placement& placement) {
+// mpirun may bind ranks to CPUs of their own, to a node's, or not at all: each learns all masks of
+// its host.
+kernels::CpuSharing sharing_of_cpus(MPI_Comm host, int num_ranks_on_host) {
   std::vector<char> mine(kernels::kMaxCpus);
   for (const int cpu : kernels::affinity_cpus()) mine[static_cast<size_t>(cpu)] = 1;
-  std::vector<char> all(mine.size() * static_cast<size_t>(placement.num_ranks));
+  std::vector<char> all(mine.size() * static_cast<size_t>(num_ranks_on_host));
   MPI_Allgather(mine.data(), kernels::kMaxCpus, MPI_CHAR, all.data(), kernels::kMaxCpus, MPI_CHAR,
-                MPI_COMM_WORLD);
-  std::vector<std::vector<int>> masks(static_cast<size_t>(placement.num_ranks));
+                host);
+  std::vector<std::vector<int>> masks(static_cast<size_t>(num_ranks_on_host));
   for (size_t i = 0; i < all.size(); ++i) {
     if (all[i] != 0) masks[i / mine.size()].push_back(static_cast<int>(i % mine.size()));
   }
-  return kernels::sharing_of(masks, placement.rank);
+  int own = 0;
+  MPI_Comm_rank(host, &own);
+  return kernels::sharing_of(masks, own);
+}
+
+Placement find_placement() {
+  Placement placement;
+  MPI_Comm_rank(MPI_COMM_WORLD, &placement.rank);
+  MPI_Comm_size(MPI_COMM_WORLD, &placement.num_ranks);
+  MPI_Comm host = MPI_COMM_NULL;
+  MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &host);
+  MPI_Comm_size(host, &placement.num_ranks_on_node);
+  placement.cpus = sharing_of_cpus(host, placement.num_ranks_on_node);
+  int first = placement.rank;  // of the host's ranks
+  MPI_Bcast(&first, 1, MPI_INT, 0, host);
+  MPI_Comm_free(&host);
+  std::vector<int> firsts(static_cast<size_t>(placement.num_ranks));
+  MPI_Allgather(&first, 1, MPI_INT, firsts.data(), 1, MPI_INT, MPI_COMM_WORLD);
+  std::map<int, int> nodes;  // by first rank
+  placement.node_of_rank.clear();
+  for (const int each : firsts) {
+    placement.node_of_rank.push_back(
+        nodes.emplace(each, static_cast<int>(nodes.size())).first->second);
+  }
+  return placement;
+}
+
+// Texts of all ranks, on rank 0.
+std::vector<std::string> gather_texts(const std::string& text, int num_ranks) {
+  const int length = static_cast<int>(text.size());
+  std::vector<int> lengths(static_cast<size_t>(num_ranks)), starts(lengths.size());
+  MPI_Gather(&length, 1, MPI_INT, lengths.data(), 1, MPI_INT, 0, MPI_COMM_WORLD);
+  std::exclusive_scan(lengths.begin(), lengths.end(), starts.begin(), 0);
+  std::string all(static_cast<size_t>(starts.back() + lengths.back()), '\0');
+  MPI_Gatherv(text.data(), length, MPI_CHAR, all.data(), lengths.data(), starts.data(), MPI_CHAR, 0,
+              MPI_COMM_WORLD);
+  std::vector<std::string> texts;
+  for (size_t i = 0; i < lengths.size(); ++i) {
+    texts.push_back(all.substr(static_cast<size_t>(starts[i]), static_cast<size_t>(lengths[i])));
+  }
+  return texts;
+}
+
+// With recovery mpirun never learns how ranks of a host that is gone have ended, and stays.
+void end_launcher() {
+  const pid_t parent = ::getppid();
+  std::string name;
+  std::ifstream(fmt::format("/proc/{}/comm", parent)) >> name;
+  if (name == "mpirun" || name == "orterun" || name == "mpiexec") ::kill(parent, SIGTERM);
 }
 
 // Appears whole, so that nobody reads half a number.
@@ -116,6 +170,8 @@ Launch::Launch(int* argc, char*** argv) : join_order_(rollout::join_order()) {
     const int num_ranks = join_order_->num_ranks;
     placement_ = {.rank = join_order_->rank,
                   .num_ranks = num_ranks,
+                  .num_ranks_on_node = num_ranks,
+                  .node_of_rank = std::vector<int>(static_cast<size_t>(join_order_->rank) + 1),
                   .cpus = {.num_processes = num_ranks, .index = join_order_->rank % num_ranks}};
     die_with(join_order_->parent);
     return;
@@ -135,41 +191,56 @@ Launch::Launch(int* argc, char*** argv) : join_order_(rollout::join_order()) {
   int provided = 0;
   MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &provided);
   has_mpi_ = true;
-  MPI_Comm_rank(MPI_COMM_WORLD, &placement_.rank);
-  MPI_Comm_size(MPI_COMM_WORLD, &placement_.num_ranks);
-  MPI_Comm host = MPI_COMM_NULL;
-  int num_on_host = 0;
-  MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &host);
-  MPI_Comm_size(host, &num_on_host);
-  MPI_Comm_free(&host);
-  int fewest = 0;
-  MPI_Allreduce(&num_on_host, &fewest, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD);
-  if (fewest == placement_.num_ranks) {
-    placement_.cpus = sharing_of_cpus(placement_);
-    return;
-  }
-  throw Error(
-      {.code = ErrorCode::kUnsupported,
-       .field = "ranks",
-       .value = fmt::format("{} in all, {} on this host", placement_.num_ranks, num_on_host),
-       .origin = "mpirun",
-       .allowed = "all ranks on one host",
-       .message = "several hosts are not built yet: start one job a host"});
+  placement_ = find_placement();
 }
 
-std::string Launch::meet(const std::string& text) {
-  if (join_order_) return join_order_->line;
-  if (!has_mpi_) return text;
+int Placement::num_nodes() const {
+  return *std::ranges::max_element(node_of_rank) + 1;
+}
+
+int Placement::most_ranks_on_a_node() const {
+  std::vector<int> counts(static_cast<size_t>(num_nodes()));
+  for (const int node : node_of_rank) ++counts[static_cast<size_t>(node)];
+  return *std::ranges::max_element(counts);
+}
+
+std::string Launch::meet(const std::string& text,
+                         const std::function<void(const std::string&)>& connect) {
+  std::string received = join_order_ ? join_order_->line : text;
+  if (!has_mpi_) {
+    if (connect) connect(received);
+    return received;
+  }
   int length = static_cast<int>(text.size());
   MPI_Bcast(&length, 1, MPI_INT, 0, MPI_COMM_WORLD);
-  std::string received = text;
-  received.resize(length);
+  received.resize(static_cast<size_t>(length));
   MPI_Bcast(received.data(), length, MPI_CHAR, 0, MPI_COMM_WORLD);
+  std::exception_ptr failure;
+  std::vector<std::string> reasons;
+  if (length > 0) {  // not called off
+    std::string reason;
+    try {
+      if (connect) connect(received);
+    } catch (const Error& error) {
+      failure = std::current_exception();
+      reason = error.what();
+    }
+    reasons = gather_texts(reason, placement_.num_ranks);
+  }
   MPI_Finalize();
   has_mpi_ = false;
   limit_.reset();
   std::error_code ignored;
   std::filesystem::remove(mpi_folder_, ignored);  // the last rank finds it empty
+  std::erase(reasons, "");
+  if (placement_.rank == 0 && !reasons.empty()) {
+    throw Error(
+        {.code = ErrorCode::kUnavailable,
+         .field = "ranks",
+         .value = fmt::format("{} of {} could not connect", reasons.size(), placement_.num_ranks),
+         .message = fmt::format("{}", fmt::join(reasons, "; "))});
+  }
+  if (failure) std::rethrow_exception(failure);
   return received;
 }
 
@@ -185,6 +256,7 @@ bool Launch::survives_deaths() const {
 void Launch::exit(int status) const {
   std::fflush(nullptr);
   if (placement_.rank == 0) write_status(std::to_string(status));
+  if (placement_.rank == 0 && has_lost_host_) end_launcher();
   std::_Exit(status);
 }
 

@@ -7,10 +7,13 @@
 // if it names one: "running" from the start, the number at the end.
 #pragma once
 
+#include <atomic>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "kernels/usable_cores.h"
 #include "rollout/cluster/replacement.h"
@@ -20,7 +23,15 @@ namespace rollpack::rollout {
 struct Placement {
   int rank = 0;
   int num_ranks = 1;
+  int num_ranks_on_node = 1;
+  // The node of each rank, numbered by their first ranks: rank 0 is on node 0.
+  std::vector<int> node_of_rank = {0};
   kernels::CpuSharing cpus;  // with how many ranks this one shares its CPUs
+
+  bool is_on_first_node() const { return node_of_rank[static_cast<size_t>(rank)] == 0; }
+  bool has_other_nodes() const { return num_nodes() > 1; }
+  int num_nodes() const;
+  int most_ranks_on_a_node() const;
 };
 
 class MeetingLimit;
@@ -29,7 +40,7 @@ class Launch {
  public:
   // Under mpirun: ties this process's life to its parent's, then MPI_Init. Without mpirun's
   // environment MPI is never called; a worker that rank 0 has started (replacement.h) is told by it
-  // who it is. Errors: unsupported when ranks span several hosts.
+  // who it is.
   Launch(int* argc, char*** argv);
   ~Launch();
 
@@ -38,10 +49,16 @@ class Launch {
   // Whether the launcher lets the others go on when a rank dies.
   bool survives_deaths() const;
 
-  // `text` of rank 0, on every rank; then leaves MPI. Every rank calls it once.
-  std::string meet(const std::string& text);
+  // `text` of rank 0, on every rank; then all call `connect` with it, and leave MPI. Every rank
+  // calls it once. Errors: what `connect` throws; on rank 0 also what it threw elsewhere.
+  std::string meet(const std::string& text,
+                   const std::function<void(const std::string&)>& connect = {});
   // Rank 0 cannot go on: others that wait in meet() get an empty text. Does nothing after meet().
   void call_off();
+
+  // A host can no longer be reached. Any thread. mpirun, if it goes on without it, then waits for
+  // its word for ever, so rank 0 ends mpirun when it exits.
+  void note_lost_host() { has_lost_host_ = true; }
 
   // Leaves the process: flushed, no destructors. mpirun ends the job when `status` is not 0, unless
   // told to go on.
@@ -51,6 +68,7 @@ class Launch {
   Placement placement_;
   std::optional<JoinOrder> join_order_;
   bool has_mpi_ = false;
+  std::atomic<bool> has_lost_host_ = false;
   std::filesystem::path mpi_folder_;
   std::unique_ptr<MeetingLimit> limit_;  // while ranks meet
 };

@@ -137,6 +137,8 @@ class WorkerLink {
   virtual void send(Command command) = 0;
   // Whether the worker is a process of its own, which can be lost alone and killed.
   virtual bool is_own_process() const { return false; }
+  // Whether it runs on rank 0's node, where a replacement can be started in its place.
+  virtual bool is_on_this_node() const { return true; }
   // Ends that process, also a stopped one. Called once, when nothing it says counts any more.
   virtual void kill() {}
 };

@@ -1,10 +1,8 @@
 #include "rollout/cluster/rank_link.h"
 
-#include <poll.h>
 #include <signal.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
-#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -12,6 +10,7 @@
 #include <cerrno>
 #include <cstring>
 #include <utility>
+#include <variant>
 
 #include <fmt/format.h>
 
@@ -33,26 +32,6 @@ using Clock = std::chrono::steady_clock;
 // much only piles up behind a worker that is stuck.
 constexpr size_t kMaxQueuedBytes = size_t{256} << 20;
 
-sockaddr_un address_of(const std::string& path) {
-  sockaddr_un address{.sun_family = AF_UNIX};
-  if (path.size() >= sizeof(address.sun_path)) {
-    throw Error({.code = ErrorCode::kInvalidArgument,
-                 .field = "TMPDIR",
-                 .value = path,
-                 .allowed = fmt::format("a path of at most {} bytes", sizeof(address.sun_path) - 1),
-                 .message = "Unix sockets take no longer one"});
-  }
-  std::memcpy(address.sun_path, path.data(), path.size());
-  return address;
-}
-
-[[noreturn]] void fail_call(const char* call, const std::string& path) {
-  throw Error({.code = ErrorCode::kUnavailable,
-               .field = "rank socket",
-               .value = path,
-               .message = fmt::format("{}: {}", call, std::strerror(errno))});
-}
-
 // A frame without descriptors, with something that happens in the middle of it.
 template <class Middle>
 void send_in_halves(int socket, const std::vector<uint8_t>& body, const Middle& middle) {
@@ -62,18 +41,18 @@ void send_in_halves(int socket, const std::vector<uint8_t>& body, const Middle& 
   auto send_up_to = [&, sent = size_t{0}](size_t end) mutable {
     while (sent < end) {
       const ssize_t put = ::send(socket, bytes.data() + sent, end - sent, MSG_NOSIGNAL);
-      if (put <= 0) fail_call("send", "to rank 0");
+      if (put <= 0) {
+        throw Error({.code = ErrorCode::kUnavailable,
+                     .field = "rank socket",
+                     .value = "to rank 0",
+                     .message = fmt::format("send: {}", std::strerror(errno))});
+      }
       sent += static_cast<size_t>(put);
     }
   };
   send_up_to(bytes.size() / 2);
   middle();
   send_up_to(bytes.size());
-}
-
-int milliseconds_until(Clock::time_point deadline) {
-  const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - Clock::now());
-  return static_cast<int>(std::max<int64_t>(0, left.count()));
 }
 
 }  // namespace
@@ -89,32 +68,57 @@ class RankHub::Link : public WorkerLink, public std::enable_shared_from_this<Lin
     socket_ = std::make_shared<bridge::FrameSocket>(
         io, std::move(fd), bridge::FrameSocketOptions{.max_queued_bytes = kMaxQueuedBytes});
   }
+  // To a rank of another node, by TCP: there is no process that could be watched or killed.
+  Link(bridge::asio::io_context& io, AcceptedRank rank, RemoteNode& node, const Options& options)
+      : io_(io),
+        host_(std::move(rank.host)),
+        node_(&node),
+        on_lost_host_(options.on_lost_host),
+        is_child_(false),
+        process_(io) {
+    const std::chrono::milliseconds lease = options.lease;
+    watch_tcp(rank.socket.get(), lease);
+    socket_ = std::make_shared<bridge::FrameSocket>(
+        io, std::move(rank.socket),
+        bridge::FrameSocketOptions{.max_queued_bytes = kMaxQueuedBytes, .frame_deadline = lease});
+  }
 
   void send(Command command) override {
     bridge::asio::post(
         io_, [self = shared_from_this(), shared = std::make_shared<Command>(std::move(command))] {
+          if (self->node_ != nullptr) return self->node_->send(self->worker_, std::move(*shared));
           Frame frame = encode(*shared);
           self->socket_->send(std::move(frame.body), std::move(frame.fds));
         });
   }
+  void send_body(std::vector<uint8_t> body) { socket_->send(std::move(body)); }
 
   bool is_own_process() const override { return true; }
+  bool is_on_this_node() const override { return node_ == nullptr; }
 
   // The socket stays open until the process is gone: what it has said before is dropped by the
-  // ledger, which counts it.
+  // ledger, which counts it. On another node the end of its link ends a rank.
   void kill() override {
     bridge::asio::post(io_, [self = shared_from_this()] {
       if (fault_at(FaultPoint::kWorkerGivenUp)) return;
       const int process = self->peer_.pidfd.get();
       if (process >= 0) ::syscall(SYS_pidfd_send_signal, process, SIGKILL, nullptr, 0);
+      if (self->node_ != nullptr) self->leave_node();
     });
   }
 
   void start(Dispatcher& dispatcher, int32_t worker) {
+    worker_ = worker;
+    if (node_ != nullptr) node_->add_rank(worker);
     socket_->start(
         [this, &dispatcher, worker](Frame frame) {
           try {
-            dispatcher.handle(worker, decode_event(frame));
+            if (node_ != nullptr && is_memory_frame(frame.body)) return hear_of_memory(frame);
+            Event event = decode_event(frame);
+            if (const auto* ack = std::get_if<Ack>(&event); ack != nullptr && node_ != nullptr) {
+              node_->handle(worker, *ack);
+            }
+            dispatcher.handle(worker, std::move(event));
           } catch (const Error& error) {
             end(dispatcher, worker, error.info);
           }
@@ -135,14 +139,35 @@ class RankHub::Link : public WorkerLink, public std::enable_shared_from_this<Lin
 
  private:
   void end(Dispatcher& dispatcher, int32_t worker, std::optional<ErrorInfo> broken) {
-    dispatcher.lose_worker(
-        worker, {.code = ErrorCode::kUnavailable,
-                 .field = fmt::format("rank {}", worker),
-                 .value = "gone",
-                 .message = broken ? format_error(*broken) : "its process ended without a word"});
+    dispatcher.lose_worker(worker,
+                           {.code = ErrorCode::kUnavailable,
+                            .field = fmt::format("rank {}", worker),
+                            .value = "gone",
+                            .origin = host_.empty() ? "" : "host " + host_,
+                            .message = broken          ? format_error(*broken)
+                                       : host_.empty() ? "its process ended without a word"
+                                                       : "its connection ended without a word"});
     const auto self = shared_from_this();
     socket_->close();
+    // Later: the node may be the one that was just sending.
+    if (node_ != nullptr) bridge::asio::post(io_, [self] { self->leave_node(); });
     if (!is_child_) bury();
+  }
+
+  void hear_of_memory(const Frame& frame) {
+    const MemoryFrame heard = decode_memory_frame(frame.body);
+    if (const auto* state = std::get_if<MemoryState>(&heard)) node_->handle(worker_, *state);
+  }
+
+  // What has not gone out is dropped; the rank ends when it sees the reset, at once or when the
+  // network is there again.
+  void leave_node() {
+    if (socket_->is_open()) {
+      reset_on_close(socket_->native_handle());
+      socket_->close();
+    }
+    node_->lose_rank(worker_);
+    if (on_lost_host_) on_lost_host_();
   }
 
   // A child stays a zombie until it is waited for, so its end is awaited even when its socket ended
@@ -158,6 +183,10 @@ class RankHub::Link : public WorkerLink, public std::enable_shared_from_this<Lin
 
   bridge::asio::io_context& io_;
   bridge::Peer peer_;
+  const std::string host_;            // of another node
+  RemoteNode* const node_ = nullptr;  // likewise
+  std::function<void()> on_lost_host_;
+  int32_t worker_ = 0;
   const bool is_child_;
   bridge::asio::posix::stream_descriptor process_;  // the peer's pidfd, watched
   std::shared_ptr<bridge::FrameSocket> socket_;
@@ -170,61 +199,57 @@ class RankHub::NoLink : public WorkerLink {
   bool is_own_process() const override { return true; }
 };
 
-RankHub::RankHub(const std::string& path) : path_(path) {
-  const sockaddr_un address = address_of(path);
-  listener_ = ::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-  if (listener_ < 0) fail_call("socket", path);
-  if (::bind(listener_, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) != 0) {
-    fail_call("bind", path);
-  }
-  if (::listen(listener_, SOMAXCONN) != 0) fail_call("listen", path);
+RankHub::RankHub(std::vector<AcceptedRank> ranks, Options options)
+    : options_(std::move(options)), ranks_(std::move(ranks)) {
+  const int num_expected = options_.num_ranks - 1;
+  const auto num_missing = num_expected - static_cast<int>(ranks_.size());
+  if (num_missing == 0 || options_.may_miss) return;
+  throw Error({.code = ErrorCode::kDeadlineExceeded,
+               .field = "ranks",
+               .value = fmt::format("{} of {} connected", options_.num_ranks - num_missing,
+                                    options_.num_ranks),
+               .message = "the others did not reach rank 0 in time"});
 }
 
 RankHub::~RankHub() {
   io_.stop();
   if (thread_.joinable()) thread_.join();
-  if (listener_ >= 0) ::close(listener_);
-  ::unlink(path_.c_str());
 }
 
-// A connection that breaks before it has said who it is counts as one that never came.
-void RankHub::accept_ranks(const ConnectOptions& options) {
-  links_.resize(options.num_ranks);  // [0] stays empty: rank 0's worker needs no link
-  for (int num_connected = 1; num_connected < options.num_ranks;) {
-    pollfd waiting{.fd = listener_, .events = POLLIN};
-    if (::poll(&waiting, 1, milliseconds_until(options.deadline)) <= 0) return;
-    OwnedFd fd(::accept4(listener_, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
-    if (!fd) continue;
-    try {
-      const std::optional<Frame> hello = bridge::receive_frame(fd.get(), options.deadline);
-      if (!hello) continue;
-      const int rank = bridge::decode_message(hello->body).at("rank").get<int>();
-      if (rank < 1 || rank >= options.num_ranks || links_[rank]) {
-        fail_invariant("a rank connected twice");
-      }
-      bridge::Peer peer = bridge::peer_of(fd.get());
-      links_[rank] =
-          std::make_shared<Link>(io_, std::move(peer), std::move(fd), /*is_child=*/false);
-      ++num_connected;
-    } catch (const Error& error) {
-      if (error.info.code == ErrorCode::kInternal) throw;
+RemoteNode& RankHub::remote_node(Dispatcher& dispatcher, int node) {
+  std::unique_ptr<RemoteNode>& place = nodes_[node];
+  if (!place) {
+    place = std::make_unique<RemoteNode>(
+        RemoteNode::Actions{
+            .transmit =
+                [this](int32_t rank, std::vector<uint8_t> body) {
+                  links_[rank]->send_body(std::move(body));
+                },
+            .tell_progress =
+                [&dispatcher](int32_t rank) { dispatcher.handle(rank, StepProgress{}); },
+            .answer = [&dispatcher](int32_t rank,
+                                    Ack ack) { dispatcher.handle(rank, std::move(ack)); }},
+        outgoing_);
+  }
+  return *place;
+}
+
+void RankHub::serve(Dispatcher& dispatcher) {
+  links_.resize(static_cast<size_t>(options_.num_ranks));  // [0] stays empty: it needs no link
+  for (AcceptedRank& each : ranks_) {
+    std::shared_ptr<Link>& link = links_[static_cast<size_t>(each.rank)];
+    if (each.is_remote) {
+      RemoteNode& node =
+          remote_node(dispatcher, options_.node_of_rank.at(static_cast<size_t>(each.rank)));
+      link = std::make_shared<Link>(io_, std::move(each), node, options_);
+    } else {
+      bridge::Peer peer = bridge::peer_of(each.socket.get());
+      link = std::make_shared<Link>(io_, std::move(peer), std::move(each.socket),
+                                    /*is_child=*/false);
     }
   }
-}
-
-void RankHub::connect(Dispatcher& dispatcher, const ConnectOptions& options) {
-  num_ranks_ = options.num_ranks;
-  accept_ranks(options);
-  ::unlink(path_.c_str());
-  const auto num_missing = std::count(links_.begin() + 1, links_.end(), nullptr);
-  if (num_missing > 0 && !options.may_miss) {
-    throw Error({.code = ErrorCode::kDeadlineExceeded,
-                 .field = "ranks",
-                 .value = fmt::format("{} of {} connected", options.num_ranks - num_missing,
-                                      options.num_ranks),
-                 .message = "the others did not reach rank 0 in time"});
-  }
-  for (int rank = 1; rank < options.num_ranks; ++rank) {
+  ranks_.clear();
+  for (int rank = 1; rank < options_.num_ranks; ++rank) {
     if (links_[rank]) {
       links_[rank]->start(dispatcher, dispatcher.add_worker(links_[rank]));
     } else {
@@ -236,7 +261,7 @@ void RankHub::connect(Dispatcher& dispatcher, const ConnectOptions& options) {
     }
   }
   // Often enough that a worker which stands still costs its lease and at most a second more.
-  watch_leases(dispatcher, std::min(options.lease / 8, std::chrono::milliseconds(250)));
+  watch_leases(dispatcher, std::min(options_.lease / 8, std::chrono::milliseconds(250)));
   thread_ = std::thread([this] {
     const auto stay = bridge::asio::make_work_guard(io_);
     io_.run();
@@ -247,7 +272,7 @@ void RankHub::connect(Dispatcher& dispatcher, const ConnectOptions& options) {
 void RankHub::start_replacement(Dispatcher& dispatcher, const std::string& line) {
   bridge::asio::post(io_, [this, &dispatcher, line] {
     try {
-      Child child = start_child(static_cast<int>(links_.size()), num_ranks_, line);
+      Child child = start_child(static_cast<int>(links_.size()), options_.num_ranks_on_node, line);
       links_.push_back(std::make_shared<Link>(
           io_, bridge::Peer{.pid = child.pid, .pidfd = std::move(child.process)},
           std::move(child.socket), /*is_child=*/true));
@@ -267,40 +292,55 @@ void RankHub::watch_leases(Dispatcher& dispatcher, std::chrono::milliseconds per
   });
 }
 
-RankClient::RankClient(const std::string& path, int rank, Clock::time_point deadline) {
-  const sockaddr_un address = address_of(path);
-  socket_ = ::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  if (socket_ < 0) fail_call("socket", path);
-  // Rank 0 listens before it tells the path, so there is nothing to wait for.
-  if (::connect(socket_, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) != 0) {
-    fail_call("connect", path);
-  }
-  bridge::send_frame(socket_, bridge::encode_message({{"rank", rank}}), {}, deadline);
-}
-
-RankClient::~RankClient() {
-  ::close(socket_);
+void RankClient::send_body(std::vector<uint8_t> body) {
+  const std::lock_guard lock(send_mutex_);
+  // Rank 0 reads on a thread that never computes: a minute of a full socket means that it is stuck.
+  bridge::send_frame(socket_.get(), std::move(body), {}, Clock::now() + std::chrono::minutes(1));
 }
 
 void RankClient::send(const Event& event) {
-  Frame frame = encode(event);
+  std::vector<uint8_t> body = encode(event).body;
   const bool is_sample = std::holds_alternative<SampleDone>(event);
-  const std::lock_guard lock(send_mutex_);
   if (is_sample && is_fault_armed(FaultPoint::kSampleCutOff)) {
-    send_in_halves(socket_, frame.body, [] { fault_at(FaultPoint::kSampleCutOff); });
+    const std::lock_guard lock(send_mutex_);
+    send_in_halves(socket_.get(), body, [] { fault_at(FaultPoint::kSampleCutOff); });
   } else {
-    // Rank 0 reads on a thread that never computes: a minute of a full socket means that it is
-    // stuck.
-    bridge::send_frame(socket_, std::move(frame.body), std::move(frame.fds),
-                       Clock::now() + std::chrono::minutes(1));
+    send_body(std::move(body));
   }
   if (is_sample) fault_at(FaultPoint::kSampleSent);
 }
 
 std::optional<Command> RankClient::receive() {
-  std::optional<Frame> frame = bridge::receive_frame(socket_, Clock::time_point::max());
-  if (!frame) return std::nullopt;
-  return decode_command(std::move(*frame));
+  for (;;) {
+    std::optional<Frame> frame = bridge::receive_frame(socket_.get(), Clock::time_point::max());
+    if (!frame) return std::nullopt;
+    if (memory_ && is_memory_frame(frame->body)) {
+      take(decode_memory_frame(frame->body));
+      continue;
+    }
+    if (next_error_) {
+      // The command cannot be carried out, and is answered all the same.
+      const uint64_t ticket = bridge::decode_message(frame->body).at("ticket");
+      send(Ack{.ticket = ticket, .error = std::exchange(next_error_, std::nullopt)});
+      continue;
+    }
+    if (next_fd_) frame->fds.push_back(std::move(*std::exchange(next_fd_, std::nullopt)));
+    return decode_command(std::move(*frame));
+  }
+}
+
+void RankClient::take(const MemoryFrame& frame) {
+  if (const auto* piece = std::get_if<MemoryPiece>(&frame)) {
+    send_body(encode(memory_->write(*piece)));
+  } else if (const auto* use = std::get_if<MemoryUse>(&frame)) {
+    try {
+      next_fd_ = memory_->find(*use);
+    } catch (const Error& error) {
+      next_error_ = error.info;
+    }
+  } else if (const auto* end = std::get_if<MemoryEnd>(&frame)) {
+    memory_->drop(end->memory);
+  }
 }
 
 }  // namespace rollpack::rollout

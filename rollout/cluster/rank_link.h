@@ -1,18 +1,24 @@
-// Links between rank 0 and the workers of other ranks: a Unix socket each, frames of message_codec.
-// Rank 0 serves all of them from one thread. A death is noticed by the end of the socket or of the
-// process (pidfd), whichever comes first; a process that only stands still, by the dispatcher's
-// leases, which are checked here.
+// Links between rank 0 and the workers of other ranks: a Unix or TCP socket each, frames of
+// message_codec. Rank 0 serves all of them from one thread. A death is noticed by the end of the
+// socket or of the process (pidfd), whichever comes first; a process that only stands still, and a
+// host that was cut off, by the dispatcher's leases, which are checked here.
 #pragma once
 
 #include <chrono>
+#include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "rollout/cluster/dispatcher.h"
+#include "rollout/cluster/node_memory.h"
+#include "rollout/cluster/rank_acceptor.h"
+#include "rollout/cluster/remote_node.h"
 #include "trainer_bridge/wire/frame_socket.h"
 
 namespace rollpack::rollout {
@@ -20,56 +26,65 @@ namespace rollpack::rollout {
 // Rank 0's end of all links.
 class RankHub {
  public:
-  // Listens at `path` (in a folder only this user may enter).
-  explicit RankHub(const std::string& path);
+  struct Options {
+    int num_ranks = 1;              // those of this node's are numbered with all others
+    int num_ranks_on_node = 1;      // share this machine's CPUs, replacements too
+    std::vector<int> node_of_rank;  // by rank; empty: all on rank 0's
+    bool may_miss = false;          // ranks that did not come are lost; otherwise that is an error
+    std::chrono::milliseconds lease{30000};
+    std::function<void()> on_lost_host;  // a rank of another node is lost; the hub's thread
+  };
+  // `ranks` have been accepted. Errors: deadline_exceeded naming how many are missing.
+  RankHub(std::vector<AcceptedRank> ranks, Options options);
   ~RankHub();
 
-  struct ConnectOptions {
-    int num_ranks = 1;
-    std::chrono::steady_clock::time_point deadline;
-    bool may_miss = false;  // ranks that do not come in time are lost; otherwise that is an error
-    std::chrono::milliseconds lease{30000};
-  };
-  // Takes the connections of ranks 1 to num_ranks - 1 and makes each a worker of `dispatcher`, in
-  // rank order, then serves them. The socket file is removed. Errors: deadline_exceeded naming the
-  // ranks.
-  void connect(Dispatcher& dispatcher, const ConnectOptions& options);
+  // Makes ranks 1 to num_ranks - 1 workers of `dispatcher`, in rank order, then serves them.
+  void serve(Dispatcher& dispatcher);
 
-  // Starts one more worker process, which joins `dispatcher`; any thread, after connect(). `line`
-  // is what ranks are told when they meet.
+  // Starts one more worker process on this node, which joins `dispatcher`; any thread, after
+  // serve(). `line` is what ranks are told when they meet.
   void start_replacement(Dispatcher& dispatcher, const std::string& line);
 
  private:
   class Link;
   class NoLink;
 
-  void accept_ranks(const ConnectOptions& options);
   void watch_leases(Dispatcher& dispatcher, std::chrono::milliseconds period);
+  RemoteNode& remote_node(Dispatcher& dispatcher, int node);
 
-  const std::string path_;
-  int listener_ = -1;
+  const Options options_;
+  std::vector<AcceptedRank> ranks_;  // until they are served
   bridge::asio::io_context io_;
   bridge::asio::steady_timer lease_timer_{io_};
-  int num_ranks_ = 1;
-  std::vector<std::shared_ptr<Link>> links_;
+  OutgoingMemories outgoing_;
+  std::map<int, std::unique_ptr<RemoteNode>> nodes_;  // but rank 0's
+  std::vector<std::shared_ptr<Link>> links_;          // by rank
   std::thread thread_;
 };
 
-// A worker rank's end: connects and says which rank it is; then the caller reads and writes.
-// Errors: deadline_exceeded when rank 0 does not listen in time.
+// A worker rank's end of its link. Memory that rank 0 sends to this node comes through it too, and
+// reaches commands as a descriptor, wherever it came from.
 class RankClient {
  public:
-  RankClient(const std::string& path, int rank, std::chrono::steady_clock::time_point deadline);
-  // Over a socket that rank 0 has made for this process.
-  explicit RankClient(bridge::OwnedFd socket) : socket_(socket.release()) {}
-  ~RankClient();
+  // Over a socket to rank 0 on the same node.
+  explicit RankClient(bridge::OwnedFd socket) : socket_(std::move(socket)) {}
+  // Over a TCP connection; `memory` is this rank's.
+  RankClient(bridge::OwnedFd socket, std::unique_ptr<NodeMemory> memory)
+      : socket_(std::move(socket)), memory_(std::move(memory)) {}
 
   void send(const Event& event);  // thread-safe; waits while the socket is full
   // The next command; nullopt when rank 0 is gone.
+  // Errors: those of a broken connection.
   std::optional<Command> receive();
 
  private:
-  int socket_ = -1;
+  void send_body(std::vector<uint8_t> body);
+  void take(const MemoryFrame& frame);
+
+  const bridge::OwnedFd socket_;
+  const std::unique_ptr<NodeMemory> memory_;
+  std::optional<bridge::OwnedFd> next_fd_;  // of the next command
+  bridge::Outcome next_error_;              // why it has none
   std::mutex send_mutex_;
 };
 

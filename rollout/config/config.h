@@ -181,6 +181,9 @@ struct ClusterSection {
   double lease_s = 30.0;
   bool replace_lost = true;
   std::string journal;
+  std::string interface;
+  int32_t port = 0;
+  int32_t num_ports = 64;
 
   bool operator==(const ClusterSection&) const = default;
 
@@ -192,6 +195,12 @@ struct ClusterSection {
     field("replace_lost", self.replace_lost, Flag{}, "start another worker in a lost rank's place");
     field("journal", self.journal, Text{.min_bytes = 0},
           "serve: a local file by which what was accepted and not released outlives a restart");
+    field(
+        "interface", self.interface, Text{.max_bytes = 64, .min_bytes = 0},
+        "network interface or address where rank 0 listens for ranks of other nodes; \"\": all of "
+        "its host");
+    field("port", self.port, Between{0, 65535}, "first TCP port it tries there; 0: any free one");
+    field("num_ports", self.num_ports, Between{1, 65535}, "ports it tries, one after the other");
   }
 };
 

@@ -53,11 +53,16 @@ class Job:
     """A started program, in a process group of its own and marked, so that no child gets lost."""
 
     def __init__(self, arguments: Iterable[Any], *, num_ranks: int = 0,
-                 recovers: bool = False) -> None:
-        """Starts it; num_ranks 0: without mpirun; recovers: deaths of ranks do not end it."""
+                 recovers: bool = False, launcher: Iterable[str] = ()) -> None:
+        """Starts it; num_ranks 0: without mpirun; recovers: deaths of ranks do not end it.
+
+        `launcher`: what stands before the program, instead of all that.
+        """
         self._mark = uuid.uuid4().hex
         command = [str(BINARY), *map(str, arguments)]
-        if num_ranks:
+        if launcher:
+            command = [*launcher, *command]
+        elif num_ranks:
             command = ["mpirun", *(["--enable-recovery"] if recovers else []), "-n",
                        str(num_ranks), "--bind-to", "none", "--oversubscribe", *command]
         self._folder = tempfile.TemporaryDirectory(prefix="status-")

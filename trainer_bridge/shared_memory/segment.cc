@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <fstream>
@@ -18,6 +19,7 @@ namespace {
 
 // Linux 6.3; the C library of Debian 12 does not name it yet.
 constexpr unsigned kMfdNoexecSeal = 0x0008u;
+constexpr int kPopulateWrite = 23;  // Linux 5.14's MADV_POPULATE_WRITE, likewise
 
 void check_bytes(const std::string& field, int64_t bytes) {
   if (bytes >= 1) return;
@@ -169,6 +171,72 @@ SealedSegment& SealedSegment::operator=(SealedSegment&& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(size_, other.size_);
   return *this;
+}
+
+OpenSegment OpenSegment::create(const std::string& name, int64_t bytes) {
+  check_bytes("memfd " + name, bytes);
+  check_file_size_limit(name, bytes);
+  check_available_memory(name, bytes);
+  OpenSegment segment;  // frees what it already holds when a step below throws
+  segment.fd_ = create_memfd(name);
+  if (segment.fd_ < 0) {
+    fail_create(ErrorCode::kResourceExhausted, name, bytes, "memfd_create", errno);
+  }
+  if (::ftruncate(segment.fd_, bytes) != 0) {
+    fail_create(ErrorCode::kResourceExhausted, name, bytes, "ftruncate", errno);
+  }
+  void* data = ::mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE, MAP_SHARED,
+                      segment.fd_, 0);
+  if (data == MAP_FAILED) fail_create(ErrorCode::kResourceExhausted, name, bytes, "mmap", errno);
+  segment.data_ = static_cast<std::byte*>(data);
+  segment.size_ = static_cast<size_t>(bytes);
+  static_cast<void>(::madvise(data, segment.size_, MADV_DONTDUMP));
+  static_cast<void>(::madvise(data, segment.size_, MADV_HUGEPAGE));
+  return segment;
+}
+
+OpenSegment::~OpenSegment() {
+  if (data_ != nullptr) ::munmap(data_, size_);
+  if (fd_ >= 0) ::close(fd_);
+}
+
+OpenSegment::OpenSegment(OpenSegment&& other) noexcept
+    : fd_(std::exchange(other.fd_, -1)),
+      data_(std::exchange(other.data_, nullptr)),
+      size_(std::exchange(other.size_, 0)) {}
+
+OpenSegment& OpenSegment::operator=(OpenSegment&& other) noexcept {
+  std::swap(fd_, other.fd_);
+  std::swap(data_, other.data_);
+  std::swap(size_, other.size_);
+  return *this;
+}
+
+void OpenSegment::write(int64_t offset, std::span<const std::byte> bytes) {
+  if (data_ == nullptr || offset < 0 ||
+      bytes.size() > size_ - std::min(size_, static_cast<size_t>(offset))) {
+    fail_invariant("a write outside of an open segment");
+  }
+  // Asked for first: where memory ends, the touch of a page would be a signal, this is an error.
+  // Kernels before 5.14 do not know it, and are not asked.
+  constexpr size_t kPage = 4096;
+  const size_t begin = static_cast<size_t>(offset) / kPage * kPage;
+  const size_t end = static_cast<size_t>(offset) + bytes.size();
+  if (::madvise(data_ + begin, end - begin, kPopulateWrite) != 0 && errno != EINVAL) {
+    fail_create(ErrorCode::kResourceExhausted, "segment", num_bytes(), "MADV_POPULATE_WRITE",
+                errno);
+  }
+  std::memcpy(data_ + offset, bytes.data(), bytes.size());
+}
+
+void OpenSegment::seal() {
+  if (data_ == nullptr) return;
+  // The kernel refuses F_SEAL_WRITE while a writable map exists.
+  ::munmap(std::exchange(data_, nullptr), size_);
+  if (::fcntl(fd_, F_ADD_SEALS, kPeerSeals | F_SEAL_SEAL) != 0) {
+    fail_create(ErrorCode::kUnsupported, "segment", num_bytes(),
+                "F_ADD_SEALS " + seal_names(kPeerSeals), errno);
+  }
 }
 
 MappedSegment MappedSegment::map(int fd, int64_t bytes, int required_seals,

@@ -44,6 +44,33 @@ class SealedSegment {
   size_t size_ = 0;
 };
 
+// A memfd that is written here, piece by piece, and then never again by anyone.
+class OpenSegment {
+ public:
+  // Creates it; pages are taken as they are written. Huge ones where the system has them.
+  // Errors: those of SealedSegment::create.
+  static OpenSegment create(const std::string& name, int64_t bytes);
+
+  ~OpenSegment();
+  OpenSegment(OpenSegment&& other) noexcept;
+  OpenSegment& operator=(OpenSegment&& other) noexcept;
+
+  int64_t num_bytes() const { return static_cast<int64_t>(size_); }
+  // Errors: resource_exhausted where there is no memory for them.
+  void write(int64_t offset, std::span<const std::byte> bytes);
+  // No write() after it. Sets kPeerSeals. Errors: unsupported where the kernel refuses.
+  void seal();
+  // Descriptor to pass on once sealed; stays ours, close-on-exec.
+  int fd() const { return fd_; }
+
+ private:
+  OpenSegment() = default;
+
+  int fd_ = -1;
+  std::byte* data_ = nullptr;  // none once sealed
+  size_t size_ = 0;
+};
+
 // Read-only, private map of the first bytes of a peer's memfd.
 class MappedSegment {
  public:

@@ -1,4 +1,4 @@
-// Frames over an asynchronous Unix stream socket. Boost.Asio cannot carry descriptors, so it only
+// Frames over an asynchronous stream socket, Unix or TCP (which carries no descriptors). Boost.Asio cannot carry descriptors, so it only
 // waits for readiness and the calls of fd_passing.h do the rest. Knows nothing of what frames mean:
 // the server's clients and the links between ranks are both made of it.
 #pragma once
@@ -45,6 +45,7 @@ class FrameSocket : public std::enable_shared_from_this<FrameSocket> {
   // Closes at once; `on_end` is not called.
   void close();
   bool is_open() const { return descriptor_.is_open(); }
+  int native_handle() { return descriptor_.native_handle(); }
   size_t queued_bytes() const { return queued_bytes_; }
 
  private:

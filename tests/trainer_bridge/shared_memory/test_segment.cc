@@ -16,8 +16,10 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <span>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "tests/error_text.h"
 #include "tests/trainer_bridge/shared_memory/peer_file.h"
@@ -285,6 +287,25 @@ TEST(MappedSegment, AFileOnDiskOrInDevShmIsRefused) {
                 error.rfind("data_loss: seals = F_SEAL_SEAL (", 0) == 0)
         << error;
   }
+}
+
+TEST(OpenSegment, IsWrittenInPiecesAndThenByNobody) {
+  OpenSegment segment = OpenSegment::create("test", kBytes);
+  std::vector<std::byte> bytes(kBytes);
+  for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<std::byte>(i * 13);
+  segment.write(0, std::span(bytes).first(1));
+  segment.write(1, std::span(bytes).subspan(1, 4096));
+  segment.write(4097, std::span(bytes).subspan(4097));
+  EXPECT_NE(error_text([&] { segment.write(kBytes, std::span(bytes).first(1)); }), "no error");
+  EXPECT_NE(error_text([&] { segment.write(-1, std::span(bytes).first(1)); }), "no error");
+  EXPECT_NE(error_text([&] { MappedSegment::map(segment.fd(), kBytes, kPeerSeals, "test"); }),
+            "no error")
+      << "it may still change";
+  segment.seal();
+  EXPECT_NE(error_text([&] { segment.write(0, std::span(bytes).first(1)); }), "no error");
+  EXPECT_EQ(in_peer([&] { return first_attempt_that_works(segment.fd()); }), 0);
+  const MappedSegment map = MappedSegment::map(segment.fd(), kBytes, kPeerSeals, "test");
+  EXPECT_TRUE(std::ranges::equal(map.bytes(), bytes));
 }
 
 }  // namespace

@@ -1,0 +1,180 @@
+#include "rollout/cluster/node_memory.h"
+
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstddef>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include <fmt/format.h>
+
+#include "kernels/base/checksum.h"
+#include "kernels/base/error.h"
+#include "trainer_bridge/wire/frame.h"
+#include "trainer_bridge/wire/peer.h"
+
+namespace rollpack::rollout {
+namespace {
+
+using bridge::OwnedFd;
+using Clock = std::chrono::steady_clock;
+
+// The holder answers from a thread that never computes.
+constexpr std::chrono::seconds kFetchLimit{10};
+// One request at a time: who connects and says nothing must not keep the others long.
+constexpr std::chrono::seconds kRequestLimit{1};
+
+struct AbstractAddress {
+  sockaddr_un address{.sun_family = AF_UNIX, .sun_path = {}};
+  socklen_t size = 0;
+
+  const sockaddr* get() const { return reinterpret_cast<const sockaddr*>(&address); }
+};
+
+AbstractAddress address_of(const std::string& job, int rank) {
+  AbstractAddress named;
+  // The first byte stays 0: no file.
+  const std::string name = fmt::format("rollpack-{}-{}", job.substr(0, 64), rank);
+  std::memcpy(named.address.sun_path + 1, name.data(), name.size());
+  named.size = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + name.size());
+  return named;
+}
+
+[[noreturn]] void fail_call(const char* call) {
+  throw Error({.code = ErrorCode::kUnavailable,
+               .field = "node socket",
+               .message = fmt::format("{}: {}", call, std::strerror(errno))});
+}
+
+[[noreturn]] void fail_find(const MemoryUse& use, const std::string& reason) {
+  throw Error({.code = ErrorCode::kUnavailable,
+               .field = fmt::format("memory {} of rank {}", use.memory, use.holder),
+               .value = "not there",
+               .message = reason});
+}
+
+}  // namespace
+
+NodeMemory::NodeMemory(std::string job, int rank) : job_(std::move(job)), rank_(rank) {
+  const AbstractAddress address = address_of(job_, rank_);
+  listener_.reset(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  if (!listener_) fail_call("socket");
+  if (::bind(listener_.get(), address.get(), address.size) != 0) fail_call("bind");
+  if (::listen(listener_.get(), SOMAXCONN) != 0) fail_call("listen");
+  end_.reset(::eventfd(0, EFD_CLOEXEC));
+  if (!end_) fail_call("eventfd");
+  thread_ = std::thread([this] { serve(); });
+}
+
+NodeMemory::~NodeMemory() {
+  const uint64_t one = 1;
+  static_cast<void>(::write(end_.get(), &one, sizeof one));
+  thread_.join();
+}
+
+MemoryState NodeMemory::write(const MemoryPiece& piece) {
+  const std::lock_guard lock(mutex_);
+  MemoryState state{.memory = piece.memory, .num_bytes = 0, .error = {}};
+  try {
+    if (piece.offset == 0) {
+      held_.erase(piece.memory);
+      held_.emplace(piece.memory,
+                    Held{bridge::OpenSegment::create("rollpack-node-memory",
+                                                     static_cast<int64_t>(piece.total_bytes)),
+                         0});
+    }
+    const auto found = held_.find(piece.memory);
+    if (found == held_.end()) return state;  // dropped, while pieces were on their way
+    Held& held = found->second;
+    const bool is_next = static_cast<int64_t>(piece.offset) == held.num_bytes &&
+                         static_cast<int64_t>(piece.total_bytes) == held.segment.num_bytes();
+    const uint32_t crc = crc32_of(std::as_bytes(piece.bytes));
+    if (!is_next || crc != piece.crc) {
+      throw Error({.code = ErrorCode::kDataLoss,
+                   .field = fmt::format("piece at {} of {} bytes", piece.offset, piece.total_bytes),
+                   .value = fmt::format("crc32 {:08x}", crc),
+                   .allowed = fmt::format("{:08x} at {}", piece.crc, held.num_bytes),
+                   .message = "the piece is not what rank 0 has sent"});
+    }
+    held.segment.write(held.num_bytes, std::as_bytes(piece.bytes));
+    held.num_bytes += static_cast<int64_t>(piece.bytes.size());
+    state.num_bytes = static_cast<uint64_t>(held.num_bytes);
+    if (held.num_bytes == held.segment.num_bytes()) held.segment.seal();
+  } catch (const Error& error) {
+    held_.erase(piece.memory);
+    state.error = error.what();
+  }
+  return state;
+}
+
+void NodeMemory::drop(uint64_t memory) {
+  const std::lock_guard lock(mutex_);
+  held_.erase(memory);
+}
+
+std::optional<OwnedFd> NodeMemory::copy_of(uint64_t memory) const {
+  const std::lock_guard lock(mutex_);
+  const auto found = held_.find(memory);
+  if (found == held_.end() || found->second.num_bytes < found->second.segment.num_bytes()) {
+    return std::nullopt;
+  }
+  return OwnedFd::duplicate(found->second.segment.fd());
+}
+
+OwnedFd NodeMemory::find(const MemoryUse& use) const {
+  if (use.holder != rank_) return fetch(use);
+  std::optional<OwnedFd> copy = copy_of(use.memory);
+  if (!copy) fail_find(use, "it has been dropped");
+  return std::move(*copy);
+}
+
+OwnedFd NodeMemory::fetch(const MemoryUse& use) const {
+  const auto deadline = Clock::now() + kFetchLimit;
+  const AbstractAddress address = address_of(job_, use.holder);
+  const OwnedFd socket(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  if (!socket) fail_call("socket");
+  if (::connect(socket.get(), address.get(), address.size) != 0) {
+    fail_find(use, std::strerror(errno));
+  }
+  if (bridge::other_user(bridge::peer_of(socket.get())))
+    fail_find(use, "another user has its name");
+  bridge::send_frame(socket.get(), encode(use), {}, deadline);
+  std::optional<bridge::Frame> answer = bridge::receive_frame(socket.get(), deadline);
+  if (!answer || answer->fds.size() != 1) fail_find(use, "it has been dropped");
+  return std::move(answer->fds[0]);
+}
+
+void NodeMemory::serve() {
+  for (;;) {
+    pollfd waiting[2] = {{.fd = listener_.get(), .events = POLLIN},
+                         {.fd = end_.get(), .events = POLLIN}};
+    if (::poll(waiting, 2, -1) < 0) continue;
+    if (waiting[1].revents != 0) return;
+    const OwnedFd peer(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+    if (!peer) continue;
+    try {
+      if (bridge::other_user(bridge::peer_of(peer.get()))) continue;
+      const auto deadline = Clock::now() + kRequestLimit;
+      const std::optional<bridge::Frame> request = bridge::receive_frame(peer.get(), deadline);
+      if (!request) continue;
+      const MemoryFrame asked = decode_memory_frame(request->body);
+      const auto* use = std::get_if<MemoryUse>(&asked);
+      if (use == nullptr) continue;
+      std::optional<OwnedFd> copy = copy_of(use->memory);
+      if (!copy) continue;  // closed without an answer
+      std::vector<OwnedFd> fds;
+      fds.push_back(std::move(*copy));
+      bridge::send_frame(peer.get(), request->body, std::move(fds), deadline);
+    } catch (const Error&) {
+      // The peer sees a closed connection, and reports that.
+    }
+  }
+}
+
+}  // namespace rollpack::rollout

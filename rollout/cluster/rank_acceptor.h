@@ -1,0 +1,64 @@
+// How ranks reach rank 0 when they meet: those of its node through a Unix socket in a folder that
+// only this user may enter, those of other nodes by TCP, with the job's token. Nobody is listened
+// to afterwards.
+#pragma once
+
+#include <chrono>
+#include <list>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "rollout/cluster/meeting.h"
+#include "trainer_bridge/wire/frame.h"
+#include "trainer_bridge/wire/owned_fd.h"
+
+namespace rollpack::rollout {
+
+struct AcceptedRank {
+  int rank = 0;
+  bool is_remote = false;  // on another node
+  std::string host;        // its name for itself
+  bridge::OwnedFd socket;
+};
+
+class RankAcceptor {
+ public:
+  // Listens at meeting.socket, and by `tcp` where there are other nodes.
+  // Errors: invalid_argument for a path too long; unavailable.
+  RankAcceptor(const Meeting& meeting, bridge::OwnedFd tcp, int num_ranks);
+  ~RankAcceptor();
+
+  // Waits for ranks 1 to num_ranks - 1; returns those that have come by then, in rank order.
+  std::vector<AcceptedRank> accept(std::chrono::steady_clock::time_point deadline);
+
+ private:
+  using TimePoint = std::chrono::steady_clock::time_point;
+  struct Stranger {  // has not said yet who it is
+    bridge::OwnedFd socket;
+    bool is_remote = false;
+    TimePoint deadline;
+    bridge::FrameReader reader;
+  };
+
+  void admit(int listener, bool is_remote);
+  // Whether there is nothing more to hear from it.
+  bool listen_to(Stranger& stranger);
+  void greet(Stranger& stranger, const bridge::Frame& hello);
+
+  const Meeting meeting_;
+  const int num_ranks_;
+  bridge::OwnedFd unix_, tcp_;
+  std::list<Stranger> strangers_;
+  std::vector<std::optional<AcceptedRank>> accepted_;  // by rank
+  int num_accepted_ = 0;
+};
+
+// A worker rank's side: how it reaches rank 0.
+bridge::OwnedFd connect_on_this_node(const Meeting& meeting, int rank,
+                                     std::chrono::steady_clock::time_point deadline);
+// Tries rank 0's addresses in turn. Errors: unavailable naming each and why not.
+bridge::OwnedFd connect_from_other_node(const Meeting& meeting, int rank,
+                                        std::chrono::steady_clock::time_point deadline);
+
+}  // namespace rollpack::rollout
