@@ -162,6 +162,7 @@ struct CommandEncoder {
     return {{"type", "take_measurement"}, {"ticket", m.ticket}};
   }
   json operator()(const Stop& m) const { return {{"type", "stop"}, {"hand_back", m.hand_back}}; }
+  json operator()(const Ping& m) const { return {{"type", "ping"}, {"ticket", m.ticket}}; }
 };
 
 Command decode_known_command(const json& map, std::vector<OwnedFd>& fds) {
@@ -199,6 +200,7 @@ Command decode_known_command(const json& map, std::vector<OwnedFd>& fds) {
   if (type == "measure") return Measure{ticket(), map.at("batching").get<std::string>()};
   if (type == "take_measurement") return TakeMeasurement{ticket()};
   if (type == "stop") return Stop{map.at("hand_back").get<bool>()};
+  if (type == "ping") return Ping{ticket()};
   fail_invariant("unknown command " + type);
 }
 

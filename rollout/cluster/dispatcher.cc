@@ -331,7 +331,8 @@ void Dispatcher::dispatch() {
 
 bool Dispatcher::asks(int32_t worker) const {
   const WorkerState& state = workers_[worker];
-  return state.takes_part() && state.num_wanted > 0 && quarantine_ != worker;
+  return state.takes_part() && state.num_wanted > 0 && !state.is_doubted &&
+         quarantine_ != worker;
 }
 
 GroupRequest Dispatcher::take_group(const Ledger::GroupKey& key, int32_t worker) {

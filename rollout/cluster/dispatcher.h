@@ -132,6 +132,7 @@ class Dispatcher : public bridge::RolloutService {
     int64_t joined_version = 0;            // of the weights it has, while it joins
     std::optional<uint64_t> weights_hash;  // that it told of last: staged, or in use
     bool has_committed = false;            // a sample
+    bool is_doubted = false;               // another of its node is lost: no work until it answers
     bool is_paused = false;                // it said so: no progress is expected
     int32_t num_wanted = 0;                // samples it has asked for
     int64_t num_outstanding = 0;           // expected tokens of what it works on
@@ -208,6 +209,7 @@ class Dispatcher : public bridge::RolloutService {
   void drop_update(const bridge::OutcomeCallback& done, bridge::Outcome error);
   void end_with(ErrorInfo error, Effects& effects);
   void give_up(int32_t worker, ErrorInfo error, Effects& effects);
+  void doubt_node(int node);
   void give_up_ticket(uint64_t ticket, const ErrorInfo& error, Effects& effects);
   void finish_score(const std::shared_ptr<ScoreBatch>& batch, size_t index, Scored event,
                     Effects& effects);

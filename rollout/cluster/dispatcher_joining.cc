@@ -42,7 +42,7 @@ void Dispatcher::replacement_failed(ErrorInfo error) {
 // Not for a rank that was lost while the job started: what ails it would ail another. Nor for one
 // of another node: what starts here would take the CPUs of the ranks here.
 void Dispatcher::replace(const WorkerState& lost, Effects& effects) {
-  if (!replace_ || is_ending_ || !lost.link->is_on_this_node() ||
+  if (!replace_ || is_ending_ || lost.link->node() != 0 ||
       (!lost.is_ready && !lost.is_replacement))
     return;
   if (lost.is_replacement && !lost.has_committed && ++num_fruitless_ >= kMaxFruitless) {

@@ -107,6 +107,7 @@ void Dispatcher::give_up(int32_t worker, ErrorInfo error, Effects& effects) {
     fail_open(request, culprit_error(request, error), effects);
   }
   replace(state, effects);
+  doubt_node(state.link->node());
   spdlog::warn("{} workers left, {} on their way; {} groups of the lost one are queued again",
                all_workers().size(), num_starting_, fenced.num_requeued);
   for (const uint64_t ticket : std::exchange(state.tickets, {})) {
@@ -114,6 +115,21 @@ void Dispatcher::give_up(int32_t worker, ErrorInfo error, Effects& effects) {
   }
   end_if_nobody_is_left(error, effects);
   dispatch();
+}
+
+// With one of its ranks a whole node may be gone: those beside it get no work that would be lost once
+// more, and blamed for it, until they have said something. Asked, for the idle say nothing.
+void Dispatcher::doubt_node(int node) {
+  if (node == 0) return;  // the ends of processes here are seen one by one
+  for (const int32_t worker : all_workers()) {
+    WorkerState& state = workers_[worker];
+    if (state.is_doubted || !state.is_ready || state.link->node() != node) continue;
+    askers_.erase({state.num_outstanding, worker});
+    state.is_doubted = true;
+    auto answer = std::make_shared<Collection>();
+    answer->done = [](bridge::Outcome, int) {};
+    ask(worker, answer, [](uint64_t ticket) { return Ping{ticket}; });
+  }
 }
 
 // Nobody: neither for all, nor beside rank 0 for suspects.
@@ -199,7 +215,7 @@ void Dispatcher::dispatch_suspect() {
   if (!quarantine_) {
     for (const int32_t worker : all_workers()) {
       const WorkerState& state = workers_[worker];
-      if (!state.link->is_own_process() || !state.is_ready) continue;
+      if (!state.link->is_own_process() || !state.is_ready || state.is_doubted) continue;
       if (quarantine_ && workers_[*quarantine_].num_outstanding <= state.num_outstanding) continue;
       quarantine_ = worker;
     }

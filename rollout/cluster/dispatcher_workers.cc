@@ -22,11 +22,16 @@ void Dispatcher::handle(int32_t worker, Event event) {
   Effects effects;
   {
     const std::lock_guard lock(mutex_);
-    workers_[worker].last_progress = recovery_.now();
+    WorkerState& state = workers_[worker];
+    state.last_progress = recovery_.now();
+    if (std::exchange(state.is_doubted, false) && asks(worker)) {
+      askers_.emplace(state.num_outstanding, worker);
+      dispatch();
+    }
     // Of a lost worker only samples are looked at: the ledger drops and counts them.
     const bool is_sample =
         std::holds_alternative<SampleDone>(event) || std::holds_alternative<SampleFailed>(event);
-    if (!workers_[worker].is_lost || is_sample) {
+    if (!state.is_lost || is_sample) {
       std::visit([&](auto& known) { on_event(worker, known, effects); }, event);
     }
   }

@@ -70,10 +70,13 @@ struct TakeMeasurement {
 struct Stop {
   bool hand_back = true;  // open samples come back as partial samples first
 };
+struct Ping {  // is it there?
+  uint64_t ticket = 0;
+};
 
 using Command = std::variant<AddGroups, AddScores, AbortSamples, Pause, Resume, BeginWeights,
                              StageWeights, FinishWeights, ExportWeights, AdoptWeights,
-                             CommitWeights, DiscardWeights, Measure, TakeMeasurement, Stop>;
+                             CommitWeights, DiscardWeights, Measure, TakeMeasurement, Stop, Ping>;
 
 // Time in which an update kept a worker from its steps, while it had some to do.
 struct UpdateTimes {
@@ -137,8 +140,8 @@ class WorkerLink {
   virtual void send(Command command) = 0;
   // Whether the worker is a process of its own, which can be lost alone and killed.
   virtual bool is_own_process() const { return false; }
-  // Whether it runs on rank 0's node, where a replacement can be started in its place.
-  virtual bool is_on_this_node() const { return true; }
+  // Where it runs; 0 is rank 0's node, where a replacement can be started in its place.
+  virtual int node() const { return 0; }
   // Ends that process, also a stopped one. Called once, when nothing it says counts any more.
   virtual void kill() {}
 };

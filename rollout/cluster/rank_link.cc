@@ -94,7 +94,7 @@ class RankHub::Link : public WorkerLink, public std::enable_shared_from_this<Lin
   void send_body(std::vector<uint8_t> body) { socket_->send(std::move(body)); }
 
   bool is_own_process() const override { return true; }
-  bool is_on_this_node() const override { return node_ == nullptr; }
+  int node() const override { return node_ == nullptr ? 0 : node_->number(); }
 
   // The socket stays open until the process is gone: what it has said before is dropped by the
   // ledger, which counts it. On another node the end of its link ends a rank.
@@ -229,7 +229,7 @@ RemoteNode& RankHub::remote_node(Dispatcher& dispatcher, int node) {
                 [&dispatcher](int32_t rank) { dispatcher.handle(rank, StepProgress{}); },
             .answer = [&dispatcher](int32_t rank,
                                     Ack ack) { dispatcher.handle(rank, std::move(ack)); }},
-        outgoing_);
+        outgoing_, node);
   }
   return *place;
 }

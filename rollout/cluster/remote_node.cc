@@ -106,8 +106,8 @@ bool RemoteNode::Rank::has_switch_waiting() const {
   });
 }
 
-RemoteNode::RemoteNode(Actions actions, OutgoingMemories& memories)
-    : actions_(std::move(actions)), memories_(memories) {}
+RemoteNode::RemoteNode(Actions actions, OutgoingMemories& memories, int number)
+    : actions_(std::move(actions)), memories_(memories), number_(number) {}
 
 void RemoteNode::send(int32_t rank, Command command) {
   const auto found = ranks_.find(rank);

@@ -55,7 +55,9 @@ class RemoteNode {
     // In the rank's stead: its command's memory cannot be had.
     std::function<void(int32_t rank, Ack)> answer;
   };
-  RemoteNode(Actions actions, OutgoingMemories& memories);
+  RemoteNode(Actions actions, OutgoingMemories& memories, int number);
+
+  int number() const { return number_; }
 
   void add_rank(int32_t rank) { ranks_[rank]; }
   // It is gone: another rank takes over what it held.
@@ -98,6 +100,7 @@ class RemoteNode {
 
   const Actions actions_;
   OutgoingMemories& memories_;
+  const int number_;
   std::map<int32_t, Rank> ranks_;
   std::map<uint64_t, Transfer> transfers_;
   std::deque<uint64_t> queue_;  // not arrived yet, one after the other

@@ -423,6 +423,10 @@ void Worker::handle(Stop& command) {
   is_stopped_ = true;
 }
 
+void Worker::handle(Ping& command) {
+  acknowledge(command.ticket, [] {});
+}
+
 void Worker::on_sample(bridge::Sample sample) {
   if (reference_ && !is_stopped_) return reference_->add(std::move(sample));
   tell_sample(std::move(sample));

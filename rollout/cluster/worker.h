@@ -70,6 +70,7 @@ class Worker : public WorkerLink, private EngineOutput {
   void handle(Measure& command);
   void handle(TakeMeasurement& command);
   void handle(Stop& command);
+  void handle(Ping& command);
   void acknowledge(uint64_t ticket, const std::function<void()>& action);
 
   void tell_sample(bridge::Sample sample);

@@ -138,6 +138,7 @@ class SimulatedWorker : public WorkerLink, public std::enable_shared_from_this<S
   void handle(CommitWeights& command);
   void handle(DiscardWeights&) { staged_.reset(); }
   void handle(Measure& command) { answer(command.ticket); }
+  void handle(Ping& command) { answer(command.ticket); }
   void handle(TakeMeasurement& command) { emit(Measured{.ticket = command.ticket}); }
   void handle(Stop& command);
 

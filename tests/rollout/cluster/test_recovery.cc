@@ -156,6 +156,65 @@ TEST(Recovery, AStoppedRankCostsOneLeaseAndIsKilled) {
   expect_same(ranks.sink.samples(), undisturbed(tiny_config(), 10));
 }
 
+// Of another node. Keeps what it is told.
+class RemoteLink : public WorkerLink {
+ public:
+  void send(Command command) override { commands.push_back(std::move(command)); }
+  bool is_own_process() const override { return true; }
+  int node() const override { return 1; }
+
+  int num_groups() const {
+    int count = 0;
+    for (const Command& command : commands) {
+      const auto* add = std::get_if<AddGroups>(&command);
+      if (add != nullptr) count += static_cast<int>(add->groups.size());
+    }
+    return count;
+  }
+  std::vector<Command> commands;
+};
+
+TEST(Recovery, RanksBesideALostOneOfAnotherNodeMustAnswerBeforeTheyGetMore) {
+  Clock clock;
+  HalfStopped ranks(tiny_config(), clock);
+  Dispatcher& dispatcher = ranks.dispatcher;
+  std::vector<std::shared_ptr<RemoteLink>> links;
+  for (int32_t worker = 2; worker < 5; ++worker) {
+    links.push_back(std::make_shared<RemoteLink>());
+    ASSERT_EQ(dispatcher.add_worker(links.back()), worker);
+    dispatcher.handle(worker,
+                      WorkerReady{.fingerprint = ranks.replica->backend().info().fingerprint});
+    dispatcher.handle(worker, Pull{.num_samples = 3});
+  }
+  dispatcher.submit(numbered_prompts(9));
+  for (const auto& link : links) ASSERT_EQ(link->num_groups(), 1);
+  for (int32_t worker = 2; worker < 5; ++worker) {
+    dispatcher.handle(worker, Pull{.num_samples = 300});
+  }
+  const std::vector<int> before = {links[0]->num_groups(), links[1]->num_groups(),
+                                   links[2]->num_groups()};
+  dispatcher.lose_worker(2, gone(2));
+  // More than the one that works can take at once.
+  std::vector<bridge::PromptRequest> more = numbered_prompts(200);
+  for (bridge::PromptRequest& prompt : more) prompt.prompt_id->text += "-more";
+  dispatcher.submit(std::move(more));
+  EXPECT_EQ(links[1]->num_groups(), before[1]) << "nothing of the lost one's";
+  EXPECT_EQ(links[2]->num_groups(), before[2]);
+  ASSERT_TRUE(std::holds_alternative<Ping>(links[1]->commands.back()));
+  ASSERT_TRUE(std::holds_alternative<Ping>(links[2]->commands.back()));
+  dispatcher.handle(3, Ack{.ticket = std::get<Ping>(links[1]->commands.back()).ticket});
+  EXPECT_GT(links[1]->num_groups(), before[1]) << "it is there";
+  EXPECT_EQ(links[2]->num_groups(), before[2]);
+  // The other one is found out by its lease, and what it had is made good as well.
+  for (int i = 0; i < 11; ++i) {
+    clock.ms += 1000;
+    dispatcher.handle(3, StepProgress{});
+    dispatcher.check_leases();
+  }
+  EXPECT_EQ(stat(dispatcher, "num_worker_deaths"), 3) << "and the one that stands still";
+  EXPECT_EQ(stat(dispatcher, "num_groups_convicted"), 0);
+}
+
 TEST(Recovery, AStoppedRank0DoesNotGiveUpTheOthers) {
   Clock clock;
   HalfStopped ranks(tiny_config(), clock);

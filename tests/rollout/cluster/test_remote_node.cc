@@ -54,7 +54,7 @@ class Wire {
                    },
                .tell_progress = [this](int32_t rank) { ++num_progress[rank]; },
                .answer = [this](int32_t rank, Ack ack) { answers[rank].push_back(ack); }},
-              outgoing_) {
+              outgoing_, 1) {
     const std::string job = random_token();
     for (const int32_t rank : ranks) {
       node_.add_rank(rank);
