@@ -140,7 +140,9 @@ void Job::meet_ranks() {
   }
   std::vector<AcceptedRank> ranks;
   line_ = launch_.meet(meeting.text(), [&](const std::string&) {
-    if (acceptor) ranks = acceptor->accept(Clock::now() + kConnectTimeout);
+    if (acceptor)
+      ranks = acceptor->accept(Clock::now() + kConnectTimeout,
+                               [this] { return launch_.has_heard_of_failure(); });
   });
   if (!acceptor) return;
   hub_ = std::make_unique<RankHub>(

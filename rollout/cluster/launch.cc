@@ -33,6 +33,7 @@ namespace {
 // Ranks meet before they load anything; two minutes is for a machine with no core to spare.
 constexpr std::chrono::seconds kMeetingLimit{120};
 constexpr int kNoMeetingStatus = 3;
+constexpr int kFailureTag = 1;  // of the empty message by which a rank says that it cannot connect
 
 // Dies with `parent`, mpirun or rank 0, also when that is killed without a chance to clean up.
 void die_with(pid_t parent) {
@@ -112,8 +113,8 @@ std::vector<std::string> gather_texts(const std::string& text, int num_ranks) {
 }
 
 // With recovery mpirun never learns how ranks of a host that is gone have ended, and stays. Told to
-// end it waits for that host too; told so thrice within 5 s it goes. It may take this process along,
-// which has nothing left to do.
+// end it waits for that host too; told so thrice within 5 s it goes. It may take this process
+// along, which has nothing left to do.
 void end_launcher() {
   const pid_t parent = ::getppid();
   std::string name;
@@ -231,7 +232,16 @@ std::string Launch::meet(const std::string& text,
       failure = std::current_exception();
       reason = error.what();
     }
+    // Rank 0 need not wait for this one.
+    if (failure && placement_.rank > 0) {
+      MPI_Send(nullptr, 0, MPI_CHAR, 0, kFailureTag, MPI_COMM_WORLD);
+    }
     reasons = gather_texts(reason, placement_.num_ranks);
+    for (size_t rank = 1; placement_.rank == 0 && rank < reasons.size(); ++rank) {
+      if (reasons[rank].empty()) continue;
+      MPI_Recv(nullptr, 0, MPI_CHAR, static_cast<int>(rank), kFailureTag, MPI_COMM_WORLD,
+               MPI_STATUS_IGNORE);
+    }
   }
   MPI_Finalize();
   has_mpi_ = false;
@@ -248,6 +258,14 @@ std::string Launch::meet(const std::string& text,
   }
   if (failure) std::rethrow_exception(failure);
   return received;
+}
+
+bool Launch::has_heard_of_failure() const {
+  int has_come = 0;
+  if (has_mpi_) {
+    MPI_Iprobe(MPI_ANY_SOURCE, kFailureTag, MPI_COMM_WORLD, &has_come, MPI_STATUS_IGNORE);
+  }
+  return has_come != 0;
 }
 
 void Launch::call_off() {

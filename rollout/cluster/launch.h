@@ -53,6 +53,8 @@ class Launch {
   // calls it once. Errors: what `connect` throws; on rank 0 also what it threw elsewhere.
   std::string meet(const std::string& text,
                    const std::function<void(const std::string&)>& connect = {});
+  // Rank 0, while it connects in meet(): some rank could not.
+  bool has_heard_of_failure() const;
   // Rank 0 cannot go on: others that wait in meet() get an empty text. Does nothing after meet().
   void call_off();
 

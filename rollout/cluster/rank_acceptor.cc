@@ -27,6 +27,7 @@ using Clock = std::chrono::steady_clock;
 // Connections that have not said who they are: more wait in the kernel's queue.
 constexpr size_t kMaxStrangers = 256;
 constexpr std::chrono::seconds kHelloLimit{5};
+constexpr std::chrono::milliseconds kAskInterval{100};
 // One address of several: a host that drops packets must not use up the time of the next one.
 constexpr std::chrono::seconds kAddressLimit{5};
 
@@ -93,15 +94,16 @@ RankAcceptor::~RankAcceptor() {
   ::unlink(meeting_.socket.c_str());
 }
 
-std::vector<AcceptedRank> RankAcceptor::accept(Clock::time_point deadline) {
-  while (num_accepted_ < num_ranks_ - 1 && Clock::now() < deadline) {
+std::vector<AcceptedRank> RankAcceptor::accept(Clock::time_point deadline,
+                                               const std::function<bool()>& gives_up) {
+  while (num_accepted_ < num_ranks_ - 1 && Clock::now() < deadline && !gives_up()) {
     std::erase_if(strangers_,
                   [](const Stranger& stranger) { return stranger.deadline < Clock::now(); });
     const bool has_room = strangers_.size() < kMaxStrangers;
     std::vector<pollfd> waiting = {
         {.fd = has_room ? unix_.get() : -1, .events = POLLIN, .revents = 0},
         {.fd = has_room && tcp_ ? tcp_.get() : -1, .events = POLLIN, .revents = 0}};
-    Clock::time_point wake = deadline;
+    Clock::time_point wake = std::min(deadline, Clock::now() + kAskInterval);
     for (const Stranger& stranger : strangers_) {
       waiting.push_back({.fd = stranger.socket.get(), .events = POLLIN, .revents = 0});
       wake = std::min(wake, stranger.deadline);

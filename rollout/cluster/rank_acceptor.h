@@ -4,6 +4,7 @@
 #pragma once
 
 #include <chrono>
+#include <functional>
 #include <list>
 #include <optional>
 #include <string>
@@ -29,8 +30,11 @@ class RankAcceptor {
   RankAcceptor(const Meeting& meeting, bridge::OwnedFd tcp, int num_ranks);
   ~RankAcceptor();
 
-  // Waits for ranks 1 to num_ranks - 1; returns those that have come by then, in rank order.
-  std::vector<AcceptedRank> accept(std::chrono::steady_clock::time_point deadline);
+  // Waits for ranks 1 to num_ranks - 1, or until `gives_up`, asked ten times a second, says so;
+  // returns those that have come by then, in rank order.
+  std::vector<AcceptedRank> accept(
+      std::chrono::steady_clock::time_point deadline,
+      const std::function<bool()>& gives_up = [] { return false; });
 
  private:
   using TimePoint = std::chrono::steady_clock::time_point;
