@@ -69,10 +69,14 @@ void connect_to_rank_0(const Config& config, const Launch& launch, const Meeting
   } else if (placement.is_on_first_node()) {
     client.emplace(connect_on_this_node(meeting, placement.rank, deadline));
   } else {
-    bridge::OwnedFd socket = connect_from_other_node(meeting, placement.rank, deadline);
+    const ClusterSection& cluster = config.cluster;
+    RemoteConnection made = connect_from_other_node(
+        meeting, placement.rank, {.port = cluster.port, .num_ports = cluster.num_ports}, deadline);
     // Longer than rank 0 waits for us: it may be stopped for a while, and go on.
-    watch_tcp(socket.get(), 2 * lease_of(config));
-    client.emplace(std::move(socket), std::make_unique<NodeMemory>(meeting.job, placement.rank));
+    watch_tcp(made.socket.get(), 2 * lease_of(config));
+    client.emplace(std::move(made.socket),
+                   std::make_unique<NodeMemory>(meeting.job, placement.rank));
+    if (made.relay) client->relay(std::move(*made.relay), meeting.token, lease_of(config));
   }
 }
 

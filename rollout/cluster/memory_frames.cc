@@ -19,8 +19,9 @@ struct Header {
   uint8_t reserved[2] = {};
   uint32_t crc = 0;
   uint64_t memory = 0;
-  uint64_t total_bytes = 0;  // of MemoryState: those that have come; of MemoryUse: the holder
-  uint64_t offset = 0;
+  uint64_t total_bytes =
+      0;  // of MemoryState: those that have come; of MemoryUse and MemoryForward: the rank
+  uint64_t offset = 0;  // of MemoryForward: the port
 };
 static_assert(sizeof(Header) == 32);
 
@@ -49,6 +50,12 @@ struct Encoder {
     header.memory = m.memory;
     header.total_bytes = m.num_bytes;
     rest = {reinterpret_cast<const uint8_t*>(m.error.data()), m.error.size()};
+  }
+  void operator()(const MemoryForward& m) {
+    header.memory = m.memory;
+    header.total_bytes = static_cast<uint64_t>(m.rank);
+    header.offset = static_cast<uint64_t>(m.port);
+    rest = {reinterpret_cast<const uint8_t*>(m.address.data()), m.address.size()};
   }
 };
 
@@ -94,8 +101,13 @@ MemoryFrame decode_memory_frame(std::span<const uint8_t> body) {
       return MemoryEnd{header.memory};
     case 3:
       return MemoryState{header.memory, header.total_bytes, {rest.begin(), rest.end()}};
+    case 4:
+      return MemoryForward{header.memory,
+                           static_cast<int32_t>(header.total_bytes),
+                           static_cast<int>(header.offset),
+                           {rest.begin(), rest.end()}};
     default:
-      fail_frame(fmt::format("kind {}", header.kind), "0 to 3");
+      fail_frame(fmt::format("kind {}", header.kind), "0 to 4");
   }
 }
 

@@ -35,7 +35,14 @@ struct MemoryState {
   uint64_t num_bytes = 0;
   std::string error;
 };
-using MemoryFrame = std::variant<MemoryPiece, MemoryUse, MemoryEnd, MemoryState>;
+// To a holder: send it on to a rank of another node, which listens there.
+struct MemoryForward {
+  uint64_t memory = 0;
+  int32_t rank = 0;
+  int port = 0;
+  std::string address;
+};
+using MemoryFrame = std::variant<MemoryPiece, MemoryUse, MemoryEnd, MemoryState, MemoryForward>;
 
 // Small enough that a message never waits long behind one, large enough that one costs little.
 inline constexpr size_t kMaxPieceBytes = size_t{1} << 20;

@@ -7,14 +7,15 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <chrono>
 #include <cstddef>
 #include <cstring>
+#include <optional>
 #include <utility>
 #include <vector>
 
 #include <fmt/format.h>
 
-#include "kernels/base/checksum.h"
 #include "kernels/base/error.h"
 #include "trainer_bridge/wire/frame.h"
 #include "trainer_bridge/wire/peer.h"
@@ -78,58 +79,9 @@ NodeMemory::~NodeMemory() {
   thread_.join();
 }
 
-MemoryState NodeMemory::write(const MemoryPiece& piece) {
-  const std::lock_guard lock(mutex_);
-  MemoryState state{.memory = piece.memory, .num_bytes = 0, .error = {}};
-  try {
-    if (piece.offset == 0) {
-      held_.erase(piece.memory);
-      held_.emplace(piece.memory,
-                    Held{bridge::OpenSegment::create("rollpack-node-memory",
-                                                     static_cast<int64_t>(piece.total_bytes)),
-                         0});
-    }
-    const auto found = held_.find(piece.memory);
-    if (found == held_.end()) return state;  // dropped, while pieces were on their way
-    Held& held = found->second;
-    const bool is_next = static_cast<int64_t>(piece.offset) == held.num_bytes &&
-                         static_cast<int64_t>(piece.total_bytes) == held.segment.num_bytes();
-    const uint32_t crc = crc32_of(std::as_bytes(piece.bytes));
-    if (!is_next || crc != piece.crc) {
-      throw Error({.code = ErrorCode::kDataLoss,
-                   .field = fmt::format("piece at {} of {} bytes", piece.offset, piece.total_bytes),
-                   .value = fmt::format("crc32 {:08x}", crc),
-                   .allowed = fmt::format("{:08x} at {}", piece.crc, held.num_bytes),
-                   .message = "the piece is not what rank 0 has sent"});
-    }
-    held.segment.write(held.num_bytes, std::as_bytes(piece.bytes));
-    held.num_bytes += static_cast<int64_t>(piece.bytes.size());
-    state.num_bytes = static_cast<uint64_t>(held.num_bytes);
-    if (held.num_bytes == held.segment.num_bytes()) held.segment.seal();
-  } catch (const Error& error) {
-    held_.erase(piece.memory);
-    state.error = error.what();
-  }
-  return state;
-}
-
-void NodeMemory::drop(uint64_t memory) {
-  const std::lock_guard lock(mutex_);
-  held_.erase(memory);
-}
-
-std::optional<OwnedFd> NodeMemory::copy_of(uint64_t memory) const {
-  const std::lock_guard lock(mutex_);
-  const auto found = held_.find(memory);
-  if (found == held_.end() || found->second.num_bytes < found->second.segment.num_bytes()) {
-    return std::nullopt;
-  }
-  return OwnedFd::duplicate(found->second.segment.fd());
-}
-
 OwnedFd NodeMemory::find(const MemoryUse& use) const {
   if (use.holder != rank_) return fetch(use);
-  std::optional<OwnedFd> copy = copy_of(use.memory);
+  std::optional<OwnedFd> copy = received_.copy_of(use.memory);
   if (!copy) fail_find(use, "it has been dropped");
   return std::move(*copy);
 }
@@ -166,7 +118,7 @@ void NodeMemory::serve() {
       const MemoryFrame asked = decode_memory_frame(request->body);
       const auto* use = std::get_if<MemoryUse>(&asked);
       if (use == nullptr) continue;
-      std::optional<OwnedFd> copy = copy_of(use->memory);
+      std::optional<OwnedFd> copy = received_.copy_of(use->memory);
       if (!copy) continue;  // closed without an answer
       std::vector<OwnedFd> fds;
       fds.push_back(std::move(*copy));

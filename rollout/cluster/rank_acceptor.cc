@@ -62,6 +62,19 @@ std::string host_name() {
   return name;
 }
 
+bridge::Json hello_of(const Meeting& meeting, int rank) {
+  return {{"rank", rank}, {"token", meeting.token}, {"host", host_name()}};
+}
+
+// Without a port nobody relays through this rank: what is for it comes from rank 0.
+std::optional<TcpListener> try_listen(const TcpListenOptions& options) {
+  try {
+    return listen_tcp(options);
+  } catch (const Error&) {
+    return std::nullopt;
+  }
+}
+
 void check_answer(int socket, const Meeting& meeting, Clock::time_point deadline) {
   const std::optional<Frame> frame = bridge::receive_frame(socket, deadline);
   if (frame &&
@@ -72,6 +85,11 @@ void check_answer(int socket, const Meeting& meeting, Clock::time_point deadline
                .field = "rank 0",
                .value = frame ? "another program" : "closed",
                .allowed = "rank 0 of this job"});
+}
+
+TcpEndpoint relay_of(const bridge::Json& hello) {
+  if (!hello.contains("relay")) return {};
+  return {.addresses = {hello["relay"].at(0)}, .port = hello["relay"].at(1)};
 }
 
 }  // namespace
@@ -158,6 +176,7 @@ void RankAcceptor::greet(Stranger& stranger, const Frame& hello) {
   place = AcceptedRank{.rank = rank,
                        .is_remote = stranger.is_remote,
                        .host = map.at("host"),
+                       .relay = relay_of(map),
                        .socket = std::move(stranger.socket)};
 }
 
@@ -169,25 +188,26 @@ OwnedFd connect_on_this_node(const Meeting& meeting, int rank, Clock::time_point
   if (::connect(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) != 0) {
     fail_call("connect", meeting.socket);
   }
-  bridge::send_frame(
-      socket.get(),
-      bridge::encode_message({{"rank", rank}, {"token", meeting.token}, {"host", host_name()}}), {},
-      deadline);
+  bridge::send_frame(socket.get(), bridge::encode_message(hello_of(meeting, rank)), {}, deadline);
   return socket;
 }
 
-OwnedFd connect_from_other_node(const Meeting& meeting, int rank, Clock::time_point deadline) {
+RemoteConnection connect_from_other_node(const Meeting& meeting, int rank, TcpListenOptions relay,
+                                         Clock::time_point deadline) {
   std::vector<std::string> reasons;
   for (const std::string& address : meeting.endpoint.addresses) {
     const auto limit = std::min(deadline, Clock::now() + kAddressLimit);
     try {
-      OwnedFd socket = connect_tcp(address, meeting.endpoint.port, limit);
-      bridge::send_frame(
-          socket.get(),
-          bridge::encode_message({{"rank", rank}, {"token", meeting.token}, {"host", host_name()}}),
-          {}, limit);
-      check_answer(socket.get(), meeting, limit);
-      return socket;
+      RemoteConnection made{.socket = connect_tcp(address, meeting.endpoint.port, limit)};
+      relay.interface = own_address(made.socket.get());
+      made.relay = try_listen(relay);
+      bridge::Json hello = hello_of(meeting, rank);
+      if (made.relay) {
+        hello["relay"] = {relay.interface, made.relay->endpoint.port};
+      }
+      bridge::send_frame(made.socket.get(), bridge::encode_message(hello), {}, limit);
+      check_answer(made.socket.get(), meeting, limit);
+      return made;
     } catch (const Error& error) {
       reasons.push_back(format_error(error.info));
     }

@@ -20,6 +20,7 @@ struct AcceptedRank {
   int rank = 0;
   bool is_remote = false;  // on another node
   std::string host;        // its name for itself
+  TcpEndpoint relay;       // where it takes memory from other ranks; port 0: nowhere
   bridge::OwnedFd socket;
 };
 
@@ -61,8 +62,14 @@ class RankAcceptor {
 // A worker rank's side: how it reaches rank 0.
 bridge::OwnedFd connect_on_this_node(const Meeting& meeting, int rank,
                                      std::chrono::steady_clock::time_point deadline);
-// Tries rank 0's addresses in turn. Errors: unavailable naming each and why not.
-bridge::OwnedFd connect_from_other_node(const Meeting& meeting, int rank,
-                                        std::chrono::steady_clock::time_point deadline);
+struct RemoteConnection {
+  bridge::OwnedFd socket;
+  // Where other ranks connect to this one: at the address by which it reached rank 0.
+  std::optional<TcpListener> relay;
+};
+// Tries rank 0's addresses in turn; ports for the relay are those of `relay`, which may have none
+// that is free. Errors: unavailable naming each address and why not.
+RemoteConnection connect_from_other_node(const Meeting& meeting, int rank, TcpListenOptions relay,
+                                         std::chrono::steady_clock::time_point deadline);
 
 }  // namespace rollpack::rollout

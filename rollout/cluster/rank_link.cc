@@ -72,6 +72,7 @@ class RankHub::Link : public WorkerLink, public std::enable_shared_from_this<Lin
   Link(bridge::asio::io_context& io, AcceptedRank rank, RemoteNode& node, const Options& options)
       : io_(io),
         host_(std::move(rank.host)),
+        relay_(std::move(rank.relay)),
         node_(&node),
         on_lost_host_(options.on_lost_host),
         is_child_(false),
@@ -109,7 +110,7 @@ class RankHub::Link : public WorkerLink, public std::enable_shared_from_this<Lin
 
   void start(Dispatcher& dispatcher, int32_t worker) {
     worker_ = worker;
-    if (node_ != nullptr) node_->add_rank(worker);
+    if (node_ != nullptr) node_->add_rank(worker, relay_);
     socket_->start(
         [this, &dispatcher, worker](Frame frame) {
           try {
@@ -184,6 +185,7 @@ class RankHub::Link : public WorkerLink, public std::enable_shared_from_this<Lin
   bridge::asio::io_context& io_;
   bridge::Peer peer_;
   const std::string host_;            // of another node
+  const TcpEndpoint relay_;           // likewise
   RemoteNode* const node_ = nullptr;  // likewise
   std::function<void()> on_lost_host_;
   int32_t worker_ = 0;
@@ -288,8 +290,19 @@ void RankHub::watch_leases(Dispatcher& dispatcher, std::chrono::milliseconds per
   lease_timer_.async_wait([this, &dispatcher, period](bridge::SystemError error) {
     if (error) return;
     dispatcher.check_leases();
+    // Well before the lease of those who wait.
+    for (const auto& [number, node] : nodes_) node->check_feeder(Clock::now(), options_.lease / 3);
     watch_leases(dispatcher, period);
   });
+}
+
+void RankClient::relay(TcpListener listener, const std::string& token,
+                       std::chrono::milliseconds limit) {
+  relay_ = std::make_unique<MemoryRelay>(
+      memory_->received(), std::move(listener),
+      MemoryRelay::Options{.token = token, .limit = limit, .answer = [this](MemoryState state) {
+                             send_body(encode(state));
+                           }});
 }
 
 void RankClient::send_body(std::vector<uint8_t> body) {
@@ -331,7 +344,7 @@ std::optional<Command> RankClient::receive() {
 
 void RankClient::take(const MemoryFrame& frame) {
   if (const auto* piece = std::get_if<MemoryPiece>(&frame)) {
-    send_body(encode(memory_->write(*piece)));
+    if (auto state = memory_->received().write(*piece)) send_body(encode(*state));
   } else if (const auto* use = std::get_if<MemoryUse>(&frame)) {
     try {
       next_fd_ = memory_->find(*use);
@@ -339,7 +352,9 @@ void RankClient::take(const MemoryFrame& frame) {
       next_error_ = error.info;
     }
   } else if (const auto* end = std::get_if<MemoryEnd>(&frame)) {
-    memory_->drop(end->memory);
+    memory_->received().drop(end->memory);
+  } else if (const auto* order = std::get_if<MemoryForward>(&frame); order != nullptr && relay_) {
+    relay_->forward(*order);
   }
 }
 

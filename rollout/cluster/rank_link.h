@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "rollout/cluster/dispatcher.h"
+#include "rollout/cluster/memory_relay.h"
 #include "rollout/cluster/node_memory.h"
 #include "rollout/cluster/rank_acceptor.h"
 #include "rollout/cluster/remote_node.h"
@@ -71,6 +72,8 @@ class RankClient {
   // Over a TCP connection; `memory` is this rank's.
   RankClient(bridge::OwnedFd socket, std::unique_ptr<NodeMemory> memory)
       : socket_(std::move(socket)), memory_(std::move(memory)) {}
+  // Memory may also come from other ranks, and go on to others.
+  void relay(TcpListener listener, const std::string& token, std::chrono::milliseconds limit);
 
   void send(const Event& event);  // thread-safe; waits while the socket is full
   // The next command; nullopt when rank 0 is gone.
@@ -83,6 +86,7 @@ class RankClient {
 
   const bridge::OwnedFd socket_;
   const std::unique_ptr<NodeMemory> memory_;
+  std::unique_ptr<MemoryRelay> relay_;
   std::optional<bridge::OwnedFd> next_fd_;  // of the next command
   bridge::Outcome next_error_;              // why it has none
   std::mutex send_mutex_;

@@ -15,6 +15,8 @@
 namespace rollpack::rollout {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 // Sent to a node and not yet written there: fills a link of 10 Gbit/s over 6 ms, and is all that
 // another message to the same rank can have before it.
 constexpr uint64_t kWindowBytes = 8 * kMaxPieceBytes;
@@ -91,6 +93,17 @@ MemoryPiece OutgoingMemory::piece(uint64_t offset) {
           .crc = *sum};
 }
 
+RemoteNode* OutgoingMemory::join(RemoteNode& node) {
+  leave(node);
+  RemoteNode* const last = chain_.empty() ? nullptr : chain_.back();
+  chain_.push_back(&node);
+  return last;
+}
+
+void OutgoingMemory::leave(RemoteNode& node) {
+  std::erase(chain_, &node);
+}
+
 std::shared_ptr<OutgoingMemory> OutgoingMemories::of(const std::shared_ptr<const void>& owner,
                                                      int fd) {
   std::erase_if(all_, [](const auto& each) { return each.second.expired(); });
@@ -134,10 +147,9 @@ uint64_t RemoteNode::use_memory(const Command& command) {
   std::shared_ptr<OutgoingMemory> memory = memories_.of(attached.owner, attached.fd);
   const uint64_t number = memory->number();
   Transfer& transfer = transfers_[number];
-  if (!transfer.memory) {
-    transfer.memory = std::move(memory);
-    queue_.push_back(number);
-  }
+  if (!transfer.memory) transfer.memory = std::move(memory);
+  const bool is_queued = std::ranges::find(queue_, number) != queue_.end();
+  if (!transfer.has_arrived() && !transfer.error && !is_queued) queue_.push_back(number);
   ++transfer.num_users;
   return number;
 }
@@ -146,6 +158,7 @@ void RemoteNode::release(uint64_t memory) {
   const auto found = transfers_.find(memory);
   if (found == transfers_.end() || --found->second.num_users > 0) return;
   if (found->second.holder) actions_.transmit(*found->second.holder, encode(MemoryEnd{memory}));
+  forget(found->second);
   std::erase(queue_, memory);
   transfers_.erase(found);
 }
@@ -187,17 +200,60 @@ void RemoteNode::transmit(int32_t rank, const Command& command) {
 void RemoteNode::pump() {
   if (queue_.empty() || ranks_.empty()) return;
   Transfer& transfer = transfers_.at(queue_.front());
-  if (!transfer.holder) {
-    transfer.holder = ranks_.begin()->first;
-    transfer.num_sent = transfer.num_arrived = 0;
-  }
-  while (transfer.num_sent < transfer.memory->num_bytes() &&
+  if (!transfer.holder) begin(transfer);
+  while (transfer.feeder == nullptr && transfer.num_sent < transfer.memory->num_bytes() &&
          transfer.num_sent - transfer.num_arrived < kWindowBytes) {
     const MemoryPiece piece = transfer.memory->piece(transfer.num_sent);
     transfer.num_sent += piece.bytes.size();
-    num_bytes_sent_ += static_cast<int64_t>(piece.bytes.size());
     actions_.transmit(*transfer.holder, encode(piece));
   }
+}
+
+void RemoteNode::begin(Transfer& transfer) {
+  const auto& [rank, state] = *ranks_.begin();
+  transfer.holder = rank;
+  transfer.num_sent = transfer.num_arrived = 0;
+  transfer.last_progress = Clock::now();
+  transfer.feeder = nullptr;
+  RemoteNode* const before = transfer.memory->join(*this);
+  if (before == nullptr || !can_be_fed_ || state.relay.port == 0) return;
+  if (before->feed(transfer.memory->number(), rank, state.relay)) transfer.feeder = before;
+}
+
+// Lets this node's holder send memory on; false where it has none.
+bool RemoteNode::feed(uint64_t memory, int32_t rank, const TcpEndpoint& endpoint) {
+  const auto found = transfers_.find(memory);
+  if (found == transfers_.end() || !found->second.holder || found->second.error) return false;
+  actions_.transmit(*found->second.holder,
+                    encode(MemoryForward{memory, rank, endpoint.port, endpoint.addresses.at(0)}));
+  return true;
+}
+
+// From rank 0: whoever sent it has stopped.
+void RemoteNode::restart(Transfer& transfer) {
+  transfer.feeder = nullptr;
+  transfer.num_sent = transfer.num_arrived = 0;
+  transfer.last_progress = Clock::now();
+  pump();
+}
+
+void RemoteNode::check_feeder(Clock::time_point now, std::chrono::milliseconds limit) {
+  if (queue_.empty() || ranks_.empty()) return;
+  Transfer& transfer = transfers_.at(queue_.front());
+  if (transfer.feeder == nullptr || now - transfer.last_progress < limit) return;
+  can_be_fed_ = false;  // no way between them, or a peer that hangs: not tried again
+  restart(transfer);
+}
+
+void RemoteNode::lose_feeder(const RemoteNode& feeder) {
+  if (queue_.empty() || ranks_.empty()) return;
+  Transfer& transfer = transfers_.at(queue_.front());
+  if (transfer.feeder == &feeder) restart(transfer);
+}
+
+// This node has it no more, or not yet again.
+void RemoteNode::forget(Transfer& transfer) {
+  transfer.memory->leave(*this);
 }
 
 void RemoteNode::handle(int32_t rank, const MemoryState& state) {
@@ -209,9 +265,11 @@ void RemoteNode::handle(int32_t rank, const MemoryState& state) {
                                .field = fmt::format("weights for rank {}'s node", rank),
                                .message = state.error});
   }
+  const uint64_t limit =
+      transfer.feeder == nullptr ? transfer.num_sent : transfer.memory->num_bytes();
   const bool is_more = state.num_bytes > transfer.num_arrived;
-  transfer.num_arrived =
-      std::max(transfer.num_arrived, std::min(state.num_bytes, transfer.num_sent));
+  transfer.num_arrived = std::max(transfer.num_arrived, std::min(state.num_bytes, limit));
+  transfer.last_progress = Clock::now();
   if (is_more) {
     for (const auto& [other, others] : ranks_) {
       const bool waits = !others.waiting.empty() && others.waiting.front().memory == state.memory;
@@ -227,6 +285,7 @@ void RemoteNode::handle(int32_t rank, const MemoryState& state) {
 
 void RemoteNode::fail(uint64_t memory, ErrorInfo error) {
   transfers_.at(memory).error = std::move(error);
+  forget(transfers_.at(memory));
   std::erase(queue_, memory);
   forward_all();
   pump();
@@ -242,6 +301,14 @@ void RemoteNode::handle(int32_t rank, const Ack& ack) {
   release(memory);
 }
 
+// By a command that has not gone out yet.
+bool RemoteNode::is_awaited(uint64_t memory) const {
+  return std::ranges::any_of(ranks_, [&](const auto& each) {
+    return std::ranges::any_of(each.second.waiting,
+                               [&](const Waiting& waiting) { return waiting.memory == memory; });
+  });
+}
+
 void RemoteNode::lose_rank(int32_t rank) {
   const auto found = ranks_.find(rank);
   if (found == ranks_.end()) return;
@@ -251,9 +318,13 @@ void RemoteNode::lose_rank(int32_t rank) {
   // asked yet, reports that it is gone.
   for (auto& [number, transfer] : transfers_) {
     if (transfer.holder != rank || transfer.error) continue;
+    forget(transfer);
     transfer.holder.reset();
     transfer.num_sent = transfer.num_arrived = 0;
-    if (std::ranges::find(queue_, number) == queue_.end()) queue_.push_back(number);
+    const std::vector<RemoteNode*> others = transfer.memory->chain();
+    for (RemoteNode* const other : others) other->lose_feeder(*this);
+    const bool is_queued = std::ranges::find(queue_, number) != queue_.end();
+    if (!is_queued && is_awaited(number)) queue_.push_back(number);
   }
   for (const Waiting& each : lost.waiting) {
     if (each.memory != 0) release(each.memory);

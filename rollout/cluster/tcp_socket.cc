@@ -154,6 +154,18 @@ int port_of(int socket) {
   return address.port();
 }
 
+std::string text_of(const SocketAddress& address) {
+  char text[INET6_ADDRSTRLEN] = {};
+  if (address.storage.ss_family == AF_INET) {
+    const auto* v4 = reinterpret_cast<const sockaddr_in*>(&address.storage);
+    ::inet_ntop(AF_INET, &v4->sin_addr, text, sizeof text);
+  } else {
+    const auto* v6 = reinterpret_cast<const sockaddr_in6*>(&address.storage);
+    ::inet_ntop(AF_INET6, &v6->sin6_addr, text, sizeof text);
+  }
+  return text;
+}
+
 [[noreturn]] void fail_connect(ErrorCode code, const std::string& address, int port,
                                const std::string& reason) {
   throw Error({.code = code,
@@ -221,6 +233,13 @@ OwnedFd connect_tcp(const std::string& address, int port, Clock::time_point dead
   ::getsockopt(socket.get(), SOL_SOCKET, SO_ERROR, &error, &size);
   if (error != 0) fail_connect(ErrorCode::kUnavailable, address, port, std::strerror(error));
   return socket;
+}
+
+std::string own_address(int socket) {
+  SocketAddress address;
+  address.size = sizeof address.storage;
+  ::getsockname(socket, reinterpret_cast<sockaddr*>(&address.storage), &address.size);
+  return text_of(address);
 }
 
 void watch_tcp(int socket, std::chrono::milliseconds limit) {

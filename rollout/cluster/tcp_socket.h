@@ -34,6 +34,9 @@ TcpListener listen_tcp(const TcpListenOptions& options);
 bridge::OwnedFd connect_tcp(const std::string& address, int port,
                             std::chrono::steady_clock::time_point deadline);
 
+// By which the peer of a connection sees this host.
+std::string own_address(int socket);
+
 // From now on a peer that does not answer for about `limit` breaks the connection: what was sent
 // and not acknowledged that long (TCP_USER_TIMEOUT), and probes while nothing is sent (keepalive).
 // Source: RFC 5482; tcp(7).

@@ -15,9 +15,9 @@ import pytest
 import rollpack
 import torch
 from engine_process import Job, write_config
+from hosts import Hosts, why_impossible
 from safetensors.torch import load_file
 from tiny_models import TinyModel
-from two_hosts import TwoHosts, why_impossible
 
 WHY_IMPOSSIBLE = why_impossible()
 pytestmark = pytest.mark.skipif(bool(WHY_IMPOSSIBLE),
@@ -66,13 +66,13 @@ def undisturbed(folder: pathlib.Path, new_weights: Tensors,
 
 
 @pytest.fixture
-def hosts(tmp_path: pathlib.Path) -> Iterator[TwoHosts]:
+def hosts(tmp_path: pathlib.Path) -> Iterator[Hosts]:
     """Two hosts with nothing running on them."""
-    with TwoHosts(tmp_path) as hosts:
+    with Hosts(tmp_path) as hosts:
         yield hosts
 
 
-def _serve(hosts: TwoHosts, folder: pathlib.Path, tmp_path: pathlib.Path, **engine: str) -> Job:
+def _serve(hosts: Hosts, folder: pathlib.Path, tmp_path: pathlib.Path, **engine: str) -> Job:
     config = _write_config(folder, tmp_path, **engine)
     return Job(["serve", "--config", config], launcher=hosts.launcher(num_ranks=4))
 
@@ -103,11 +103,11 @@ def _take_all(client: rollpack.Client) -> Samples:
     return _take_rest(client, {})
 
 
-def _remote_ranks(job: Job, hosts: TwoHosts) -> list[int]:
-    return [rank for rank, pid in job.rank_pids().items() if hosts.is_on_second(pid)]
+def _remote_ranks(job: Job, hosts: Hosts) -> list[int]:
+    return [rank for rank, pid in job.rank_pids().items() if hosts.is_on_another(pid)]
 
 
-def _wait_until_remote_ranks_have_ended(job: Job, hosts: TwoHosts) -> None:
+def _wait_until_remote_ranks_have_ended(job: Job, hosts: Hosts) -> None:
     deadline = time.monotonic() + 2 * LEASE_S + 3
     while _remote_ranks(job, hosts):
         assert time.monotonic() < deadline, "they do not notice that they were cut off"
@@ -122,16 +122,16 @@ def _end_well(job: Job, client: rollpack.Client) -> None:
 
 @pytest.mark.parametrize("sharing", ["off", "on"])
 def test_two_hosts_make_the_samples_of_one(
-        sharing: str, hosts: TwoHosts, folder: pathlib.Path, tmp_path: pathlib.Path,
+        sharing: str, hosts: Hosts, folder: pathlib.Path, tmp_path: pathlib.Path,
         new_weights: Tensors, undisturbed: dict[int, Samples]) -> None:
     with (_serve(hosts, folder, tmp_path, share_weights=sharing) as job,
           _connect(job, tmp_path) as client):
         assert sorted(_remote_ranks(job, hosts)) == [2, 3]
         assert _take_all(client) == undisturbed[0]
-        before = hosts.num_bytes_received()
+        before = hosts.num_bytes_sent()
         client.update_weights(new_weights, version=1)
         num_bytes = sum(tensor.nbytes for tensor in new_weights.values())
-        assert num_bytes < hosts.num_bytes_received() - before < 1.5 * num_bytes, "once a host"
+        assert num_bytes < hosts.num_bytes_sent() - before < 1.5 * num_bytes, "once a host"
         assert _take_all(client) == undisturbed[1]
         # Scores are shared out over the ranks in turn.
         scores = client.score([{"input_ids": [5, 6], "response_ids": [7, 8]}] * 8)
@@ -142,8 +142,25 @@ def test_two_hosts_make_the_samples_of_one(
         assert job.wait_for_no_process() == []
 
 
+def test_weights_leave_rank_0_once_however_many_hosts_there_are(
+        folder: pathlib.Path, tmp_path: pathlib.Path, new_weights: Tensors,
+        undisturbed: dict[int, Samples]) -> None:
+    config = _write_config(folder, tmp_path)
+    with (Hosts(tmp_path, num_hosts=4) as hosts,
+          Job(["serve", "--config", config], launcher=hosts.launcher(num_ranks=5, map_by="node"))
+          as job, _connect(job, tmp_path) as client):
+        assert sorted(_remote_ranks(job, hosts)) == [1, 2, 3]
+        before = hosts.num_bytes_sent()
+        client.update_weights(new_weights, version=1)
+        num_bytes = sum(tensor.nbytes for tensor in new_weights.values())
+        assert num_bytes < hosts.num_bytes_sent() - before < 1.5 * num_bytes
+        assert _take_all(client) == undisturbed[1]
+        assert client.stats()["num_workers"] == 5
+        _end_well(job, client)
+
+
 def test_a_host_that_is_cut_off_in_mid_step_costs_nothing_but_time(
-        hosts: TwoHosts, folder: pathlib.Path, tmp_path: pathlib.Path, new_weights: Tensors,
+        hosts: Hosts, folder: pathlib.Path, tmp_path: pathlib.Path, new_weights: Tensors,
         undisturbed: dict[int, Samples]) -> None:
     with _serve(hosts, folder, tmp_path) as job, _connect(job, tmp_path) as client:
         client.submit(PROMPTS)
@@ -163,7 +180,7 @@ def test_a_host_that_is_cut_off_in_mid_step_costs_nothing_but_time(
 
 @pytest.mark.parametrize("sharing", ["off", "on"])
 def test_a_host_that_is_cut_off_in_mid_update_does_not_stop_it(
-        sharing: str, hosts: TwoHosts, folder: pathlib.Path, tmp_path: pathlib.Path,
+        sharing: str, hosts: Hosts, folder: pathlib.Path, tmp_path: pathlib.Path,
         new_weights: Tensors, undisturbed: dict[int, Samples]) -> None:
     with (_serve(hosts, folder, tmp_path, share_weights=sharing) as job,
           _connect(job, tmp_path) as client):
@@ -172,11 +189,11 @@ def test_a_host_that_is_cut_off_in_mid_update_does_not_stop_it(
             hosts.slow_down(num_bytes // 4)  # four seconds of sending
         except subprocess.CalledProcessError as error:
             pytest.skip(f"no slow network here: {error.stderr}")
-        before = hosts.num_bytes_received()
+        before = hosts.num_bytes_sent()
         update = threading.Thread(
             target=lambda: client.update_weights(new_weights, version=1, timeout_s=60))
         update.start()
-        while hosts.num_bytes_received() - before < num_bytes // 4:
+        while hosts.num_bytes_sent() - before < num_bytes // 4:
             time.sleep(0.02)
         assert update.is_alive(), "in the middle of it"
         hosts.cut()
@@ -190,7 +207,7 @@ def test_a_host_that_is_cut_off_in_mid_update_does_not_stop_it(
         _wait_until_remote_ranks_have_ended(job, hosts)
 
 
-def test_ranks_that_cannot_reach_rank_0_are_named(hosts: TwoHosts, folder: pathlib.Path,
+def test_ranks_that_cannot_reach_rank_0_are_named(hosts: Hosts, folder: pathlib.Path,
                                                   tmp_path: pathlib.Path) -> None:
     config = _write_config(folder, tmp_path)
     with Job(["serve", "--config", config, "--set", "cluster.interface=lo"],

@@ -45,19 +45,26 @@ TEST(RankAcceptor, TakesRanksOfBothKindsInOrder) {
   // By way of the text that all ranks get.
   const Meeting told = Meeting::parse(place.meeting.text());
   auto third = std::async(std::launch::async,
-                          [&] { return connect_from_other_node(told, 3, Clock::now() + 10s); });
+                          [&] { return connect_from_other_node(told, 3, {}, Clock::now() + 10s); });
   auto first = std::async(std::launch::async,
                           [&] { return connect_on_this_node(told, 1, Clock::now() + 10s); });
-  auto second = std::async(std::launch::async,
-                           [&] { return connect_from_other_node(told, 2, Clock::now() + 10s); });
+  auto second = std::async(
+      std::launch::async, [&] { return connect_from_other_node(told, 2, {}, Clock::now() + 10s); });
   const auto ranks = acceptor.accept(Clock::now() + 10s);
   ASSERT_EQ(ranks.size(), 3u);
   for (int i = 0; i < 3; ++i) {
     EXPECT_EQ(ranks[i].rank, i + 1);
     EXPECT_EQ(ranks[i].is_remote, i > 0);
     EXPECT_FALSE(ranks[i].host.empty());
+    EXPECT_EQ(ranks[i].relay.port != 0, i > 0);
   }
-  for (auto* each : {&first, &second, &third}) EXPECT_TRUE(each->get());
+  EXPECT_TRUE(first.get());
+  for (auto* each : {&second, &third}) {
+    const RemoteConnection made = each->get();
+    EXPECT_TRUE(made.socket);
+    ASSERT_TRUE(made.relay);
+    EXPECT_EQ(made.relay->endpoint.addresses, std::vector<std::string>{"127.0.0.1"});
+  }
 }
 
 TEST(RankAcceptor, StrangersDoNotGetInAndDoNotHoldUpOthers) {
@@ -75,14 +82,14 @@ TEST(RankAcceptor, StrangersDoNotGetInAndDoNotHoldUpOthers) {
   say(other, {{"rank", 2}, {"token", place.meeting.token}, {"host", "h"}});  // there is no rank 2
   ASSERT_EQ(::send(garbage.get(), "GET / HTTP/1.1\r\n\r\n", 18, MSG_NOSIGNAL), 18);
   auto rank = std::async(std::launch::async, [&] {
-    return connect_from_other_node(place.meeting, 1, Clock::now() + 10s);
+    return connect_from_other_node(place.meeting, 1, {}, Clock::now() + 10s);
   });
   const auto start = Clock::now();
   const auto ranks = acceptor.accept(Clock::now() + 20s);
   EXPECT_LT(Clock::now() - start, 4s) << "the silent one was waited for";
   ASSERT_EQ(ranks.size(), 1u);
   EXPECT_EQ(ranks[0].rank, 1);
-  EXPECT_TRUE(rank.get());
+  EXPECT_TRUE(rank.get().socket);
 }
 
 TEST(RankAcceptor, ReturnsWhoCameInTime) {
@@ -102,7 +109,7 @@ TEST(RankAcceptor, ARankTakesNobodyElseForRank0) {
   auto accepted =
       std::async(std::launch::async, [&] { return acceptor.accept(Clock::now() + 10s).size(); });
   const std::string text =
-      error_text([&] { connect_from_other_node(place.meeting, 1, Clock::now() + 10s); });
+      error_text([&] { connect_from_other_node(place.meeting, 1, {}, Clock::now() + 10s); });
   EXPECT_TRUE(text.starts_with("unavailable: rank 1 on ")) << text;
   EXPECT_NE(text.find("cannot reach rank 0"), std::string::npos) << text;
   EXPECT_NE(text.find("another program: expected rank 0 of this job"), std::string::npos) << text;

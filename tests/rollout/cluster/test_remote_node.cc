@@ -13,36 +13,12 @@
 #include "rollout/cluster/node_memory.h"
 #include "rollout/cluster/remote_node.h"
 #include "tests/error_text.h"
-#include "trainer_bridge/shared_memory/segment.h"
+#include "tests/rollout/cluster/weight_chunk.h"
 
 namespace rollpack::rollout {
 namespace {
 
 using bridge::OwnedFd;
-
-struct Kept {
-  bridge::OpenSegment segment;
-  bridge::WeightChunk chunk;
-  std::optional<bridge::MappedSegment> map;
-};
-
-// A sealed memfd of `num_bytes`, all of it one tensor.
-std::shared_ptr<const bridge::WeightChunk> make_chunk(size_t num_bytes) {
-  auto kept = std::make_shared<Kept>(
-      Kept{bridge::OpenSegment::create("test-chunk", static_cast<int64_t>(num_bytes)), {}, {}});
-  std::vector<uint8_t> bytes(num_bytes);
-  for (size_t i = 0; i < num_bytes; ++i) bytes[i] = static_cast<uint8_t>(i * 7 + i / 251);
-  kept->segment.write(0, std::as_bytes(std::span(bytes)));
-  kept->segment.seal();
-  kept->map = bridge::MappedSegment::map(kept->segment.fd(), static_cast<int64_t>(num_bytes),
-                                         bridge::kPeerSeals, "test");
-  kept->chunk = {.fd = kept->segment.fd(), .mapping = kept->map->bytes(), .tensors = {}};
-  kept->chunk.tensors.push_back({.name = "w",
-                                 .dtype = DType::kBF16,
-                                 .shape = {static_cast<int64_t>(num_bytes / 2)},
-                                 .bytes = kept->chunk.mapping});
-  return {kept, &kept->chunk};
-}
 
 // A node with ranks, and the wire to it.
 class Wire {
@@ -80,12 +56,14 @@ class Wire {
       const MemoryFrame frame = decode_memory_frame(body);
       if (const auto* piece = std::get_if<MemoryPiece>(&frame)) {
         num_piece_bytes += piece->bytes.size();
-        node_.handle(rank, memories.at(rank)->write(*piece));
+        if (const auto state = memories.at(rank)->received().write(*piece)) {
+          node_.handle(rank, *state);
+        }
       } else if (const auto* use = std::get_if<MemoryUse>(&frame)) {
         last_use = *use;
         next_fd[rank] = memories.at(rank)->find(*use);
       } else if (const auto* end = std::get_if<MemoryEnd>(&frame)) {
-        memories.at(rank)->drop(end->memory);
+        memories.at(rank)->received().drop(end->memory);
       }
     }
   }
@@ -249,11 +227,11 @@ TEST(RemoteNode, NoRankLeftIsNoTrouble) {
   EXPECT_EQ(chunk.use_count(), 1) << "nobody holds it any more";
 }
 
-TEST(NodeMemory, ABeginningWithoutItsPiecesIsRefused) {
+TEST(NodeMemory, PiecesWithoutTheirBeginningCountForNothing) {
   NodeMemory memory(random_token(), 1);
   const std::vector<uint8_t> bytes(10, 1);
   const MemoryPiece late{.memory = 1, .total_bytes = 20, .offset = 10, .bytes = bytes, .crc = 0};
-  EXPECT_EQ(memory.write(late).num_bytes, 0u) << "dropped before: no error, nothing kept";
+  EXPECT_FALSE(memory.received().write(late)) << "dropped before: no error, nothing kept";
   EXPECT_EQ(testing::error_text([&] { memory.find({.memory = 1, .holder = 1}); }),
             "unavailable: memory 1 of rank 1 = not there: it has been dropped");
   EXPECT_NE(testing::error_text([&] {
