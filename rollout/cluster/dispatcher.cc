@@ -293,7 +293,7 @@ void Dispatcher::resume() {
   is_paused_ = false;
   if (awaited_version_) {
     awaited_version_.reset();
-    if (log_ != nullptr) log_->switched(weight_version_);
+    if (log_ != nullptr) log_->switched(weights_.version);
     dispatch();
   }
   for (const auto& [ticket, collection] : collections_) collection->pauses = false;

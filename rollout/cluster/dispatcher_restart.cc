@@ -15,13 +15,13 @@ void Dispatcher::restore(RequestLog& log, RestoredRequests restored) {
     const std::lock_guard lock(mutex_);
     log_ = &log;
     num_requests_ = restored.num_requests;
-    const bool has_other_weights = restored.weight_version != weight_version_;
+    const bool has_other_weights = restored.weight_version != weights_.version;
     if (has_other_weights && !restored.groups.empty()) {
       awaited_version_ = restored.weight_version;
       spdlog::warn("{} groups wait for weights of version {}: update_weights() or resume()",
                    restored.groups.size(), restored.weight_version);
     } else if (has_other_weights) {
-      log_->switched(weight_version_);
+      log_->switched(weights_.version);
     }
     for (RestoredGroup& group : restored.groups) restore_group(group, effects);
     dispatch();
@@ -72,8 +72,8 @@ void Dispatcher::finish_as_cut(bridge::Sample& sample) {
 
 // Older weights than those awaited are a step on the way to them, unless resume() says otherwise.
 void Dispatcher::note_switch() {
-  if (awaited_version_ && weight_version_ < *awaited_version_) return;
-  if (log_ != nullptr) log_->switched(weight_version_);
+  if (awaited_version_ && weights_.version < *awaited_version_) return;
+  if (log_ != nullptr) log_->switched(weights_.version);
   if (!std::exchange(awaited_version_, std::nullopt)) return;
   dispatch();
 }

@@ -189,7 +189,6 @@ void Job::stop(bool hand_back) {
 }
 
 void run_worker_rank(const Config& config, Launch& launch, const JobOptions& options) {
-  const int rank = launch.placement().rank;
   std::optional<RankClient> connected;
   Meeting meeting;
   const std::string line = launch.meet("", [&](const std::string& text) {
@@ -220,7 +219,7 @@ void run_worker_rank(const Config& config, Launch& launch, const JobOptions& opt
     }
     Worker worker(replica, tell_rank_0,
                   make_reference_replica(config, replica.model(), num_threads));
-    worker.start(/*has_weights=*/!is_shared);
+    worker.start(/*has_weights=*/!meeting.shares_weights);
     while (std::optional<Command> command = client.receive()) {
       const bool stops = std::holds_alternative<Stop>(*command);
       worker.send(std::move(*command));

@@ -284,7 +284,8 @@ void Dispatcher::end_switch(const bridge::WeightsInUse& switched, bridge::Outcom
       weights_.packing_ms = update_times_.packing_ms;
       weights_.pause_ms = update_times_.pause_ms;
       ++num_weight_updates_;
-      spdlog::info("weight version {} is current: {} workers", version, all_workers().size());
+      spdlog::info("weight version {} is current: {} workers", switched.version,
+                   all_workers().size());
       kept_weights_.commit();
       note_switch();
     }

@@ -13,7 +13,7 @@
 #include "rollout/cluster/node_memory.h"
 #include "rollout/cluster/remote_node.h"
 #include "tests/error_text.h"
-#include "tests/rollout/cluster/weight_chunk.h"
+#include "tests/rollout/cluster/memory_chunk.h"
 
 namespace rollpack::rollout {
 namespace {
