@@ -247,7 +247,7 @@ TEST(Config, BadFilesNameLineAndReason) {
        "reference_model, bridge, cluster, metrics, log; did you mean rollout?"},
       {"model: {path: m}\ncluster: {size: 2}",
        "invalid_argument: cluster.size = 2 (f.yaml:2): expected one of the keys lease_s, "
-       "replace_lost, journal"},
+       "replace_lost, journal, interface, port, num_ports"},
       {"model: {path: m}\nengine: {kv_cache_memory: 2G}",
        "invalid_argument: engine.kv_cache_memory = 2G (f.yaml:2): expected bytes from 4KiB to "
        "64TiB, "

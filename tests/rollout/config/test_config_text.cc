@@ -97,7 +97,8 @@ TEST(ConfigText, JsonHoldsEveryFieldWithItsType) {
             R"("bridge":{"socket":"run/rollpack.sock","slots":4,"slot_bytes":67108864,)"
             R"("layout":"packed","max_tokens_per_row":16384,"prompt_width":0,"response_width":0,)"
             R"("pad_to_multiple_of":1,"max_version_lag":-1,"columns":["entropy"]},)"
-            R"("cluster":{"lease_s":30.0,"replace_lost":true,"journal":""},)"
+            R"("cluster":{"lease_s":30.0,"replace_lost":true,"journal":"","interface":"",)"
+            R"("port":0,"num_ports":64},)"
             R"("metrics":{"port":-1},"log":{"level":"info","format":"text"}})");
 }
 
