@@ -1,4 +1,6 @@
 // Commands, from rank 0 to a worker, as frames.
+#include <span>
+#include <stdexcept>
 #include <string>
 #include <utility>
 
@@ -36,17 +38,17 @@ json encode_group(const GroupRequest& group) {
 
 GroupRequest decode_group(const json& map) {
   GroupRequest group{.key = decode_key(map.at("key")),
-                     .attempt = map.at("attempt"),
+                     .attempt = integer<int32_t>(map.at("attempt")),
                      .sample_indices = from_bin<int32_t>(map.at("sample_indices"))};
   group.prompt_ids =
       std::make_shared<const std::vector<int32_t>>(from_bin<int32_t>(map.at("prompt_ids")));
   group.sampling = {.params = {.temperature = map.at("temperature"),
-                               .top_k = map.at("top_k"),
+                               .top_k = integer<int32_t>(map.at("top_k")),
                                .top_p = map.at("top_p"),
                                .min_p = map.at("min_p")},
-                    .seed = map.at("seed"),
-                    .response_length = map.at("response_length"),
-                    .min_tokens = map.at("min_tokens"),
+                    .seed = integer<uint64_t>(map.at("seed")),
+                    .response_length = integer<int32_t>(map.at("response_length")),
+                    .min_tokens = integer<int32_t>(map.at("min_tokens")),
                     .stop_token_ids = from_bin<int32_t>(map.at("stop_token_ids"))};
   group.response_lengths = from_bin<int32_t>(map.at("response_lengths"));
   group.ignores_stops = map.at("ignores_stops");
@@ -64,7 +66,7 @@ json encode_score(const ScoreRequest& request) {
 }
 
 ScoreRequest decode_score(const json& map) {
-  return {.ticket = map.at("ticket"),
+  return {.ticket = integer<uint64_t>(map.at("ticket")),
           .sequence = {.id = decode_id(map.at("id")),
                        .input_ids = from_bin<int32_t>(map.at("input_ids")),
                        .response_ids = from_bin<int32_t>(map.at("response_ids")),
@@ -84,6 +86,18 @@ json encode_chunk(const bridge::WeightChunk& chunk) {
   return {{"mapping_bytes", chunk.mapping.size()}, {"tensors", tensors}};
 }
 
+bridge::WeightTensor decode_tensor(const json& map, std::span<const std::byte> mapping) {
+  bridge::WeightTensor tensor{.name = map.at("name"),
+                              .dtype = enumerator(map.at("dtype"), DType::kU8)};
+  for (const json& extent : map.at("shape")) tensor.shape.push_back(integer<int64_t>(extent));
+  const auto offset = integer<size_t>(map.at("offset")), bytes = integer<size_t>(map.at("bytes"));
+  if (offset > mapping.size() || bytes > mapping.size() - offset) {
+    throw std::out_of_range("tensor " + tensor.name + " lies outside its chunk");
+  }
+  tensor.bytes = mapping.subspan(offset, bytes);
+  return tensor;
+}
+
 // The chunk with the mapping and descriptor it lives in.
 struct OwnedChunk {
   explicit OwnedChunk(bridge::MappedSegment mapped) : segment(std::move(mapped)) {}
@@ -93,16 +107,11 @@ struct OwnedChunk {
 
 std::shared_ptr<const bridge::WeightChunk> decode_chunk(const json& map, const OwnedFd& fd) {
   auto owned = std::make_shared<OwnedChunk>(
-      bridge::MappedSegment::map(fd.get(), map.at("mapping_bytes").get<int64_t>(),
+      bridge::MappedSegment::map(fd.get(), integer<int64_t>(map.at("mapping_bytes")),
                                  bridge::kPeerSeals, "weight chunk of rank 0"));
   owned->chunk.mapping = owned->segment.bytes();
   for (const json& tensor : map.at("tensors")) {
-    owned->chunk.tensors.push_back(
-        {.name = tensor.at("name"),
-         .dtype = static_cast<DType>(tensor.at("dtype").get<int>()),
-         .shape = tensor.at("shape"),
-         .bytes = owned->chunk.mapping.subspan(tensor.at("offset").get<size_t>(),
-                                               tensor.at("bytes").get<size_t>())});
+    owned->chunk.tensors.push_back(decode_tensor(tensor, owned->chunk.mapping));
   }
   return {owned, &owned->chunk};
 }
@@ -112,7 +121,7 @@ json in_flight(bridge::InFlight mode) {
 }
 
 bridge::InFlight in_flight(const json& map) {
-  return static_cast<bridge::InFlight>(map.at("in_flight").get<int>());
+  return enumerator(map.at("in_flight"), bridge::InFlight::kAbort);
 }
 
 struct CommandEncoder {
@@ -167,7 +176,7 @@ struct CommandEncoder {
 
 Command decode_known_command(const json& map, std::vector<OwnedFd>& fds) {
   const std::string type = map.at("type");
-  const auto ticket = [&] { return map.at("ticket").get<uint64_t>(); };
+  const auto ticket = [&] { return integer<uint64_t>(map.at("ticket")); };
   if (type == "add_groups") {
     AddGroups command;
     for (const json& group : map.at("groups")) command.groups.push_back(decode_group(group));
@@ -180,7 +189,7 @@ Command decode_known_command(const json& map, std::vector<OwnedFd>& fds) {
   }
   if (type == "abort") {
     const json& id = map.at("request_id");
-    return AbortSamples{id.is_null() ? std::nullopt : std::optional(id.get<int64_t>())};
+    return AbortSamples{id.is_null() ? std::nullopt : std::optional(integer<int64_t>(id))};
   }
   if (type == "pause") return Pause{ticket(), in_flight(map)};
   if (type == "resume") return Resume{};
@@ -194,7 +203,7 @@ Command decode_known_command(const json& map, std::vector<OwnedFd>& fds) {
     return AdoptWeights{ticket(), std::make_shared<const OwnedFd>(std::move(fds.at(0)))};
   }
   if (type == "commit_weights") {
-    return CommitWeights{ticket(), map.at("version").get<int64_t>(), in_flight(map)};
+    return CommitWeights{ticket(), integer<int64_t>(map.at("version")), in_flight(map)};
   }
   if (type == "discard_weights") return DiscardWeights{};
   if (type == "measure") return Measure{ticket(), map.at("batching").get<std::string>()};

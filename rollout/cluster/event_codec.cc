@@ -45,11 +45,12 @@ bridge::Sample decode_sample(const json& map) {
   sample.support_logmass = from_bin<float>(map.at("support_logmass"));
   sample.entropy = from_bin<float>(map.at("entropy"));
   sample.ref_log_prob = from_bin<float>(map.at("ref_log_prob"));
-  sample.finish_reason = static_cast<bridge::FinishReason>(map.at("finish_reason").get<int>());
-  sample.stop_token_id = map.at("stop_token_id");
+  sample.finish_reason = enumerator(map.at("finish_reason"), bridge::FinishReason::kAbort);
+  sample.stop_token_id = integer<int32_t>(map.at("stop_token_id"));
   sample.temperature = map.at("temperature");
   for (const json& span : map.at("weight_versions")) {
-    sample.weight_versions.push_back({.first_token = span.at(0), .version = span.at(1)});
+    sample.weight_versions.push_back(
+        {.first_token = integer<int32_t>(span.at(0)), .version = integer<int64_t>(span.at(1))});
   }
   return sample;
 }
@@ -60,7 +61,7 @@ json encode_hash(const std::optional<uint64_t>& hash) {
 
 std::optional<uint64_t> decode_hash(const json& value) {
   if (value.is_null()) return std::nullopt;
-  return value.get<uint64_t>();
+  return integer<uint64_t>(value);
 }
 
 json encode_measurement(const Measurement& m) {
@@ -86,16 +87,17 @@ Measurement decode_measurement(const json& map) {
   Measurement m{.step_flops = from_bin<float>(map.at("step_flops")),
                 .step_bytes = from_bin<float>(map.at("step_bytes")),
                 .compute_s = map.at("compute_s"),
-                .largest_step_rows = map.at("largest_step_rows"),
-                .peak_pages = map.at("peak_pages"),
+                .largest_step_rows = integer<int64_t>(map.at("largest_step_rows")),
+                .peak_pages = integer<int64_t>(map.at("peak_pages")),
                 .first_token_times_s = map.at("first_token_times_s"),
                 .token_gaps_s = from_bin<float>(map.at("token_gaps_s")),
-                .profile = {.num_steps = map.at("num_steps"), .program_s = map.at("program_s")},
+                .profile = {.num_steps = integer<int64_t>(map.at("num_steps")),
+                            .program_s = map.at("program_s")},
                 .stats = map.at("stats")};
   for (const json& op : map.at("ops")) {
     m.profile.ops.push_back({.name = op.at(0),
-                             .num_calls = op.at(1),
-                             .num_rows = op.at(2),
+                             .num_calls = integer<int64_t>(op.at(1)),
+                             .num_rows = integer<int64_t>(op.at(2)),
                              .seconds = op.at(3),
                              .flops = op.at(4),
                              .bytes = op.at(5)});
@@ -156,17 +158,18 @@ struct EventEncoder {
 Event decode_known_event(const json& map) {
   const std::string type = map.at("type");
   if (type == "ready")
-    return WorkerReady{.pid = map.at("pid"),
+    return WorkerReady{.pid = integer<int64_t>(map.at("pid")),
                        .fingerprint = map.at("fingerprint"),
                        .weights_hash = decode_hash(map.at("weights_hash"))};
-  if (type == "pull") return Pull{map.at("num_samples").get<int32_t>()};
-  if (type == "sample") return SampleDone{decode_sample(map.at("sample")), map.at("attempt")};
+  if (type == "pull") return Pull{integer<int32_t>(map.at("num_samples"))};
+  if (type == "sample")
+    return SampleDone{decode_sample(map.at("sample")), integer<int32_t>(map.at("attempt"))};
   if (type == "failed") {
     return SampleFailed{{decode_key(map.at("key")), error_from_map(map.at("error"))},
-                        map.at("attempt")};
+                        integer<int32_t>(map.at("attempt"))};
   }
   if (type == "scored") {
-    return Scored{.ticket = map.at("ticket"),
+    return Scored{.ticket = integer<uint64_t>(map.at("ticket")),
                   .error = decode_outcome(map.at("error")),
                   .sequence = {.id = decode_id(map.at("id")),
                                .logprobs = from_bin<float>(map.at("logprobs")),
@@ -174,7 +177,7 @@ Event decode_known_event(const json& map) {
                                .entropy = from_bin<float>(map.at("entropy"))}};
   }
   if (type == "ack") {
-    return Ack{.ticket = map.at("ticket"),
+    return Ack{.ticket = integer<uint64_t>(map.at("ticket")),
                .error = decode_outcome(map.at("error")),
                .weights_hash = decode_hash(map.at("weights_hash")),
                .times = {.packing_ms = map.at("packing_ms"), .pause_ms = map.at("pause_ms")}};
@@ -182,7 +185,7 @@ Event decode_known_event(const json& map) {
   if (type == "progress") return StepProgress{};
   if (type == "stats") return WorkerStats{map.at("values")};
   if (type == "measured") {
-    return Measured{.ticket = map.at("ticket"),
+    return Measured{.ticket = integer<uint64_t>(map.at("ticket")),
                     .measurement = decode_measurement(map.at("measurement"))};
   }
   if (type == "stopped") return WorkerStopped{};

@@ -34,17 +34,17 @@ json encode_key(const bridge::SampleKey& key) {
 }
 
 bridge::SampleKey decode_key(const json& map) {
-  return {.request_id = map.at("request_id"),
-          .prompt_index = map.at("prompt_index"),
+  return {.request_id = integer<int64_t>(map.at("request_id")),
+          .prompt_index = integer<int32_t>(map.at("prompt_index")),
           .prompt_id = decode_id(map.at("prompt_id")),
-          .sample_index = map.at("sample_index"),
-          .group_size = map.at("group_size")};
+          .sample_index = integer<int32_t>(map.at("sample_index")),
+          .group_size = integer<int32_t>(map.at("group_size"))};
 }
 
 void fail_decoding(const json& map, const std::exception& cause) {
   throw Error({.code = ErrorCode::kDataLoss,
                .field = "rank message",
-               .value = map.value("type", "without a type"),
+               .value = map.contains("type") ? bridge::quoted(map.at("type")) : "without a type",
                .message = cause.what()});
 }
 
