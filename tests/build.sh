@@ -18,7 +18,7 @@ fi
 options=()
 case $preset in
   # -O1 and short line tables: these builds are for finding errors, and half as long to make.
-  asan-ubsan | tsan) options=(-DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1 -UNDEBUG") ;;
+  asan-ubsan | tsan | fuzz) options=(-DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1 -UNDEBUG") ;;
 esac
 cmake --preset "$preset" "${options[@]}" >/dev/null
 exec cmake --build --preset "$preset" -j "${ROLLPACK_BUILD_JOBS:-$(nproc)}" "$@"

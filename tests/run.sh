@@ -84,4 +84,10 @@ for preset in $sanitizers; do
   stage "$preset" 900 "${run_fixed[@]}" ctest --test-dir "$build_dir" -j "$(nproc)" --timeout 300 \
     --no-tests=error --output-on-failure --output-junit "$results/$preset.xml" -L "$label"
 done
+
+# Needs clang, which nothing else here does; without it the corpora were replayed all the same.
+if [ "$ROLLPACK_FULL" = 1 ] && command -v clang++ >/dev/null; then
+  export ROLLPACK_FUZZ_S=${ROLLPACK_FUZZ_S:-600}
+  stage fuzz $((1800 + 10 * ROLLPACK_FUZZ_S)) tests/fuzz/run.sh
+fi
 finish
