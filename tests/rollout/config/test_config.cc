@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 
 #include <string>
+#include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "tests/error_text.h"
@@ -284,6 +286,37 @@ TEST(Config, BadFilesNameLineAndReason) {
   };
   for (const BadLine& bad : cases) {
     EXPECT_EQ(error_text([&] { parse_config(bad.line, "f.yaml"); }), bad.error);
+  }
+}
+
+// "section.field" of every number that the configuration has.
+std::vector<std::string> number_fields() {
+  std::vector<std::string> names;
+  const Config config;
+  Config::sections(config, [&](std::string_view section, const auto& values, auto&&...) {
+    using Section = std::decay_t<decltype(values)>;
+    Section::fields(values, [&](std::string_view field, const auto& value, auto&&...) {
+      using Value = std::decay_t<decltype(value)>;
+      if constexpr (std::is_arithmetic_v<Value> && !std::is_same_v<Value, bool>) {
+        names.push_back(std::string(section) + "." + std::string(field));
+      }
+    });
+  });
+  return names;
+}
+
+TEST(Config, EveryNumberRefusesWhatIsNoneOrFarOutOfRange) {
+  const std::vector<std::string> fields = number_fields();
+  EXPECT_GT(fields.size(), 20u);
+  for (const std::string& field : fields) {
+    for (const char* text : {".nan", ".inf", "-.inf", "nan", "1e400", "-1e400", "0x7", "1_0", "010",
+                             "yes", "one", "\"1\"", "[1]", "--1", "1 2", "1e", "",
+                             "999999999999999999999999999", "-999999999999999999999999999"}) {
+      if (field == "rollout.top_k" && std::string_view(text).empty()) continue;  // null is off
+      const std::string error =
+          error_text([&] { parse_config("model: {path: m}", "f", {field + "=" + text}); });
+      EXPECT_EQ(error.rfind("invalid_argument: " + field + " = ", 0), 0u) << text << ": " << error;
+    }
   }
 }
 

@@ -32,6 +32,8 @@ TEST(YamlTree, BadDocumentsNameLineAndReason) {
       {"[a]", "f: expected a YAML map of sections; the file holds a list"},
       {"a: 1\nb: 2\na: 3", "a (f:3): expected each key once; it stands in line 1 already"},
       {"a: &x 1\nb: *x", "f:1: expected YAML without anchors and aliases; write the value out"},
+      {"a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nd: [*c, *c]",
+       "f:1: expected YAML without anchors and aliases; write the value out"},
       {"a: &x [*x]", "f:1: expected YAML without anchors and aliases; write the value out"},
       {"a: 1\nb: !!int 3", "f:2: expected YAML without tags; remove tag:yaml.org,2002:int"},
       {"a: 1\nb: !mine {c: 1}", "f:2: expected YAML without tags; remove !mine"},

@@ -251,6 +251,55 @@ TEST(Safetensors, AFileThatShrinksWhileOpenIsAnErrorNotASignal) {
       "it was opened");
 }
 
+TEST(Safetensors, NamesAreNamesAndNeverPaths) {
+  const TemporaryFolder folder;
+  const std::string path =
+      folder.write("x.safetensors",
+                   safetensors_bytes(
+                       "{\"../../a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}", 1));
+  EXPECT_EQ(SafetensorsFile(path).tensors().at(0).name, "../../a");
+}
+
+// Two tensors, the second of 2,000 bytes.
+std::string two_tensors() {
+  return safetensors_bytes(
+      "{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},"
+      "\"b\":{\"dtype\":\"BF16\",\"shape\":[10,100],\"data_offsets\":[8,2008]}}",
+      2008);
+}
+
+TEST(Safetensors, AFileCutAtAnyByteIsRefused) {
+  const std::string whole = two_tensors();
+  ASSERT_EQ(open_error(whole), "no error");
+  for (size_t bytes = 0; bytes < whole.size(); ++bytes) {
+    const std::string error = open_error(whole.substr(0, bytes));
+    ASSERT_EQ(error.substr(0, 11), "data_loss: ") << bytes << " bytes: " << error;
+  }
+}
+
+// A flipped bit may turn one header into another that holds (a name, say); what is opened then has
+// tensors inside its file all the same.
+TEST(Safetensors, AnyBitOfSizeOrHeaderFlippedIsRefusedOrStillHolds) {
+  const std::string whole = two_tensors();
+  const size_t header_end = whole.size() - 2008;
+  int num_refused = 0;
+  for (size_t bit = 0; bit < 8 * header_end; ++bit) {
+    const TemporaryFolder folder;
+    std::string bytes = whole;
+    bytes[bit / 8] = static_cast<char>(bytes[bit / 8] ^ 1 << bit % 8);
+    const std::string path = folder.write("x.safetensors", bytes);
+    const std::string error = error_text([&] {
+      const SafetensorsFile file(path);
+      int64_t total = 0;
+      for (const TensorInfo& tensor : file.tensors()) total += tensor.bytes;
+      ASSERT_EQ(total, 2008) << "bit " << bit;
+    });
+    num_refused += error != "no error";
+    ASSERT_EQ(error.find("internal"), std::string::npos) << "bit " << bit << ": " << error;
+  }
+  EXPECT_GT(num_refused, static_cast<int>(header_end) * 6);
+}
+
 TEST(Safetensors, WhatIsNoRegularFileIsRefusedAtOnce) {
   const TemporaryFolder folder;
   const std::string fifo = folder.file("fifo");

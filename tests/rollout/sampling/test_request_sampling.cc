@@ -121,6 +121,8 @@ TEST(RequestSampling, BadOverridesNameKeyValueOriginAndWhatIsAllowed) {
        "min_tokens = 9 (p.jsonl:4): expected an integer from 0 to the response_length of 8"},
       {{.stop_token_ids = Ids{1, 100}}, "stop_token_ids = [.., 100, ..]" + vocabulary},
       {{.stop_token_ids = Ids{-1}}, "stop_token_ids = [.., -1, ..]" + vocabulary},
+      {{.stop_token_ids = Ids(1000000, 1)},
+       "stop_token_ids = a list of 1000000 (p.jsonl:4): expected at most 1024 ids"},
       {{.stop_token_ids = Ids(1025, 1)},
        "stop_token_ids = a list of 1025 (p.jsonl:4): expected at most 1024 ids"},
   };

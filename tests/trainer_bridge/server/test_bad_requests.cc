@@ -3,7 +3,9 @@
 #include <fcntl.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <functional>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -183,6 +185,11 @@ std::vector<BadRequest> bad_requests() {
       {"submit", one_prompt({{"input_ids", Json::binary({})}}), invalid, "at least one token"},
       {"submit", one_prompt({{"input_ids", Json::binary({64, 0, 0, 0})}}), invalid,
        "input_ids = 64 (submit prompts[0]): expected token ids from 0 to 63"},
+      {"submit", one_prompt({{"input_ids", Json::binary({255, 255, 255, 255})}}), invalid,
+       "input_ids = -1 (submit prompts[0]): expected token ids from 0 to 63"},
+      {"submit", one_prompt({{"priority", 18446744073709551615ull}}), invalid,
+       "prompts[0].priority = 18446744073709551615"},
+      {"submit", one_prompt({{"n", 1000000000}}), invalid, "prompts[0].n = 1000000000"},
       {"submit", one_prompt({{"prompt_id", 1.5}}), invalid, "text or an integer"},
       {"submit", one_prompt({{"n", 0}}), invalid, "n = 0 (submit prompts[0])"},
       {"submit", one_prompt({{"n", 4294967296}}), invalid, "prompts[0].n = 4294967296"},
@@ -191,6 +198,9 @@ std::vector<BadRequest> bad_requests() {
       {"submit", sampling({{"temperature", "hot"}}), invalid,
        "prompts[0].sampling.temperature = \"hot\""},
       {"submit", sampling({{"temperature", 1e39}}), invalid, "fits 32 bits"},
+      {"submit", sampling({{"temperature", std::nan("")}}), invalid, "a finite number"},
+      {"submit", sampling({{"top_p", std::numeric_limits<double>::infinity()}}), invalid,
+       "a finite number"},
       {"submit", sampling({{"top_k", 0.5}}), invalid, "prompts[0].sampling.top_k = 0.5"},
       {"submit", sampling({{"seed", -1}}), invalid, "0 to 18446744073709551615"},
       {"submit", sampling({{"stop_token_ids", {1}}}), invalid, "little-endian i32"},
@@ -211,6 +221,14 @@ std::vector<BadRequest> bad_requests() {
       {"release", {{"slot", 99}, {"generation", 1}, {"batch_seq", 1}}, "not_found", "99"},
       {"release", {{"slot", 0}, {"generation", 1}, {"batch_seq", 1}}, precondition, "slot"},
       {"release", {{"slot", -1}, {"generation", 1}, {"batch_seq", 1}}, invalid, "slot = -1"},
+      {"release",
+       {{"slot", 18446744073709551615ull}, {"generation", 1}, {"batch_seq", 1}},
+       invalid,
+       "slot = 18446744073709551615"},
+      {"release",
+       {{"slot", 0}, {"generation", 1.0}, {"batch_seq", 1}},
+       invalid,
+       "generation = 1.0"},
       {"abort", {{"request_id", 12345}}, "not_found", "request_id = 12345"},
       {"abort", {{"request_id", "all"}}, invalid, "request_id = \"all\""},
       {"pause", {{"mode", "now"}}, invalid, "one of keep, wait, abort"},
@@ -246,6 +264,7 @@ std::vector<BadRequest> bad_requests() {
        "unknown key"},
       {"stats", {{"x", 1}}, invalid, "unknown key"},
       {"health", {{"x", 1}}, invalid, "unknown key"},
+      {"inspect", {{"x", 1}}, invalid, "unknown key"},
       {"shutdown", {{"x", 1}}, invalid, "unknown key"},
   };
 }

@@ -253,6 +253,23 @@ TEST(MappedSegment, ASizeBelowTheManifestsIsNamed) {
             "invalid_argument: segment of chunk 3 of client 1 = 0 bytes: expected 1 or more");
 }
 
+// Huge pages that a peer promised and the system does not have would be a SIGBUS on first touch;
+// the map takes them at once, or fails.
+TEST(MappedSegment, AHugePageMemfdIsMappedWholeOrRefused) {
+  constexpr int64_t kHugeBytes = int64_t{2} << 20;
+  const PeerFile peer(::memfd_create("huge", MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_HUGETLB));
+  if (peer.fd() < 0) return;  // then no peer can send one either
+  ASSERT_EQ(::ftruncate(peer.fd(), kHugeBytes), 0);
+  ASSERT_EQ(::fcntl(peer.fd(), F_ADD_SEALS, kPeerSeals), 0);
+  const std::string error = map_error(peer.fd(), kHugeBytes);
+  if (error == "no error") {
+    const auto mapped = MappedSegment::map(peer.fd(), kHugeBytes, kPeerSeals, "peer");
+    EXPECT_EQ(mapped.bytes().back(), std::byte{0});
+  } else {
+    EXPECT_EQ(error.rfind("resource_exhausted: ", 0), 0u) << error;
+  }
+}
+
 // Descriptors that are no memfd; the number is the test's, so it is taken out of the text.
 std::string kind_error(int fd) {
   return rollpack::testing::with_replaced(map_error(fd), "= " + std::to_string(fd) + " ", "= FD ");
