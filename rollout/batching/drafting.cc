@@ -36,19 +36,34 @@ int32_t num_rows_for_drafts(const EngineState& state) {
   return static_cast<int32_t>(std::max<int64_t>(0, max_rows - num_needed));
 }
 
-// Shortens the longest drafts until all of them fit: a lone sequence may use all rows, several
-// share them.
-void fit_drafts(std::vector<Sequence*>& drafting, int32_t num_rows) {
-  int32_t total = 0;
-  for (const Sequence* sequence : drafting) total += static_cast<int32_t>(sequence->draft.size());
-  for (; total > num_rows; --total) {
-    Sequence& longest = **std::ranges::max_element(
-        drafting, {}, [](const Sequence* sequence) { return sequence->draft.size(); });
-    longest.draft.pop_back();
+}  // namespace
+
+void fit_drafts(std::span<Sequence* const> drafting, int32_t num_rows) {
+  const auto length_of = [](const Sequence* sequence) {
+    return static_cast<int32_t>(sequence->draft.size());
+  };
+  const auto num_rows_up_to = [&](int32_t length) {
+    int64_t num = 0;
+    for (const Sequence* sequence : drafting) num += std::min(length_of(sequence), length);
+    return num;
+  };
+  int32_t longest = 0;
+  for (const Sequence* sequence : drafting) longest = std::max(longest, length_of(sequence));
+  if (num_rows_up_to(longest) <= num_rows) return;
+  // The highest level that fits lies in [fits, exceeds); one row more for all does not.
+  int32_t fits = 0, exceeds = longest;
+  while (exceeds - fits > 1) {
+    const int32_t middle = fits + (exceeds - fits) / 2;
+    (num_rows_up_to(middle) <= num_rows ? fits : exceeds) = middle;
+  }
+  int64_t num_left = num_rows - num_rows_up_to(fits);
+  for (auto sequence = drafting.rbegin(); sequence != drafting.rend(); ++sequence) {
+    if (length_of(*sequence) <= fits) continue;
+    const bool is_longer = num_left > 0;
+    (*sequence)->draft.resize(static_cast<size_t>(is_longer ? fits + 1 : fits));
+    num_left -= is_longer ? 1 : 0;
   }
 }
-
-}  // namespace
 
 void propose_drafts(EngineState& state) {
   if (state.limits.speculation == Speculation::kOff) return;

@@ -4,6 +4,9 @@
 // Source: Leviathan et al., 2023; drafts from group siblings: Qin et al., "Seer", 2025.
 #pragma once
 
+#include <cstdint>
+#include <span>
+
 #include "kernels/step_plan.h"
 #include "rollout/engine/engine_state.h"
 #include "rollout/engine/step_batch.h"
@@ -16,6 +19,10 @@ inline constexpr int32_t kMaxDraftingRows = 24;
 
 // Fills the `draft` of running sequences for the step about to be planned.
 void propose_drafts(EngineState& state);
+// Cuts the longest drafts to one length, so that all of them together have `num_rows` rows at most:
+// a lone sequence may use all of them, several share them. Rows that do not divide evenly go to the
+// last of those that were cut. O(n log l) for n drafts of up to l rows.
+void fit_drafts(std::span<Sequence* const> drafting, int32_t num_rows);
 // Adds the sequence's draft behind its newest row, which was added and drawn from last; takes free
 // pages for it, and shortens it where there are none.
 void add_draft_rows(Sequence& sequence, EngineState& state, StepBatch& batch);

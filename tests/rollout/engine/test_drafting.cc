@@ -114,6 +114,49 @@ TEST(Drafting, WeightSwitchesAndAbortsBetweenDraftsKeepEverySample) {
   }
 }
 
+// What shortening the first of the longest drafts, row by row, leaves.
+std::vector<size_t> shortened_one_by_one(std::vector<size_t> lengths, size_t num_rows) {
+  for (size_t total = std::accumulate(lengths.begin(), lengths.end(), size_t{0}); total > num_rows;
+       --total) {
+    --*std::ranges::max_element(lengths);
+  }
+  return lengths;
+}
+
+TEST(Drafting, DraftsAreCutToOneLevelThatFits) {
+  std::mt19937 random(1);
+  for (int round = 0; round < 2000; ++round) {
+    SCOPED_TRACE(round);
+    std::vector<Sequence> sequences(1 + random() % 12);
+    std::vector<Sequence*> drafting;
+    std::vector<size_t> lengths;
+    for (Sequence& sequence : sequences) {
+      sequence.draft.assign(1 + random() % 9, 5);
+      drafting.push_back(&sequence);
+      lengths.push_back(sequence.draft.size());
+    }
+    const auto num_rows = static_cast<int32_t>(1 + random() % 60);
+    fit_drafts(drafting, num_rows);
+    const std::vector<size_t> want = shortened_one_by_one(lengths, static_cast<size_t>(num_rows));
+    for (size_t i = 0; i < sequences.size(); ++i) {
+      EXPECT_EQ(sequences[i].draft.size(), want[i]) << "draft " << i << " of " << num_rows;
+    }
+  }
+}
+
+TEST(Drafting, ThousandsOfLongDraftsAreFittedAtOnce) {
+  std::vector<Sequence> sequences(4000);
+  std::vector<Sequence*> drafting;
+  for (Sequence& sequence : sequences) {
+    sequence.draft.assign(1000, 5);
+    drafting.push_back(&sequence);
+  }
+  fit_drafts(drafting, 4001);  // one by one this would look at 16,000 million lengths
+  for (const Sequence& sequence : sequences) {
+    EXPECT_EQ(sequence.draft.size(), &sequence == &sequences.back() ? 2u : 1u);
+  }
+}
+
 // A prompt that says what will be sampled: every guess comes true, a step yields six tokens.
 TEST(Drafting, ALoneSequenceTakesAWholeDraft) {
   for (const Speculation speculation : {Speculation::kOn, Speculation::kAuto}) {
