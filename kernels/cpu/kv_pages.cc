@@ -51,6 +51,15 @@ void KvPages::write(int32_t page, int64_t layer, int64_t head, int32_t slot, con
   for (int64_t i = 0; i < K_; ++i) value[i] = v[i];
 }
 
+void KvPages::prefetch(int32_t page, int64_t layer, int64_t head, int32_t slot) const {
+  const std::byte* const keys = block(page, layer, head);
+  // A step of 16 tokens is a line, and so are 16 columns of a row of values, whatever the dtype.
+  for (int64_t step = 0; step < score_steps_; ++step) __builtin_prefetch(keys + step * 64, 1, 3);
+  const int32_t tokens_per_row = is_bf16_ ? 2 : 1;
+  const std::byte* const values = keys + key_bytes_ + slot / tokens_per_row * value_columns_ * 4;
+  for (int64_t c = 0; c < value_columns_; c += 16) __builtin_prefetch(values + c * 4, 1, 3);
+}
+
 void KvPages::copy_block(int64_t block, const PageCopy& copy) const {
   const std::byte* source = this->block(copy.source, block / G_, block % G_);
   std::byte* target = this->block(copy.target, block / G_, block % G_);

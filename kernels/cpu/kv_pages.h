@@ -49,6 +49,11 @@ class KvPages {
   void write(int32_t page, int64_t layer, int64_t head, int32_t slot, const Element* k,
              const Element* v) const;
 
+  // Brings the cache lines that write() of this slot needs to this core. A token's keys alone lie
+  // in as many lines as a score's chain has steps, and steps lie too far apart for a store to wait
+  // for each: asked for at once, they come at the memory's speed instead of its latency.
+  void prefetch(int32_t page, int64_t layer, int64_t head, int32_t slot) const;
+
   // Blocks of a page, one a layer and KV head.
   int64_t num_blocks() const { return page_bytes_ / block_bytes_; }
   // Copies the first copy.num_tokens tokens of one block; the target's others keep their values.

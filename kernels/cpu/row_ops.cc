@@ -13,15 +13,22 @@ namespace {
 // Rows of one task: claiming it costs some 0.1 us, as much as a row of a norm.
 constexpr int64_t kRowsPerTask = 8;
 
-// Calls body(row) for every row, some rows a task.
+// Calls body(begin, end) for all rows, some rows a task.
 template <class Body>
-void for_rows(ThreadPool& pool, int64_t num_rows, Body&& body) {
+void for_row_ranges(ThreadPool& pool, int64_t num_rows, Body&& body) {
   // Few rows are still shared out among the threads.
   const int64_t per_task =
       std::clamp<int64_t>(num_rows / (2 * pool.num_threads()), 1, kRowsPerTask);
   pool.parallel_for((num_rows + per_task - 1) / per_task, [&](int64_t task, int) {
-    const int64_t end = std::min((task + 1) * per_task, num_rows);
-    for (int64_t row = task * per_task; row < end; ++row) body(row);
+    body(task * per_task, std::min((task + 1) * per_task, num_rows));
+  });
+}
+
+// Calls body(row) for every row.
+template <class Body>
+void for_rows(ThreadPool& pool, int64_t num_rows, Body&& body) {
+  for_row_ranges(pool, num_rows, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) body(row);
   });
 }
 
@@ -37,6 +44,24 @@ class RopeRow {
         pages_(pages),
         args_(args),
         inputs_(inputs) {}
+
+  // What a row writes to comes to this core while the row before it is computed.
+  void run(int64_t begin, int64_t end) const {
+    prefetch(begin);
+    for (int64_t row = begin; row < end; ++row) {
+      if (row + 1 < end) prefetch(row + 1);
+      run(row);
+    }
+  }
+
+ private:
+  void prefetch(int64_t row) const {
+    const int32_t position = step_.plan().positions[static_cast<size_t>(row)];
+    if (position == kPadPosition) return;
+    for (int64_t g = 0; g < shape_.G; ++g) {
+      pages_.prefetch(step_.page_of(row), args_.layer, g, position % kPageTokens);
+    }
+  }
 
   void run(int64_t row) const {
     const int64_t K = shape_.K;
@@ -54,7 +79,6 @@ class RopeRow {
     append(row, position, in + shape_.H * K, table);
   }
 
- private:
   bool transform(const float* in, const float* norm, const float* table, Element* out) const {
     float normed[kMaxHeadWidth];
     if (norm != nullptr) {
@@ -128,7 +152,8 @@ void rope_append_rows(const KernelTable& kernels, ThreadPool& pool, StepContext&
          .allowed = fmt::format("below {}, the rows of the rope table", args.rope_table.rows())});
   }
   const RopeRow<Element> rope(kernels, step, shape, pages, args, inputs);
-  for_rows(pool, static_cast<int64_t>(positions.size()), [&](int64_t row) { rope.run(row); });
+  for_row_ranges(pool, static_cast<int64_t>(positions.size()),
+                 [&](int64_t begin, int64_t end) { rope.run(begin, end); });
 }
 
 void copy_pages(ThreadPool& pool, const StepPlan& plan, const KvPages& pages) {
