@@ -12,6 +12,12 @@ void panel_stats(const LogitsRow* rows, int count, int columns, int lane, bool w
   constexpr int kVectors = kPanelColumns / 16;
   // All maxima first: a row's exponentials then wait for nothing.
   for (int r = 0; r < count; ++r) {
+    // Rounding keeps an order: the largest of the same logits at another scale is the largest one,
+    // scaled.
+    if (r > 0 && rows[r].logits == rows[r - 1].logits && rows[r - 1].scale == 1.0f) {
+      rows[r].block->max[lane] = rows[r - 1].block->max[lane] * rows[r].scale;
+      continue;
+    }
     Lanes highest = broadcast(-__builtin_inff());
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) highest = max(highest, scaled_logits(rows[r], v, columns));
