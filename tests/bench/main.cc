@@ -1,6 +1,6 @@
-// bench_kernels [--smoke] [Google Benchmark's options]: runs the benchmarks between two
+// bench_kernels [--smoke] [--once] [Google Benchmark's options]: runs the benchmarks between two
 // measurements of the machine's limits and prints one table. Where the two are more than 3 % apart,
-// something else used the machine, and all of it is repeated, at most twice.
+// something else used the machine, and all of it is repeated, at most twice; with --once never.
 #include <benchmark/benchmark.h>
 #include <fmt/format.h>
 
@@ -22,10 +22,13 @@ int main(int argc, char** argv) {
   using rollpack::bench::is_smoke;
   // An iteration of a smoke run is long enough to show that the benchmark works.
   static char min_time[] = "--benchmark_min_time=0", one_repetition[] = "--benchmark_repetitions=1";
+  int max_attempts = kMaxAttempts;
   std::vector<char*> arguments;
   for (int i = 0; i < argc; ++i) {
     if (std::strcmp(argv[i], "--smoke") == 0) {
       rollpack::bench::set_smoke(true);
+    } else if (std::strcmp(argv[i], "--once") == 0) {
+      max_attempts = 1;
     } else {
       arguments.push_back(argv[i]);
     }
@@ -51,8 +54,8 @@ int main(int argc, char** argv) {
     const double apart = rollpack::bench::measure_limits_again();
     if (apart <= kMaxApart) break;
     fmt::print(stderr, "bench_kernels: the machine's limits were {:.0f} % apart{}\n",
-               100 * (apart - 1), attempt < kMaxAttempts ? "; once more" : "");
-    if (attempt == kMaxAttempts) break;
+               100 * (apart - 1), attempt < max_attempts ? "; once more" : "");
+    if (attempt == max_attempts) break;
   }
   reporter.print();
   return reporter.has_errors() ? 1 : 0;
