@@ -16,8 +16,8 @@ struct MachineLimits {
 enum class RegisterWidth { kWidest, kYmm };
 
 // Peak: best of five 200 ms bursts of 24 register chains a thread, of the widest multiply-add this
-// CPU has for `dtype` (bf16: VDPBF16PS, else two FMAs a pair). Bandwidth: best of five reads of 1
-// GiB. Takes about 2 s and, meanwhile, 1 GiB.
+// CPU has for `dtype` (bf16: VDPBF16PS or two FMAs a pair, whichever is faster). Bandwidth: best of
+// five reads of 1 GiB. Takes about 2 s and, meanwhile, 1 GiB.
 MachineLimits measure_machine_limits(DType dtype, int32_t num_threads);
 
 // The two of them alone. kYmm: AVX2 multiply-adds, whatever else the CPU has; a pair of bf16 takes

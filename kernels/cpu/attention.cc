@@ -10,10 +10,11 @@
 namespace rollpack::kernels::cpu {
 
 template <class Element>
-Attention<Element>::Attention(const KernelTable& kernels, const ModelShape& shape,
-                              const KvPages& pages, int num_threads)
+Attention<Element>::Attention(const KernelTable& kernels, const KernelTable& products,
+                              const ModelShape& shape, const KvPages& pages, int num_threads)
     : kernels_(kernels),
       of_(kernels.of<Element>()),
+      products_(products.of<Element>()),
       shape_(shape),
       pages_(pages),
       group_(static_cast<int32_t>(shape.H / shape.G)),
@@ -238,9 +239,9 @@ void Attention<Element>::score(const Tile& tile, const Part& part, int32_t chunk
   }
   const float scale = 1.0f / std::sqrt(static_cast<float>(shape_.K));
   const int64_t column = (pages.begin - chunk * kChunkPages) * kPageTokens;
-  of_.page_scores(work.q.data() + part.first_row * shape_.K, shape_.K, part.num_rows, keys,
-                  pages.count(), pages_.score_steps(), scale,
-                  work.scores.data() + part.first_row * kChunkKeys + column, work.ahead);
+  products_.page_scores(work.q.data() + part.first_row * shape_.K, shape_.K, part.num_rows, keys,
+                        pages.count(), pages_.score_steps(), scale,
+                        work.scores.data() + part.first_row * kChunkKeys + column, work.ahead);
 }
 
 // Scores to weights; `pages` are all that the part sees of the chunk.
@@ -283,9 +284,9 @@ void Attention<Element>::weigh(const Tile& tile, const Part& part, int32_t chunk
   }
   const int64_t columns = pages_.value_columns();
   const int64_t column = (pages.begin - chunk * kChunkPages) * kPageTokens;
-  of_.page_values(work.p.data() + part.first_row * kChunkKeys + column, part.num_rows, values,
-                  pages.count(), columns, continues, work.o_chunk.data() + part.first_row * columns,
-                  work.ahead);
+  products_.page_values(work.p.data() + part.first_row * kChunkKeys + column, part.num_rows, values,
+                        pages.count(), columns, continues,
+                        work.o_chunk.data() + part.first_row * columns, work.ahead);
 }
 
 // Slots past the last visible key may hold anything, NaN included, which p = 0 would not take out:

@@ -20,8 +20,9 @@ namespace rollpack::kernels::cpu {
 template <class Element>
 class Attention {
  public:
-  Attention(const KernelTable& kernels, const ModelShape& shape, const KvPages& pages,
-            int num_threads);
+  // products: the kernels that multiply pages; the others are of `kernels`.
+  Attention(const KernelTable& kernels, const KernelTable& products, const ModelShape& shape,
+            const KvPages& pages, int num_threads);
 
   void run(ThreadPool& pool, const StepContext& step, const AttentionArgs& args);
 
@@ -105,6 +106,7 @@ class Attention {
 
   const KernelTable& kernels_;
   const ElementKernels<Element>& of_;
+  const ElementKernels<Element>& products_;
   const ModelShape shape_;
   const KvPages& pages_;
   const int32_t group_;  // H / G

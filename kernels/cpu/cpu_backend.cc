@@ -13,6 +13,7 @@
 #include "kernels/cpu/float_mode.h"
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/kv_pages.h"
+#include "kernels/cpu/panel_products.h"
 #include "kernels/cpu/path_check.h"
 #include "kernels/cpu/row_ops.h"
 #include "kernels/cpu/step_context.h"
@@ -49,8 +50,7 @@ void check_shape(const ModelShape& shape, const BackendOptions& options) {
                                       shape.F, shape.V, shape.L),
                  .allowed = "positive numbers, G dividing H"});
   }
-  if (options.max_num_seqs <= 0 || options.max_num_batched_tokens <= 0 ||
-      options.num_threads < 0) {
+  if (options.max_num_seqs <= 0 || options.max_num_batched_tokens <= 0 || options.num_threads < 0) {
     throw Error({.code = ErrorCode::kInvalidArgument,
                  .field = "engine.max_num_seqs, max_num_batched_tokens, num_threads",
                  .value = fmt::format("{}, {}, {}", options.max_num_seqs,
@@ -77,12 +77,17 @@ PathChoice choose_kernels(const CpuOptions& cpu_options) {
   return choose_path(candidates);
 }
 
+bool widens_products(const KernelTable& kernels, const ModelShape& shape,
+                     const CpuOptions& cpu_options) {
+  if (shape.dtype != DType::kBF16) return false;
+  return cpu_options.widens_products ? *cpu_options.widens_products : widening_pays(kernels);
+}
+
 ThreadPool make_pool(const BackendOptions& options) {
   const int num_threads =
       options.num_threads > 0 ? options.num_threads : usable_cores().num_threads();
-  return ThreadPool(num_threads,
-                    spread_over_nodes(cpus_by_node(affinity_cpus()), num_threads,
-                                      options.process_index, options.num_processes));
+  return ThreadPool(num_threads, spread_over_nodes(cpus_by_node(affinity_cpus()), num_threads,
+                                                   options.process_index, options.num_processes));
 }
 
 void expect_shape(const Tensor& tensor, int64_t rows, int64_t cols, const char* what) {
@@ -112,8 +117,10 @@ class CpuBackend final : public Backend {
         weights_(kernels_, shape.dtype, options.shared_weights),
         pages_(shape, options.kv_cache_bytes),
         step_(shape, options, pages_.num_pages()),
-        attention_(kernels_, shape, pages_, pool_.num_threads()),
-        head_(kernels_, pool_.num_threads()),
+        products_(kernels_, pool_.num_threads(), widens_products(kernels_, shape, cpu_options)),
+        attention_(kernels_, pair_kernels(kernels_, products_.widens()), shape, pages_,
+                   pool_.num_threads()),
+        head_(kernels_, products_, pool_.num_threads()),
         queue_([this](const StepPlan& plan, StepProgram& program) { return run(plan, program); }) {
     describe(path);
   }
@@ -188,9 +195,7 @@ class CpuBackend final : public Backend {
   void sleep(const std::vector<std::string>&) override { refuse_sleep("sleep"); }
   void wake_up(const std::vector<std::string>&) override { refuse_sleep("wake_up"); }
 
-  void set_program(std::shared_ptr<StepProgram> program) override {
-    program_ = std::move(program);
-  }
+  void set_program(std::shared_ptr<StepProgram> program) override { program_ = std::move(program); }
   StepHandle submit(StepPlan plan) override {
     if (!program_) {
       throw Error({.code = ErrorCode::kFailedPrecondition,
@@ -264,6 +269,7 @@ class CpuBackend final : public Backend {
   WeightStore weights_;
   KvPages pages_;
   StepContext step_;
+  PanelProducts<Element> products_;
   Attention<Element> attention_;
   VocabHead<Element> head_;
   bool has_head_results_ = false;
@@ -275,11 +281,12 @@ class CpuBackend final : public Backend {
 template <class Element>
 void CpuBackend<Element>::describe(const PathChoice& path) {
   info_.name = "cpu";
-  info_.description = fmt::format("cpu: {}, {} threads", isa_name(kernels_.isa),
-                                  pool_.num_threads());
+  info_.description =
+      fmt::format("cpu: {}, {} threads", isa_name(kernels_.isa), pool_.num_threads());
+  if (products_.widens()) info_.description += ", products of many rows in f32 FMAs";
   if (!path.refused.empty()) {
-    info_.description += fmt::format(" ({} refused: its products differ from scalar code here)",
-                                     path.refused);
+    info_.description +=
+        fmt::format(" ({} refused: its products differ from scalar code here)", path.refused);
   }
   // Neither instruction set nor threads: they change no bit.
   info_.fingerprint = fmt::format("cpu-v1 {}", dtype_name(shape_.dtype));
@@ -294,12 +301,13 @@ void CpuBackend<Element>::describe(const PathChoice& path) {
   info_.memory.weight_bytes = (s.V * s.D + s.L * layer) * element + (2 * s.L + 1) * s.D * 4;
   info_.memory.staging_bytes = info_.memory.weight_bytes;
   info_.memory.kv_bytes = pages_.page_bytes() * pages_.num_pages();
-  // A row: residual, its norm, Q K V in f32, rotated Q and attention output, gated F; threads' own.
-  const int64_t row = s.D * (4 + element) + (s.H + 2 * s.G) * s.K * 4 + 2 * s.H * s.K * element +
-                      s.F * element;
+  // A row: residual, its norm, Q K V in f32, rotated Q and attention output, gated F; an input in
+  // f32 where products widen it; threads' own.
+  int64_t row =
+      s.D * (4 + element) + (s.H + 2 * s.G) * s.K * 4 + 2 * s.H * s.K * element + s.F * element;
+  if (products_.widens()) row += std::max({s.D, s.F, s.H * s.K}) * 4;
   info_.memory.activation_bytes =
-      row * options_.max_num_batched_tokens +
-      attention_.workspace_bytes() * pool_.num_threads();
+      row * options_.max_num_batched_tokens + attention_.workspace_bytes() * pool_.num_threads();
 }
 
 // What the system granted shows only once the memory is used: by then the weights are packed.
@@ -307,9 +315,10 @@ template <class Element>
 void CpuBackend<Element>::describe_memory() {
   const double share = weights_.huge_page_share();
   info_.description += share > 0.99 ? ", weights in 2 MiB pages"
-                                    : fmt::format(", {:.0f} % of the weights in 2 MiB pages: the "
-                                                  "rest streams about 1.6 times slower",
-                                                  share * 100);
+                                    : fmt::format(
+                                          ", {:.0f} % of the weights in 2 MiB pages: the "
+                                          "rest streams about 1.6 times slower",
+                                          share * 100);
 }
 
 template <class Element>
@@ -349,7 +358,7 @@ void CpuBackend<Element>::linear(const LinearArgs& args) {
   expect_shape(args.in, args.in.rows(), matrix.K_in, "linear in");
   expect_shape(args.out, args.in.rows(), matrix.columns, "linear out");
   const int64_t bias_size = matrix.columns * (matrix.is_gated ? 2 : 1);
-  gemm<Element>(kernels_, pool_, whole_steps<Element>(args.in, padded_rows_),
+  gemm<Element>(kernels_, pool_, products_, whole_steps<Element>(args.in, padded_rows_),
                 {.weight = matrix,
                  .epilogue = args.epilogue,
                  .bias = optional_vector(args.bias, bias_size, "linear"),

@@ -18,6 +18,9 @@ class KvPages;
 struct CpuOptions {
   // Instruction set of the micro-kernels, one of cpu::supported_isas(); none: the best of them.
   std::optional<cpu::Isa> isa;
+  // Whether products of many rows run on operands widened to f32 (panel_products.h); none: where
+  // that is found to be faster at construction. Changes no bit.
+  std::optional<bool> widens_products;
   // Called in every step after its page copies and before its rows, for tests that fill what no row
   // may read.
   std::function<void(const StepPlan& plan, const cpu::KvPages& pages)> before_rows = {};

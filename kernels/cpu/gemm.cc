@@ -9,13 +9,12 @@
 namespace rollpack::kernels::cpu {
 namespace {
 
-// A product is cut into items of one panel x up to kChunkRows rows, and their k
-// into blocks of kBlockSteps: 512 steps of a panel are 128 KiB, the same steps
+// A product is cut into items of one panel x up to chunk_rows() rows, and their k
+// into blocks of max_block_steps(): 512 steps of a panel are 128 KiB, the same steps
 // of 256 rows 512 KiB in bf16, the block that is prefetched meanwhile 128 KiB
 // and the sums 64 KiB, which L2 holds (1 MiB and more). A block is read from
 // memory once a chunk and from L2 by every further tile of rows.
-constexpr int64_t kChunkRows = 256;
-constexpr int64_t kBlockSteps = 512;
+constexpr int64_t kMaxChunkRows = 256;
 // Items a thread should find at least, so that waiting for the last one is
 // short, and the fewest row tiles of an item: two halves of a tile cost two
 // tiles.
@@ -93,9 +92,10 @@ InputRows<Element> whole_steps(const Tensor& in, std::vector<Element>& scratch) 
 }
 
 template <class Element>
-void gemm(const KernelTable& kernels, ThreadPool& pool, const InputRows<Element>& in,
-          const GemmArgs& args) {
+void gemm(const KernelTable& kernels, ThreadPool& pool, PanelProducts<Element>& products,
+          const InputRows<Element>& in, const GemmArgs& args) {
   if (in.rows == 0) return;
+  products.begin(pool, in);
   const ElementKernels<Element>& of = kernels.of<Element>();
   const auto store = args.epilogue == Epilogue::kGated      ? of.store_gated
                      : args.epilogue == Epilogue::kResidual ? kernels.store_residual
@@ -105,18 +105,19 @@ void gemm(const KernelTable& kernels, ThreadPool& pool, const InputRows<Element>
   const int64_t num_panels = weight.num_panels();
   const RowTiles tiles(in.rows);
   const int64_t wanted =
-      std::max((in.rows + kChunkRows - 1) / kChunkRows,
+      std::max((in.rows + products.chunk_rows() - 1) / products.chunk_rows(),
                (pool.num_threads() * kItemsPerThread + num_panels - 1) / num_panels);
   const int64_t num_chunks = balanced_chunks(
       wanted, std::max<int64_t>(1, tiles.count / kMinTilesPerItem), num_panels, pool.num_threads());
-  const int64_t num_blocks = (weight.steps() + kBlockSteps - 1) / kBlockSteps;
+  const int64_t num_blocks =
+      (weight.steps() + products.max_block_steps() - 1) / products.max_block_steps();
   PanelShares shares(num_chunks * num_panels, pool.num_threads());
-  shares.run(pool, [&](int64_t item, int64_t next, int) {
+  shares.run(pool, [&](int64_t item, int64_t next, int thread) {
     const int64_t chunk = item / num_panels, panel = item % num_panels;
     const int64_t first_tile = tiles.count * chunk / num_chunks;
     const int64_t end_tile = tiles.count * (chunk + 1) / num_chunks;
     const int64_t first_row = tiles.begin(first_tile);
-    alignas(64) float sums[(kChunkRows + kTileRows) * kPanelColumns];
+    alignas(64) float sums[(kMaxChunkRows + kTileRows) * kPanelColumns];
     for (int64_t block = 0; block < num_blocks; ++block) {
       const int64_t first_step = weight.steps() * block / num_blocks;
       const int64_t steps = weight.steps() * (block + 1) / num_blocks - first_step;
@@ -126,6 +127,11 @@ void gemm(const KernelTable& kernels, ThreadPool& pool, const InputRows<Element>
       const bool has_next = block + 1 < num_blocks || next == item + 1;
       const auto* ahead =
           reinterpret_cast<const std::byte*>(columns + steps * kPanelColumns * kWidth);
+      products.take(thread, {.columns = columns,
+                             .first_step = first_step,
+                             .steps = steps,
+                             .chunk = chunk,
+                             .panel = panel});
       for (int64_t t = first_tile; t < end_tile; ++t) {
         const int64_t row = tiles.begin(t);
         const int rows = static_cast<int>(tiles.begin(t + 1) - row);
@@ -133,8 +139,7 @@ void gemm(const KernelTable& kernels, ThreadPool& pool, const InputRows<Element>
         PanelPass pass;
         if (has_next) pass = look_ahead(ahead, steps, t - first_tile, end_tile - first_tile, rows);
         pass.continues = block > 0;
-        of.panel_product(in.data + row * in.stride + first_step * kWidth, in.stride, rows, columns,
-                         steps, tile, pass);
+        products.multiply(thread, row, rows, tile, pass);
         if (block + 1 == num_blocks) store(tile, rows, tile_output<Element>(args, row, panel));
       }
     }
@@ -143,7 +148,9 @@ void gemm(const KernelTable& kernels, ThreadPool& pool, const InputRows<Element>
 
 template InputRows<uint16_t> whole_steps(const Tensor&, std::vector<uint16_t>&);
 template InputRows<float> whole_steps(const Tensor&, std::vector<float>&);
-template void gemm(const KernelTable&, ThreadPool&, const InputRows<uint16_t>&, const GemmArgs&);
-template void gemm(const KernelTable&, ThreadPool&, const InputRows<float>&, const GemmArgs&);
+template void gemm(const KernelTable&, ThreadPool&, PanelProducts<uint16_t>&,
+                   const InputRows<uint16_t>&, const GemmArgs&);
+template void gemm(const KernelTable&, ThreadPool&, PanelProducts<float>&, const InputRows<float>&,
+                   const GemmArgs&);
 
 }  // namespace rollpack::kernels::cpu

@@ -9,31 +9,16 @@
 #include "kernels/backend.h"
 #include "kernels/cpu/kernel_table.h"
 #include "kernels/cpu/packing.h"
+#include "kernels/cpu/panel_products.h"
+#include "kernels/cpu/row_tiles.h"
 #include "kernels/cpu/thread_pool.h"
 
 namespace rollpack::kernels::cpu {
-
-// Input rows as the micro-kernels read them: whole steps, zero-padded where K_in is odd.
-template <class Element>
-struct InputRows {
-  const Element* data = nullptr;
-  int64_t stride = 0;
-  int64_t rows = 0;
-};
 
 // Returns a view of `in`, copied into `scratch` (which keeps its capacity) if its rows do not end
 // on a whole step.
 template <class Element>
 InputRows<Element> whole_steps(const Tensor& in, std::vector<Element>& scratch);
-
-// Sizes of the `count` tiles that cut `rows` into tiles of at most kTileRows, as equal as possible:
-// 64 rows are 9 tiles of 6 and 2 of 5, not 10 of 6 and one of 4.
-struct RowTiles {
-  explicit RowTiles(int64_t rows) : rows(rows), count((rows + kTileRows - 1) / kTileRows) {}
-  int64_t begin(int64_t tile) const { return rows * tile / count; }
-  int64_t rows;
-  int64_t count;
-};
 
 // What product `tile` of the num_tiles that read one block of panel columns (of `steps` steps)
 // brings into L2 of the block at `next`. The first tile is left alone: what is not there yet it
@@ -48,7 +33,7 @@ struct GemmArgs {
 };
 
 template <class Element>
-void gemm(const KernelTable& kernels, ThreadPool& pool, const InputRows<Element>& in,
-          const GemmArgs& args);
+void gemm(const KernelTable& kernels, ThreadPool& pool, PanelProducts<Element>& products,
+          const InputRows<Element>& in, const GemmArgs& args);
 
 }  // namespace rollpack::kernels::cpu

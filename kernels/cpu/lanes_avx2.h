@@ -117,6 +117,8 @@ inline Lanes pair_part(Pairs pairs) {
   return {pair_part<kPart>(pairs.low), pair_part<kPart>(pairs.high)};
 }
 
+inline void end_part(Lanes&) {}  // its few sums leave registers for both parts
+
 // f32_to_bf16() in each 32-bit lane.
 inline __m256i round_to_bf16(__m256 x) {
   const __m256i bits = _mm256_castps_si256(x);

@@ -21,6 +21,12 @@ inline Lanes pair_part(Pairs pairs) {
   return {_mm512_castsi512_ps(bits)};
 }
 
+// Between the parts: the compiler would otherwise add both parts of one sum at once, for which
+// inputs of both parts, and more registers than there are, would have to be ready.
+inline void end_part(Lanes& sum) {
+  asm volatile("" : "+v"(sum.x) : : "memory");
+}
+
 // f32_to_bf16() in each lane.
 inline __m256i round_to_bf16(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);

@@ -18,6 +18,8 @@ constexpr KernelTable make_table(Isa isa) {
   return {.isa = isa,
           .bf16 = element_kernels<PairStep>(),
           .f32 = element_kernels<SingleStep>(),
+          .widen_pairs = widen_pairs,
+          .widen_panel = widen_panel,
           .store_plain = store_plain,
           .store_residual = store_residual,
           .merge_chunk = merge_chunk,

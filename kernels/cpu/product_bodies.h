@@ -157,6 +157,11 @@ inline __attribute__((always_inline)) void accumulate(
     accumulate_part<Step, 0, kRows, kVectors>(acc, rows, first_step + s, columns,
                                               s * column_stride);
     if constexpr (Step::kParts == 2) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) end_part(acc.at[r][v]);
+      }
       accumulate_part<Step, 1, kRows, kVectors>(acc, rows, first_step + s, columns,
                                                 s * column_stride);
     }
@@ -318,4 +323,28 @@ void panel_product(const typename Step::Element* a, int64_t a_stride, int rows,
                                                  ahead);
         }
       });
+}
+
+// ---- operands in f32 ----------------------------------------------------------------------------
+
+// Plain loops over words, which the compiler turns into vectors.
+
+void widen_panel(const uint16_t* panel, int64_t steps, float* out) {
+  for (int64_t s = 0; s < steps; ++s) {
+    uint32_t pairs[kPanelColumns], odd[kPanelColumns], even[kPanelColumns];
+    __builtin_memcpy(pairs, panel + s * 2 * kPanelColumns, sizeof pairs);
+    for (int c = 0; c < kPanelColumns; ++c) odd[c] = pairs[c] & 0xffff0000u;
+    for (int c = 0; c < kPanelColumns; ++c) even[c] = pairs[c] << 16;
+    __builtin_memcpy(out + s * 2 * kPanelColumns, odd, sizeof odd);
+    __builtin_memcpy(out + (s * 2 + 1) * kPanelColumns, even, sizeof even);
+  }
+}
+
+void widen_pairs(const uint16_t* in, int64_t pairs, float* out) {
+  for (int64_t i = 0; i < pairs; ++i) {
+    uint32_t pair;
+    __builtin_memcpy(&pair, in + 2 * i, sizeof pair);
+    const uint32_t turned[2] = {pair & 0xffff0000u, pair << 16};
+    __builtin_memcpy(out + 2 * i, turned, sizeof turned);
+  }
 }

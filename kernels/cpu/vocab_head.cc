@@ -25,9 +25,10 @@ std::span<const int32_t> banned_ids(const Slot& slot, int32_t position) {
 }  // namespace
 
 template <class Element>
-VocabHead<Element>::VocabHead(const KernelTable& kernels, int num_threads)
+VocabHead<Element>::VocabHead(const KernelTable& kernels, PanelProducts<Element>& products,
+                              int num_threads)
     : kernels_(kernels),
-      stats_(kernels, num_threads),
+      stats_(kernels, products, num_threads),
       workspaces_(static_cast<size_t>(num_threads)) {}
 
 template <class Element>

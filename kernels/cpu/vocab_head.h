@@ -24,7 +24,7 @@ namespace rollpack::kernels::cpu {
 template <class Element>
 class VocabHead {
  public:
-  VocabHead(const KernelTable& kernels, int num_threads);
+  VocabHead(const KernelTable& kernels, PanelProducts<Element>& products, int num_threads);
 
   // Fills step.result and advances the slots. `in` has the step's head rows.
   void run(ThreadPool& pool, StepContext& step, const PackedMatrix& weight,

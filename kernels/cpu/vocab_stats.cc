@@ -10,19 +10,17 @@
 namespace rollpack::kernels::cpu {
 namespace {
 
-// Rows of one item: their activations (512 KiB of bf16 at D = 1024) stay in L2 beside the panel at
-// hand and the next one, and a panel is read from memory once a chunk.
-constexpr int64_t kChunkRows = 256;
-
 // x of a token that has been taken out.
 constexpr float kNoMass = -std::numeric_limits<float>::infinity();
 
 }  // namespace
 
 template <class Element>
-VocabStats<Element>::VocabStats(const KernelTable& kernels, int num_threads)
+VocabStats<Element>::VocabStats(const KernelTable& kernels, PanelProducts<Element>& products,
+                                int num_threads)
     : kernels_(kernels),
       of_(kernels.of<Element>()),
+      products_(products),
       workspaces_(static_cast<size_t>(num_threads)),
       candidates_(kernels, num_threads) {
   for (int thread = 0; thread < num_threads; ++thread) {
@@ -78,7 +76,10 @@ void VocabStats<Element>::compute(ThreadPool& pool, std::span<const int32_t> hea
                                   float* logits) {
   if (head_rows.empty()) return;
   gather(head_rows);
-  const int64_t num_chunks = (group_.rows + kChunkRows - 1) / kChunkRows;
+  products_.begin(pool, group_);
+  // A chunk's activations (512 KiB of bf16 at D = 1024) stay in L2 beside the panel at hand and the
+  // next one, and a panel is read from memory once a chunk.
+  const int64_t num_chunks = (group_.rows + products_.chunk_rows() - 1) / products_.chunk_rows();
   PanelShares shares(num_chunks * num_blocks_, pool.num_threads());
   shares.run(pool, [&](int64_t item, int64_t next, int thread) {
     const int64_t chunk = item / num_blocks_;
@@ -112,29 +113,53 @@ void VocabStats<Element>::compute_block(std::span<const int32_t> head_rows, int6
   alignas(64) float tile[kTileRows * kPanelColumns];
   list_rows(head_rows.subspan(static_cast<size_t>(first), static_cast<size_t>(last - first)), tiles,
             tile, first_index, work);
+  // Where a panel is taken in parts, the sums of all tiles wait for the next one.
+  constexpr int64_t kStepElements = kPanelColumns * (sizeof(Element) == 2 ? 2 : 1);
+  const int64_t steps = weight_.steps();
+  const int64_t num_parts =
+      products_.is_wide() ? (steps + products_.max_block_steps() - 1) / products_.max_block_steps()
+                          : 1;
+  if (num_parts > 1) work.sums.resize(static_cast<size_t>((last - first) * kPanelColumns));
   for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-    const auto* columns_end =
-        reinterpret_cast<const std::byte*>(weight_.panel<Element>(panel)) + weight_.panel_bytes();
-    const bool goes_on = panel + 1 < end_panel || has_next;
-    for (int64_t t = 0; t < tiles.count; ++t) {
-      const int64_t row = first + tiles.begin(t);
-      const auto rows = static_cast<size_t>(tiles.begin(t + 1) - tiles.begin(t));
-      PanelPass pass;
-      if (goes_on) {
-        pass = look_ahead(columns_end, weight_.steps(), t, tiles.count, static_cast<int>(rows));
-      }
-      of_.panel_product(group_.data + row * group_.stride, group_.stride, static_cast<int>(rows),
-                        weight_.panel<Element>(panel), weight_.steps(), tile, pass);
-      reduce_tile(head_rows.subspan(static_cast<size_t>(row), rows), tile, panel,
-                  work.tiles[static_cast<size_t>(t)], work);
-      if (logits == nullptr) continue;
-      for (size_t r = 0; r < rows; ++r) {
-        float* const kept =
-            logits + (row + static_cast<int64_t>(r)) * logits_stride() + panel * kPanelColumns;
-        std::copy_n(tile + r * kPanelColumns, kPanelColumns, kept);
-        // Rows are far apart, so nothing else brings in what the next panel's stores need.
-        for (int c = 0; c < kPanelColumns; c += 16) {
-          __builtin_prefetch(kept + kPanelColumns + c, 1, 3);
+    for (int64_t b = 0; b < num_parts; ++b) {
+      const int64_t first_step = steps * b / num_parts;
+      const int64_t part_steps = steps * (b + 1) / num_parts - first_step;
+      const Element* columns = weight_.panel<Element>(panel) + first_step * kStepElements;
+      const bool is_last = b + 1 == num_parts;
+      const bool goes_on = !is_last || panel + 1 < end_panel || has_next;
+      products_.take(work.thread, {.columns = columns,
+                                   .first_step = first_step,
+                                   .steps = part_steps,
+                                   .chunk = first,
+                                   .panel = panel});
+      for (int64_t t = 0; t < tiles.count; ++t) {
+        const int64_t row = first + tiles.begin(t);
+        const auto rows = static_cast<size_t>(tiles.begin(t + 1) - tiles.begin(t));
+        PanelPass pass;
+        if (goes_on) {
+          pass = look_ahead(columns + part_steps * kStepElements, part_steps, t, tiles.count,
+                            static_cast<int>(rows));
+        }
+        pass.continues = b > 0;
+        float* target = tile;
+        if (num_parts > 1) {
+          float* const sums = work.sums.data() + (row - first) * kPanelColumns;
+          if (is_last) std::copy_n(sums, rows * kPanelColumns, tile);
+          if (!is_last) target = sums;
+        }
+        products_.multiply(work.thread, row, static_cast<int>(rows), target, pass);
+        if (!is_last) continue;
+        reduce_tile(head_rows.subspan(static_cast<size_t>(row), rows), tile, panel,
+                    work.tiles[static_cast<size_t>(t)], work);
+        if (logits == nullptr) continue;
+        for (size_t r = 0; r < rows; ++r) {
+          float* const kept =
+              logits + (row + static_cast<int64_t>(r)) * logits_stride() + panel * kPanelColumns;
+          std::copy_n(tile + r * kPanelColumns, kPanelColumns, kept);
+          // Rows are far apart, so nothing else brings in what the next panel's stores need.
+          for (int c = 0; c < kPanelColumns; c += 16) {
+            __builtin_prefetch(kept + kPanelColumns + c, 1, 3);
+          }
         }
       }
     }

@@ -40,7 +40,7 @@ struct Exclusion {
 template <class Element>
 class VocabStats {
  public:
-  VocabStats(const KernelTable& kernels, int num_threads);
+  VocabStats(const KernelTable& kernels, PanelProducts<Element>& products, int num_threads);
 
   // Starts a step. `distributions` ascend by head row, each row's first has scale 1; every row of
   // `in` has one. with_entropy: the weighted sums as well.
@@ -103,6 +103,7 @@ class VocabStats {
   struct Workspace {
     int thread = 0;
     std::vector<BlockPanels> panels;  // [distributions of a chunk of rows]
+    std::vector<float> sums;          // [rows of a chunk][64]
     // Of all tiles of the chunk, one after the other: every panel of a block is reduced by them.
     std::vector<LogitsRow> rows;
     std::vector<Collecting> collecting;
@@ -135,6 +136,7 @@ class VocabStats {
 
   const KernelTable& kernels_;
   const ElementKernels<Element>& of_;
+  PanelProducts<Element>& products_;
   std::vector<Workspace> workspaces_;
   CandidateLists candidates_;
 

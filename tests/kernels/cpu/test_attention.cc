@@ -73,7 +73,7 @@ class Fixture {
     step.begin(plan);
     const int64_t width = shape_.H * shape_.K;
     std::vector<Element> out(static_cast<size_t>((end - begin) * width));
-    Attention<Element> attention(kernel_table(isa), shape_, pages_, num_threads);
+    Attention<Element> attention(kernel_table(isa), kernel_table(isa), shape_, pages_, num_threads);
     attention.run(pool, step,
                   {.window = window,
                    .q = {q.data() + begin * width, DType::kF32, {end - begin, width}},
@@ -97,8 +97,8 @@ class Fixture {
     }
     const Tensor in_view{in.data(), DType::kF32, {siblings.plan.num_rows(), width()}};
     const Tensor out_view{out.data(), DType::kF32, {siblings.plan.num_rows(), width()}};
-    Attention<Element> attention(kernel_table(supported_isas().front()), shape_, *siblings.pages,
-                                 2);
+    const KernelTable& best = kernel_table(supported_isas().front());
+    Attention<Element> attention(best, best, shape_, *siblings.pages, 2);
     attention.run(pool, step, {.q = in_view, .out = out_view});
     return out;
   }

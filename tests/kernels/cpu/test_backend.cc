@@ -15,7 +15,7 @@ const BackendOptions kOptions = {.num_threads = 2, .kv_cache_bytes = 1 << 20};
 
 TEST(CpuBackend, InfoNamesInstructionSetThreadsAndBits) {
   for (const cpu::Isa isa : cpu::supported_isas()) {
-    const auto backend = make_cpu_backend(kShape, kOptions, {.isa = isa});
+    const auto backend = make_cpu_backend(kShape, kOptions, {.isa = isa, .widens_products = false});
     const BackendInfo& info = backend->info();
     EXPECT_EQ(info.name, "cpu");
     EXPECT_EQ(info.description, "cpu: " + std::string(cpu::isa_name(isa)) + ", 2 threads");

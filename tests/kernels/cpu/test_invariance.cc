@@ -54,9 +54,8 @@ void add_sequence(StepPlan& plan, const Sequence& sequence) {
                              .end_position = 1000});
   add_rows(plan, sequence.ids, 0, {sequence.slot}, sequence.slot);
   for (int32_t i = 0; i < num_rows; ++i) {
-    plan.scores.push_back({.row = row + i,
-                           .token = sequence.ids[static_cast<size_t>(i)],
-                           .temperature = 1.5f});
+    plan.scores.push_back(
+        {.row = row + i, .token = sequence.ids[static_cast<size_t>(i)], .temperature = 1.5f});
   }
   plan.samples.push_back({.row = row + num_rows - 1, .slot = sequence.slot});
 }
@@ -93,6 +92,7 @@ TEST_P(EveryNumberOfRows, LeavesEveryRowsBits) {
 
   options.num_threads = num_threads;
   options.cpu.isa = isa;
+  options.cpu.widens_products = num_threads == 2;
   ToyModel model(options);
   for (int32_t M = 1; M <= 70; ++M) {
     std::vector<Sequence> taken;
@@ -109,22 +109,21 @@ TEST_P(EveryNumberOfRows, LeavesEveryRowsBits) {
     for (size_t i = 0; i < taken.size(); ++i) {
       const auto slot = static_cast<size_t>(taken[i].slot);
       const bool is_whole = taken[i].ids.size() == sequences[slot].ids.size();
-      const Bits expected =
-          is_whole ? alone[slot] : run_sequences(reference, {taken[i]}).front();
+      const Bits expected = is_whole ? alone[slot] : run_sequences(reference, {taken[i]}).front();
       ASSERT_EQ(bits[i], expected) << M << " rows, sequence " << slot;
     }
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Cpu, EveryNumberOfRows,
-    ::testing::Combine(::testing::ValuesIn(cpu::supported_isas()), ::testing::Values(1, 2, 3),
-                       ::testing::Values(DType::kBF16, DType::kF32)),
-    [](const auto& info) {
-      return std::string(cpu::isa_name(std::get<0>(info.param))) + "_" +
-             std::to_string(std::get<1>(info.param)) + "_threads_" +
-             std::string(dtype_name(std::get<2>(info.param)));
-    });
+INSTANTIATE_TEST_SUITE_P(Cpu, EveryNumberOfRows,
+                         ::testing::Combine(::testing::ValuesIn(cpu::supported_isas()),
+                                            ::testing::Values(1, 2, 3),
+                                            ::testing::Values(DType::kBF16, DType::kF32)),
+                         [](const auto& info) {
+                           return std::string(cpu::isa_name(std::get<0>(info.param))) + "_" +
+                                  std::to_string(std::get<1>(info.param)) + "_threads_" +
+                                  std::string(dtype_name(std::get<2>(info.param)));
+                         });
 
 struct Variant {
   const char* name;

@@ -331,6 +331,32 @@ TEST(VocabularyKernels, StatsAgreeForEveryWidth) {
   }
 }
 
+TEST(VocabularyKernels, StatsOfAFurtherScaleAreThoseOfItAlone) {
+  const FlushSubnormalsScope flush;
+  Numbers numbers(9);
+  for (int round = 0; round < 200; ++round) {
+    // Values so small that scaling flushes some, of ordinary size, and so large that it overflows.
+    const float size = std::ldexp(1.0f, round % 5 == 0 ? -126 : round % 5 == 1 ? 127 : round % 9);
+    auto logits = numbers.vector(kPanelColumns, size);
+    if (round % 3 == 0) {
+      for (float& x : logits) x = -std::abs(x);
+    }
+    const float scale = 0.3f + static_cast<float>(round % 7) * 0.5f;
+    const int columns = 1 + round % kPanelColumns;
+    for (const Isa isa : supported_isas()) {
+      BlockPanels unit{}, further{}, alone{};
+      const LogitsRow both[] = {{logits.data(), 1.0f, &unit}, {logits.data(), scale, &further}};
+      const LogitsRow one = {logits.data(), scale, &alone};
+      kernel_table(isa).panel_stats(both, 2, columns, 3, true);
+      kernel_table(isa).panel_stats(&one, 1, columns, 3, true);
+      EXPECT_EQ(further.max[3], alone.max[3]) << isa_name(isa) << ", round " << round;
+      EXPECT_EQ(bits(std::vector{further.sum[3], further.weighted[3]}),
+                bits(std::vector{alone.sum[3], alone.weighted[3]}))
+          << isa_name(isa) << ", round " << round;
+    }
+  }
+}
+
 TEST(VocabularyKernels, MergedPanelsAreTheSumsInOrder) {
   const FlushSubnormalsScope flush;
   Numbers numbers(12);
@@ -433,6 +459,30 @@ TEST(VocabularyKernels, AnyNonFiniteLogitIsSeenAndNoneBeyondTheWidth) {
         logits[static_cast<size_t>(at)] = bad;
         EXPECT_FALSE(kernel_table(isa).all_finite(logits.data(), kPanelColumns));
         EXPECT_TRUE(kernel_table(isa).all_finite(logits.data(), at));
+      }
+    }
+  }
+}
+
+// A product of widened operands is the product of the pairs, on every instruction set.
+TEST(WidenedProducts, HaveTheBitsOfPairs) {
+  const FlushSubnormalsScope flush;
+  Numbers numbers(8);
+  for (const int64_t steps : {1, 2, 15, 16, 17, 63, 64, 65, 130}) {
+    for (int rows = 1; rows <= kTileRows; ++rows) {
+      const auto a = wild_elements<uint16_t>(numbers, rows * steps * 2);
+      const auto panel = wild_elements<uint16_t>(numbers, steps * 2 * kPanelColumns);
+      std::vector<float> want(static_cast<size_t>(rows) * kPanelColumns);
+      kernel_table(Isa::kPortable)
+          .bf16.panel_product(a.data(), steps * 2, rows, panel.data(), steps, want.data(), {});
+      for (const Isa isa : supported_isas()) {
+        const KernelTable& kernels = kernel_table(isa);
+        std::vector<float> wide_a(a.size()), wide_panel(panel.size()), got(want.size());
+        kernels.widen_pairs(a.data(), rows * steps, wide_a.data());
+        kernels.widen_panel(panel.data(), steps, wide_panel.data());
+        kernels.f32.panel_product(wide_a.data(), steps * 2, rows, wide_panel.data(), 2 * steps,
+                                  got.data(), {});
+        EXPECT_EQ(bits(got), bits(want)) << isa_name(isa) << ", " << rows << " x " << steps;
       }
     }
   }

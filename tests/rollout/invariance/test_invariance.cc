@@ -124,15 +124,18 @@ struct Variant {
   int64_t num_pages = 64;
   std::vector<Isa> isas = {Isa::kPortable};  // one a rank
   std::vector<int32_t> num_threads = {1};    // one a rank
+  bool widens_products = false;              // of bf16 models, whatever the machine prefers
   int num_passes = 1;                        // the second finds a warm prefix cache
   std::optional<uint32_t> scatter_seed;
 
   std::string text() const {
     std::vector<std::string_view> names;
     for (const Isa isa : isas) names.push_back(kernels::cpu::isa_name(isa));
-    return fmt::format("{}, {} pages, ranks on {} with {} threads, {} passes, pages {}",
-                       fmt::join(settings, " "), num_pages, names, num_threads, num_passes,
-                       scatter_seed ? "scattered" : "in order");
+    return fmt::format(
+        "{}, {} pages, ranks on {} with {} threads, products {}, {} passes, pages {}",
+        fmt::join(settings, " "), num_pages, names, num_threads,
+        widens_products ? "widened" : "of pairs", num_passes,
+        scatter_seed ? "scattered" : "in order");
   }
 };
 
@@ -223,6 +226,7 @@ Variant draw_variant(uint32_t seed) {
   }
   variant.num_passes = static_cast<int>(1 + below(2));
   if (below(2) == 0) variant.scatter_seed = seed;
+  variant.widens_products = below(2) == 0;
   return variant;
 }
 
@@ -241,7 +245,8 @@ Config config_of(const Variant& variant, const Task& task, int64_t page_bytes) {
 
 std::unique_ptr<Replica> make_replica(const Variant& variant, const Task& task, int rank) {
   const kernels::ModelShape shape = task.model.config.shape(task.model.dtype);
-  const kernels::CpuOptions cpu_options = {.isa = variant.isas[static_cast<size_t>(rank)]};
+  const kernels::CpuOptions cpu_options = {.isa = variant.isas[static_cast<size_t>(rank)],
+                                           .widens_products = variant.widens_products};
   kernels::BackendOptions options = {.num_threads = 1, .kv_cache_bytes = 1 << 20};
   static std::map<std::string, int64_t> page_bytes;
   int64_t& bytes = page_bytes[task.model.name];
