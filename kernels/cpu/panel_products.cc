@@ -64,6 +64,7 @@ PanelProducts<Element>::PanelProducts(const KernelTable& kernels, int num_thread
 template <class Element>
 void PanelProducts<Element>::begin(ThreadPool& pool, const InputRows<Element>& in) {
   in_ = in;
+  for (Workspace& work : workspaces_) work.chunk = -1;
   // A lone tile reads a panel once and waits for it: widening would only add to that.
   is_wide_ = widens_ && in.rows > kTileRows;
   if constexpr (sizeof(Element) == 2) {
@@ -82,6 +83,10 @@ template <class Element>
 void PanelProducts<Element>::take(int thread, const Block& block) {
   Workspace& work = workspaces_[static_cast<size_t>(thread)];
   work.block = block;
+  if (work.chunk != block.chunk) {
+    work.chunk = block.chunk;
+    work.first_panel = block.panel;
+  }
   if constexpr (sizeof(Element) == 2) {
     if (!is_wide_) return;
     const auto size = static_cast<size_t>(2 * block.steps * kPanelColumns);
@@ -90,11 +95,31 @@ void PanelProducts<Element>::take(int thread, const Block& block) {
   }
 }
 
+// Asks for what the block reads of rows [row, end_row). Another thread has made half of them, so a
+// thread that meets them first would wait for one line after the other.
+template <class Element>
+void PanelProducts<Element>::bring_in(const Block& block, int64_t row, int64_t end_row) const {
+  constexpr int64_t kWidth = sizeof(Element) == 2 ? 2 : 1;
+  const int64_t element_bytes = is_wide_ ? 4 : static_cast<int64_t>(sizeof(Element));
+  const auto* const rows = is_wide_ ? reinterpret_cast<const std::byte*>(wide_rows_.data())
+                                    : reinterpret_cast<const std::byte*>(in_.data);
+  for (; row < end_row; ++row) {
+    const std::byte* const part =
+        rows + (row * in_.stride + block.first_step * kWidth) * element_bytes;
+    for (int64_t b = 0; b < block.steps * kWidth * element_bytes; b += 64) {
+      __builtin_prefetch(part + b, 0, 2);
+    }
+  }
+}
+
 template <class Element>
 void PanelProducts<Element>::multiply(int thread, int64_t row, int num_rows, float* tile,
                                       const PanelPass& pass) const {
   const Workspace& work = workspaces_[static_cast<size_t>(thread)];
   const Block& block = work.block;
+  if (block.panel == work.first_panel) {
+    bring_in(block, row + num_rows, std::min(row + num_rows + kTileRows, in_.rows));
+  }
   if (is_wide_) {
     kernels_.f32.panel_product(wide_rows_.data() + row * in_.stride + 2 * block.first_step,
                                in_.stride, num_rows, work.columns.data(), 2 * block.steps, tile,

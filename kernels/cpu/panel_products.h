@@ -59,8 +59,11 @@ class PanelProducts {
   // One thread's memory.
   struct Workspace {
     Block block;
+    int64_t chunk = -1, first_panel = -1;  // the chunk at hand, and the first panel it meets
     std::vector<float> columns;            // [2 steps][64], where widened
   };
+
+  void bring_in(const Block& block, int64_t row, int64_t end_row) const;
 
   const KernelTable& kernels_;
   const ElementKernels<Element>& of_;
