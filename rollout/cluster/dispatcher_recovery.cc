@@ -117,8 +117,8 @@ void Dispatcher::give_up(int32_t worker, ErrorInfo error, Effects& effects) {
   dispatch();
 }
 
-// With one of its ranks a whole node may be gone: those beside it get no work that would be lost once
-// more, and blamed for it, until they have said something. Asked, for the idle say nothing.
+// With one of its ranks a whole node may be gone: those beside it get no work that would be lost
+// once more, and blamed for it, until they have said something. Asked, for the idle say nothing.
 void Dispatcher::doubt_node(int node) {
   if (node == 0) return;  // the ends of processes here are seen one by one
   for (const int32_t worker : all_workers()) {

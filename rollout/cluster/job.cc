@@ -5,8 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
-#include <filesystem>
 #include <fstream>
 #include <optional>
 
@@ -38,18 +36,6 @@ int threads_per_rank(const EngineSection& engine, const Placement& placement) {
   if (engine.num_threads > 0) return engine.num_threads;
   return kernels::usable_cores().num_threads(placement.cpus.num_processes,
                                              placement.num_ranks_on_node);
-}
-
-std::string make_private_folder() {
-  const char* base = std::getenv("TMPDIR");
-  std::string name = std::string(base != nullptr ? base : "/tmp") + "/rollpack-XXXXXX";
-  if (::mkdtemp(name.data()) == nullptr) {
-    throw Error({.code = ErrorCode::kUnavailable,
-                 .field = "TMPDIR",
-                 .value = name,
-                 .allowed = "a folder that can be written"});
-  }
-  return name;
 }
 
 DType compute_dtype(const Config& config) {
@@ -125,8 +111,8 @@ void Job::meet_ranks() {
   Meeting meeting{.shares_weights = shares_weights_};
   std::optional<RankAcceptor> acceptor;
   if (num_ranks() > 1) {
-    folder_ = make_private_folder();
-    meeting.socket = folder_ + "/ranks.sock";
+    folder_.emplace();
+    meeting.socket = folder_->path() + "/ranks.sock";
     meeting.token = random_token();
     meeting.answer = random_token();
     meeting.job = random_token();
@@ -161,10 +147,6 @@ void Job::meet_ranks() {
 Job::~Job() {
   if (worker_) worker_->stop();  // its events go to the dispatcher
   hub_.reset();
-  if (!folder_.empty()) {
-    std::error_code ignored;
-    std::filesystem::remove_all(folder_, ignored);
-  }
 }
 
 void Job::start() {
@@ -181,7 +163,7 @@ void Job::start() {
   if (hub_) hub_->serve(dispatcher);
   if (shares_weights_) dispatcher.share_first_weights(std::move(first_weights_));
   dispatcher.wait_ready(deadline);
-  if (!folder_.empty()) std::filesystem::remove_all(folder_);
+  folder_.reset();
 }
 
 void Job::stop(bool hand_back) {

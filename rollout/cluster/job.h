@@ -8,6 +8,7 @@
 
 #include "rollout/cluster/dispatcher.h"
 #include "rollout/cluster/launch.h"
+#include "rollout/cluster/private_folder.h"
 #include "rollout/cluster/rank_link.h"
 #include "rollout/cluster/worker.h"
 #include "rollout/engine/replica.h"
@@ -45,7 +46,7 @@ class Job {
   const bool survives_deaths_;
   const int num_threads_;
   Launch& launch_;
-  std::string folder_;  // private to this run; holds the rank socket while ranks connect
+  std::optional<PrivateFolder> folder_;  // holds the rank socket while ranks connect
   std::unique_ptr<RankHub> hub_;
   std::unique_ptr<Replica> replica_;
   std::unique_ptr<Dispatcher> dispatcher_;

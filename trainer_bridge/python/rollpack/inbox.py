@@ -158,7 +158,7 @@ class Inbox:
         fields = reply.fields
         pad = self._info.pad_token_id
         if fields.get("slot") is None:
-            if fields.get("batch_seq"):  # of a server with a journal: it has been told, once for all
+            if fields.get("batch_seq"):  # of a server with a journal: told once for all
                 self._release(_handed_over(fields))
             return Batch(fields, None, verify=verify, pad_token_id=pad)
         index, slot_bytes = fields["slot"], self._info.slot_bytes
