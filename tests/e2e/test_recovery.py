@@ -98,6 +98,11 @@ def test_both_ranks_and_a_replacement_are_lost(
             os.kill(job.rank_pids()[rank], signal.SIGKILL)
         wait_for_workers(client, 3, num_deaths=2)
         assert sorted(job.rank_pids()) == [0, 3, 4]
+        assert _take_rest(client, samples) == undisturbed
+        # Others than the prompts that were with both: a third loss would convict those.
+        client.submit(PROMPTS)
+        samples = {}
+        take(client.next_batch(timeout_s=60), samples)
         os.kill(job.rank_pids()[3], signal.SIGKILL)
         assert _take_rest(client, samples) == undisturbed
         wait_for_workers(client, 3, num_deaths=3)
