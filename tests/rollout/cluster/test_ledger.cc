@@ -140,6 +140,40 @@ TEST(Ledger, SuspectsAfterTwoDeathsAndConvictsAtTheThird) {
   EXPECT_EQ(ledger.num_open_samples(), 2);
 }
 
+TEST(Ledger, WhatMustFinishOutlivesAnAbortAndIsQueuedAgain) {
+  Ledger ledger;
+  ledger.accept(group(0, 0, 5, 4), "", {.is_done = {false, true}, .must_finish = true});
+  EXPECT_EQ(ledger.num_open_samples(), 3);
+  EXPECT_TRUE(ledger.abort(std::nullopt).empty());
+  const GroupRequest once = ledger.assign({0, 0}, 1);
+  EXPECT_EQ(once.sample_indices, (std::vector<int32_t>{0, 2, 3}));
+  bridge::SampleKey key = once.key;
+  key.sample_index = 2;
+  EXPECT_EQ(ledger.give_back(key, 1, 1), 10);
+  EXPECT_FALSE(ledger.give_back(key, 1, 1)) << "a second time";
+  EXPECT_FALSE(ledger.commit(key, 1, 1)) << "the attempt has given it up";
+  key.sample_index = 0;
+  EXPECT_EQ(ledger.commit(key, 1, 1), 10);
+  EXPECT_FALSE(ledger.next()) << "the worker has one more";
+  key.sample_index = 3;
+  EXPECT_EQ(ledger.give_back(key, 1, 1), 15) << "the prompt is off its hands too";
+  ASSERT_TRUE(ledger.next());
+  const GroupRequest again = ledger.assign({0, 0}, 2);
+  EXPECT_EQ(again.sample_indices, (std::vector<int32_t>{2, 3}));
+  EXPECT_EQ(again.attempt, 2);
+  EXPECT_EQ(ledger.fence(2).num_requeued, 1);
+  EXPECT_EQ(ledger.num_open_samples(), 2);
+}
+
+TEST(Ledger, WhatNeedNotFinishIsNotGivenBack) {
+  Ledger ledger;
+  ledger.accept(group(0, 0, 5, 1), "");
+  bridge::SampleKey key = ledger.assign({0, 0}, 1).key;
+  key.sample_index = 0;
+  EXPECT_FALSE(ledger.give_back(key, 1, 1));
+  EXPECT_TRUE(ledger.commit(key, 1, 1));
+}
+
 TEST(Ledger, DoesNotRunAbortedGroupsAgain) {
   Ledger ledger;
   ledger.accept(group(0, 0, 5), "");
