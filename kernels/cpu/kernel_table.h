@@ -156,8 +156,8 @@ struct KernelTable {
   ElementKernels<float> f32;
 
   // bf16 operands as f32: a product over pairs becomes one over twice as many single steps, with
-  // the same bits. out[2 i] = in[2 i + 1] and out[2 i + 1] = in[2 i] for each of `pairs` pairs; of a
-  // panel's steps, out [2 steps][64] has first the odd, then the even elements of a step.
+  // the same bits. Of a row, for each pair: out[2 i] = in[2 i + 1] and out[2 i + 1] = in[2 i]. Of a
+  // panel, out [2 steps][64]: first the odd, then the even elements of a step.
   void (*widen_pairs)(const uint16_t* in, int64_t pairs, float* out);
   void (*widen_panel)(const uint16_t* panel, int64_t steps, float* out);
   // out = tile (+ bias), and out += tile (+ bias).

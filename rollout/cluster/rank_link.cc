@@ -35,9 +35,9 @@ constexpr size_t kMaxQueuedBytes = size_t{256} << 20;
 // A frame without descriptors, with something that happens in the middle of it.
 template <class Middle>
 void send_in_halves(int socket, const std::vector<uint8_t>& body, const Middle& middle) {
-  std::vector<uint8_t> bytes(4);
+  std::vector<uint8_t> bytes(4 + body.size());
   for (size_t i = 0; i < 4; ++i) bytes[i] = static_cast<uint8_t>(body.size() >> (8 * i));
-  bytes.insert(bytes.end(), body.begin(), body.end());
+  std::copy(body.begin(), body.end(), bytes.begin() + 4);
   auto send_up_to = [&, sent = size_t{0}](size_t end) mutable {
     while (sent < end) {
       const ssize_t put = ::send(socket, bytes.data() + sent, end - sent, MSG_NOSIGNAL);

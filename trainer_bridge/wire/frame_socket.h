@@ -1,7 +1,7 @@
 // Frames over an asynchronous stream socket, Unix or TCP (which carries no descriptors). Boost.Asio
 // cannot carry descriptors, so it only waits for readiness and the calls of fd_passing.h do the
-// rest. Knows nothing of what frames mean: the server's clients and the links between ranks are both
-// made of it.
+// rest. Knows nothing of what frames mean: the server's clients and the links between ranks are
+// both made of it.
 #pragma once
 
 #include <chrono>
