@@ -51,6 +51,10 @@ TEST(Dispatcher, AcceptsAllPromptsOfASubmitOrNone) {
             "rollout.prompt_length = 32 tokens; raise rollout.prompt_length, or set "
             "rollout.prompt_overflow to skip or "
             "truncate_left");
+  prompts[2].n = 1000000000;
+  EXPECT_EQ(error_text([&] { ranks.dispatcher().submit(prompts); }),
+            "invalid_argument: n = 1000000000 (prompts[2]): expected 1 to 65536");
+  prompts[2].n = 1;
   prompts[2].input_ids = {};
   EXPECT_EQ(error_text([&] { ranks.dispatcher().submit(prompts); }),
             "invalid_argument: input_ids = [] (prompts[2]): expected at least one token");

@@ -53,7 +53,7 @@ std::string stage_error(const Json& changes, bool has_fd = true) {
 }
 
 TEST(MessageCodec, TensorsMustLieInTheirChunk) {
-  EXPECT_EQ(stage_error({}), "no error");
+  EXPECT_EQ(stage_error(Json::object()), "no error");
   const std::string outside =
       "data_loss: rank message = \"stage_weights\": tensor w lies outside its chunk";
   EXPECT_EQ(stage_error({{"offset", 49}}), outside);
@@ -67,9 +67,9 @@ TEST(MessageCodec, TensorsMustLieInTheirChunk) {
   EXPECT_EQ(stage_error({{"shape", {2, 1.5}}}), integer + "range, found 1.5");
   EXPECT_EQ(stage_error({{"dtype", 6}}),
             "data_loss: rank message = \"stage_weights\": expected an enumerator, found 6");
-  EXPECT_EQ(
-      stage_error({}, /*has_fd=*/false).rfind("data_loss: rank message = \"stage_weights\": ", 0),
-      0u);
+  EXPECT_EQ(stage_error(Json::object(), /*has_fd=*/false)
+                .rfind("data_loss: rank message = \"stage_weights\": ", 0),
+            0u);
 }
 
 std::string command_error(const Json& map) {
