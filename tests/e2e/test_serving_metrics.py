@@ -17,7 +17,6 @@ import rollpack
 from engine_process import MODEL, Config, Job, run, write_config
 from safetensors.torch import load_file
 from scrape import get, health, port_of, scrape, scrape_until
-from tiny_models import TinyModel
 
 NUM_SAMPLES, RESPONSE_LENGTH = 3, 12
 # More than any test here waits for: steps of milliseconds, a minute in all.
@@ -29,14 +28,6 @@ AS_VLLM = {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"
            "num_preemptions_total", "prefix_cache_queries_total", "prefix_cache_hits_total",
            "spec_decode_num_drafts_total", "spec_decode_num_draft_tokens_total",
            "spec_decode_num_accepted_tokens_total"}
-
-
-@pytest.fixture(scope="module")
-def slow_model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A model whose steps take milliseconds."""
-    model = TinyModel("llama", {"hidden_size": 330, "intermediate_size": 800,
-                                "num_hidden_layers": 4, "head_dim": 32}, seed=3)
-    return model.write(tmp_path_factory.mktemp("models") / "slow")
 
 
 def _config(model: pathlib.Path, tmp_path: pathlib.Path, **sections: Any) -> pathlib.Path:
@@ -111,9 +102,9 @@ def test_the_numbers_are_those_of_the_samples(tiny_model: pathlib.Path,
         assert all(kind == "counter" for name, kind in now.types.items() if name.endswith("_total"))
 
 
-def test_a_lost_rank_and_what_was_tried_again_are_counted(slow_model: pathlib.Path,
+def test_a_lost_rank_and_what_was_tried_again_are_counted(small_model: pathlib.Path,
                                                           tmp_path: pathlib.Path) -> None:
-    config = _config(slow_model, tmp_path, rollout={"response_length": 100})
+    config = _config(small_model, tmp_path, rollout={"response_length": 100})
     with Job(["serve", "--config", config], num_ranks=2, recovers=True) as job:
         client = rollpack.connect(tmp_path / "s" / "rollpack.sock", timeout_s=60)
         port = port_of(client)
@@ -134,11 +125,11 @@ def test_health_says_when_nothing_moves_and_when_it_does_again(tmp_path: pathlib
     # Progress is said once a second at most, and one step computes these prompts for seconds: with
     # a lease of half a second that is silence. Rank 0 kills everybody for it but itself.
     config = _config(MODEL, tmp_path, rollout={"prompt_length": 1024, "response_length": 2},
-                     engine={"kv_cache_memory": "256MiB", "max_num_batched_tokens": 4096},
+                     engine={"kv_cache_memory": "256MiB", "max_num_batched_tokens": 3072},
                      cluster={"lease_s": 0.5})
     with rollpack.launch(config) as client:
         port = port_of(client)
-        client.submit([[*range(first, first + 1000)] for first in (10, 2000, 4000, 6000)])
+        client.submit([[*range(first, first + 1000)] for first in (10, 2000, 4000)])
         deadline = time.monotonic() + 20
         while health(port)[0] == 200 and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -146,7 +137,7 @@ def test_health_says_when_nothing_moves_and_when_it_does_again(tmp_path: pathlib
         assert (status, said["status"]) == (503, "stuck")
         assert "no progress for 0." in said["message"] or "no progress for 1." in said["message"]
         assert scrape(port)["healthy"] == 0
-        client.next_batch(4).release()
+        client.next_batch(3).release()
         scrape_until(port, lambda metrics: metrics["healthy"] == 1)
         assert health(port)[1]["status"] == "ok"
         client.pause()
@@ -180,9 +171,9 @@ def test_peers_that_hang_cost_a_bounded_time_and_hold_up_neither_work_nor_exit(
         del silent
 
 
-def test_a_job_that_ends_says_draining(slow_model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_job_that_ends_says_draining(small_model: pathlib.Path, tmp_path: pathlib.Path) -> None:
     # A step of a stopped rank cannot end, so the end takes its 600 ms.
-    config = _config(slow_model, tmp_path, rollout={"response_length": 100})
+    config = _config(small_model, tmp_path, rollout={"response_length": 100})
     with Job(["serve", "--config", config], num_ranks=2) as job:
         with rollpack.connect(tmp_path / "s" / "rollpack.sock", timeout_s=60) as client:
             port = port_of(client)
