@@ -1,6 +1,7 @@
 #include "rollout/journal/live_set.h"
 
 #include <algorithm>
+#include <limits>
 #include <set>
 #include <string>
 #include <tuple>
@@ -71,6 +72,9 @@ void LiveSet::apply_one(record::Counters& counters) {
 }
 
 void LiveSet::apply_one(record::Accepted& accepted) {
+  // The next request takes the number after it.
+  if (accepted.request_id < 0 || accepted.request_id == std::numeric_limits<int64_t>::max())
+    contradict(fmt::format("request {}", accepted.request_id));
   std::set<int32_t> seen;
   for (const record::Group& group : accepted.groups) {
     const bridge::SampleKey& key = group.accepted.request.key;
