@@ -60,16 +60,17 @@ def measure(model: pathlib.Path, num_ranks: int, sharing: str, num_updates: int)
         config.write_text(
             f"model: {{path: {model}}}\n"
             f"rollout: {{n: {NUM_SAMPLES}, response_length: {RESPONSE_LENGTH}, ignore_eos: true}}\n"
-            f"engine: {{kv_cache_memory: 512MiB, share_weights: {sharing}}}\n"
-            f"bridge: {{socket: {folder}/s/rollpack.sock}}\n")
-        with rollpack.launch(config, num_ranks=num_ranks) as client:
+            f"engine: {{kv_cache_memory: 512MiB, share_weights: {sharing}}}\n")
+        socket = f"{folder}/s/rollpack.sock"
+        with rollpack.launch(config, num_ranks=num_ranks, set={"bridge.socket": socket}) as client:
             client.submit([[1 + index, 2, 3] for index in range(NUM_PROMPTS)])
             time.sleep(1)
             for version in range(1, num_updates + 2):
-                probe = Probe(f"{folder}/s/rollpack.sock")
+                probe = Probe(socket)
                 start = time.monotonic()
                 updated = client.update_weights(tensors, version)
                 seconds = time.monotonic() - start
+                time.sleep(2)  # workers tell their numbers once a second
                 while (prefill_ms := client.stats()["last_update_prefill_ms"]) == 0:
                     time.sleep(0.1)
                 probe.stop()

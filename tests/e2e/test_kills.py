@@ -162,6 +162,9 @@ def test_a_zombies_samples_are_dropped_and_counted(
         undisturbed = take_rest(client, {}, count)
         num_dead = num_dropped = 0
         for _ in range(NUM_ZOMBIE_ROUNDS):
+            # Those just started draw a sample first: three in a row that had none end replacement.
+            client.submit(prompts)
+            assert take_rest(client, {}, count) == undisturbed
             client.submit(prompts)
             wait_for_stats(client, lambda stats: stats["num_running_seqs"] > 2 * ZOMBIES_A_ROUND)
             pids = unkillable.rank_pids()
