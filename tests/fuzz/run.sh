@@ -14,15 +14,17 @@ command -v clang++ >/dev/null || { echo "run.sh: clang++ is not installed" >&2; 
 tests/build.sh fuzz "${targets[@]/#/--target=fuzz_}" || exit 2
 
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
-# Memory of one input above this is a finding too: nothing may be reserved by a claimed length.
+# One allocation above this is a finding too: nothing may be reserved by a claimed length. All of
+# them together get more, as the sanitizer keeps what was freed for a while.
 max_mb=1024
+export ASAN_OPTIONS=quarantine_size_mb=64
 
 fuzz_one() {
   local name=$1 found=build-fuzz/findings/$1
   mkdir -p "$found" "build-fuzz/corpus/$name"
   local log=build-fuzz/$name.log status=0
   "build-fuzz/tests/fuzz/fuzz_$name" -max_total_time="$seconds" -max_len=8192 -timeout=10 \
-    -rss_limit_mb=$max_mb -malloc_limit_mb=$max_mb -print_final_stats=1 \
+    -rss_limit_mb=$((3 * max_mb)) -malloc_limit_mb=$max_mb -print_final_stats=1 \
     -artifact_prefix="$found/" "build-fuzz/corpus/$name" "tests/fuzz/corpus/$name" \
     >"$log" 2>&1 || status=$?
   if [ $status -ne 0 ]; then
