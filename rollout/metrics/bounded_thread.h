@@ -8,21 +8,15 @@
 #include <thread>
 #include <utility>
 
-#include <sys/resource.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 namespace rollpack::rollout {
 
 class BoundedThread {
  public:
-  // Runs `body` with less claim to a CPU than the threads that compute.
+  // Of no lower priority than threads that compute: they wait for locks that it may hold.
   explicit BoundedThread(std::function<void()> body) {
     std::promise<void> ended;
     ended_ = ended.get_future();
     thread_ = std::thread([body = std::move(body), ended = std::move(ended)]() mutable {
-      // Linux keeps a niceness a thread. Refused or not, the thread does its work.
-      ::setpriority(PRIO_PROCESS, static_cast<id_t>(::syscall(SYS_gettid)), kNiceness);
       body();
       body = nullptr;  // what it holds ends before its end is told
       ended.set_value();
@@ -45,8 +39,6 @@ class BoundedThread {
   }
 
  private:
-  static constexpr int kNiceness = 10;
-
   std::future<void> ended_;
   std::thread thread_;
 };
