@@ -10,11 +10,14 @@ namespace rollpack::kernels::cpu {
 namespace {
 
 // A product is cut into items of one panel x up to chunk_rows() rows, and their k
-// into blocks of max_block_steps(): 512 steps of a panel are 128 KiB, the same steps
+// into blocks of kBlockSteps: 512 steps of a panel are 128 KiB, the same steps
 // of 256 rows 512 KiB in bf16, the block that is prefetched meanwhile 128 KiB
 // and the sums 64 KiB, which L2 holds (1 MiB and more). A block is read from
-// memory once a chunk and from L2 by every further tile of rows.
+// memory once a chunk and from L2 by every further tile of rows. Widened, a
+// block is 256 KiB; shorter ones, down to what L1 holds, were no faster (Granite
+// Rapids, November 2026).
 constexpr int64_t kMaxChunkRows = 256;
+constexpr int64_t kBlockSteps = 512;
 // Items a thread should find at least, so that waiting for the last one is
 // short, and the fewest row tiles of an item: two halves of a tile cost two
 // tiles.
@@ -122,8 +125,7 @@ void gemm(const KernelTable& kernels, ThreadPool& pool, PanelProducts<Element>& 
                (pool.num_threads() * kItemsPerThread + num_panels - 1) / num_panels);
   const int64_t num_chunks = balanced_chunks(
       wanted, std::max<int64_t>(1, tiles.count / kMinTilesPerItem), num_panels, pool.num_threads());
-  const int64_t num_blocks =
-      (weight.steps() + products.max_block_steps() - 1) / products.max_block_steps();
+  const int64_t num_blocks = (weight.steps() + kBlockSteps - 1) / kBlockSteps;
   PanelShares shares(num_chunks * num_panels, pool.num_threads());
   shares.run(pool, [&](int64_t item, int64_t next, int thread) {
     const int64_t chunk = item / num_panels, panel = item % num_panels;

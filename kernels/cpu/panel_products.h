@@ -33,12 +33,6 @@ class PanelProducts {
   // Rows that stay in L2 beside a block of a panel; widened they are twice as long.
   int64_t chunk_rows() const { return is_wide_ ? kChunkRows / 2 : kChunkRows; }
 
-  // The longest blocks of a panel to take. 512 steps are 128 KiB, which L2 holds beside a chunk's
-  // rows; 64 steps widened are 32 KiB, which L1 holds: a core that has two loads and two FMAs a
-  // cycle cannot get both operands from L2.
-  int64_t max_block_steps() const { return is_wide_ ? 64 : 512; }
-  bool is_wide() const { return is_wide_; }
-
   // Steps [first_step, first_step + steps) of a panel, which lie at `columns`, for a chunk of rows.
   struct Block {
     const Element* columns = nullptr;

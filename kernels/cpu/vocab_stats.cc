@@ -113,53 +113,32 @@ void VocabStats<Element>::compute_block(std::span<const int32_t> head_rows, int6
   alignas(64) float tile[kTileRows * kPanelColumns];
   list_rows(head_rows.subspan(static_cast<size_t>(first), static_cast<size_t>(last - first)), tiles,
             tile, first_index, work);
-  // Where a panel is taken in parts, the sums of all tiles wait for the next one.
-  constexpr int64_t kStepElements = kPanelColumns * (sizeof(Element) == 2 ? 2 : 1);
-  const int64_t steps = weight_.steps();
-  const int64_t num_parts =
-      products_.is_wide() ? (steps + products_.max_block_steps() - 1) / products_.max_block_steps()
-                          : 1;
-  if (num_parts > 1) work.sums.resize(static_cast<size_t>((last - first) * kPanelColumns));
   for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-    for (int64_t b = 0; b < num_parts; ++b) {
-      const int64_t first_step = steps * b / num_parts;
-      const int64_t part_steps = steps * (b + 1) / num_parts - first_step;
-      const Element* columns = weight_.panel<Element>(panel) + first_step * kStepElements;
-      const bool is_last = b + 1 == num_parts;
-      const bool goes_on = !is_last || panel + 1 < end_panel || has_next;
-      products_.take(work.thread, {.columns = columns,
-                                   .first_step = first_step,
-                                   .steps = part_steps,
-                                   .chunk = first,
-                                   .panel = panel});
-      for (int64_t t = 0; t < tiles.count; ++t) {
-        const int64_t row = first + tiles.begin(t);
-        const auto rows = static_cast<size_t>(tiles.begin(t + 1) - tiles.begin(t));
-        PanelPass pass;
-        if (goes_on) {
-          pass = look_ahead(columns + part_steps * kStepElements, part_steps, t, tiles.count,
-                            static_cast<int>(rows));
-        }
-        pass.continues = b > 0;
-        float* target = tile;
-        if (num_parts > 1) {
-          float* const sums = work.sums.data() + (row - first) * kPanelColumns;
-          if (is_last) std::copy_n(sums, rows * kPanelColumns, tile);
-          if (!is_last) target = sums;
-        }
-        products_.multiply(work.thread, row, static_cast<int>(rows), target, pass);
-        if (!is_last) continue;
-        reduce_tile(head_rows.subspan(static_cast<size_t>(row), rows), tile, panel,
-                    work.tiles[static_cast<size_t>(t)], work);
-        if (logits == nullptr) continue;
-        for (size_t r = 0; r < rows; ++r) {
-          float* const kept =
-              logits + (row + static_cast<int64_t>(r)) * logits_stride() + panel * kPanelColumns;
-          std::copy_n(tile + r * kPanelColumns, kPanelColumns, kept);
-          // Rows are far apart, so nothing else brings in what the next panel's stores need.
-          for (int c = 0; c < kPanelColumns; c += 16) {
-            __builtin_prefetch(kept + kPanelColumns + c, 1, 3);
-          }
+    const auto* columns_end =
+        reinterpret_cast<const std::byte*>(weight_.panel<Element>(panel)) + weight_.panel_bytes();
+    const bool goes_on = panel + 1 < end_panel || has_next;
+    products_.take(work.thread, {.columns = weight_.panel<Element>(panel),
+                                 .steps = weight_.steps(),
+                                 .chunk = first,
+                                 .panel = panel});
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      const int64_t row = first + tiles.begin(t);
+      const auto rows = static_cast<size_t>(tiles.begin(t + 1) - tiles.begin(t));
+      PanelPass pass;
+      if (goes_on) {
+        pass = look_ahead(columns_end, weight_.steps(), t, tiles.count, static_cast<int>(rows));
+      }
+      products_.multiply(work.thread, row, static_cast<int>(rows), tile, pass);
+      reduce_tile(head_rows.subspan(static_cast<size_t>(row), rows), tile, panel,
+                  work.tiles[static_cast<size_t>(t)], work);
+      if (logits == nullptr) continue;
+      for (size_t r = 0; r < rows; ++r) {
+        float* const kept =
+            logits + (row + static_cast<int64_t>(r)) * logits_stride() + panel * kPanelColumns;
+        std::copy_n(tile + r * kPanelColumns, kPanelColumns, kept);
+        // Rows are far apart, so nothing else brings in what the next panel's stores need.
+        for (int c = 0; c < kPanelColumns; c += 16) {
+          __builtin_prefetch(kept + kPanelColumns + c, 1, 3);
         }
       }
     }

@@ -103,7 +103,6 @@ class VocabStats {
   struct Workspace {
     int thread = 0;
     std::vector<BlockPanels> panels;  // [distributions of a chunk of rows]
-    std::vector<float> sums;          // [rows of a chunk][64]
     // Of all tiles of the chunk, one after the other: every panel of a block is reduced by them.
     std::vector<LogitsRow> rows;
     std::vector<Collecting> collecting;
