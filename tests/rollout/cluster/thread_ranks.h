@@ -92,12 +92,14 @@ class ThreadRanks {
       }
     }
     for (const auto& worker : workers_) worker->start();
-    dispatcher_->wait_ready(std::chrono::steady_clock::now() + std::chrono::seconds(30));
+    try {
+      dispatcher_->wait_ready(std::chrono::steady_clock::now() + std::chrono::seconds(30));
+    } catch (...) {
+      end();  // no destructor does, and the workers' threads go on
+      throw;
+    }
   }
-  ~ThreadRanks() {
-    dispatcher_->stop(false, std::chrono::steady_clock::now() + std::chrono::seconds(30));
-    for (const auto& worker : workers_) worker->stop();  // also one that counts as lost
-  }
+  ~ThreadRanks() { end(); }
 
   Dispatcher& dispatcher() { return *dispatcher_; }
   // The numbers that all workers tell of, summed.
@@ -112,6 +114,11 @@ class ThreadRanks {
   KeepingSink sink;
 
  private:
+  void end() {
+    dispatcher_->stop(false, std::chrono::steady_clock::now() + std::chrono::seconds(30));
+    for (const auto& worker : workers_) worker->stop();  // also one that counts as lost
+  }
+
   class CodecLink : public WorkerLink {
    public:
     explicit CodecLink(std::shared_ptr<Worker> worker) : worker_(std::move(worker)) {}
