@@ -63,7 +63,7 @@ else
 fi
 stage bench 300 tests/bench/run.sh --smoke
 stage model 300 "$python" examples/export_smollm2.py --output "$ROLLPACK_MODEL"
-stage pytest $((ROLLPACK_FULL ? 5400 : 900)) "$python" -m pytest tests -q \
+stage pytest $((ROLLPACK_FULL ? 7200 : 1500)) "$python" -m pytest tests -q \
   --junit-xml "$results/pytest.xml"
 stage quickstart 600 examples/quickstart.sh --steps 2 --out "$results"
 
@@ -81,7 +81,7 @@ for preset in $sanitizers; do
     label=unit-threads targets=(--target threaded_tests)
   fi
   stage "build-$preset" 1800 tests/build.sh "$preset" "${targets[@]}" || continue
-  stage "$preset" 900 "${run_fixed[@]}" ctest --test-dir "$build_dir" -j "$(nproc)" --timeout 300 \
+  stage "$preset" 1500 "${run_fixed[@]}" ctest --test-dir "$build_dir" -j "$(nproc)" --timeout 300 \
     --no-tests=error --output-on-failure --output-junit "$results/$preset.xml" -L "$label"
 done
 

@@ -1,4 +1,5 @@
-"""One sequence, one answer: 200 samples of SmolLM2 are the same bytes however they are computed."""
+"""One sequence, one answer: samples of SmolLM2 are the same bytes however they are computed: 96 of
+them, 200 with ROLLPACK_FULL=1."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from engine_process import (
     write_jsonl,
 )
 
-NUM_PROMPTS, NUM_SAMPLES = 50, 4
+NUM_PROMPTS, NUM_SAMPLES = (50 if IS_FULL else 24), 4
 BASE: Config = {
     "model": {"path": MODEL},
     "rollout": {"n": NUM_SAMPLES, "temperature": 1.0, "seed": 5, "response_length": 6},
@@ -152,7 +153,8 @@ def _draw_long(folder: pathlib.Path, kv_cache_memory: str) -> tuple[list[bytes],
     """Draws long responses. Returns: each sample as bits, and how often one was preempted."""
     config = write_config(folder / "config.yaml", BASE, {
         "rollout": {"response_length": 60, "ignore_eos": True},
-        "engine": {"kv_cache_memory": kv_cache_memory}, "bridge": {"columns": COLUMNS}})
+        "engine": {"kv_cache_memory": kv_cache_memory, "num_threads": 2},
+        "bridge": {"columns": COLUMNS}})
     prompts = [{"prompt_id": f"p{index}", "input_ids": [100 + index] * (5 + index)}
                for index in range(8)]
     with rollpack.launch(config) as client:
@@ -177,7 +179,8 @@ def _converse(folder: pathlib.Path, *, caches: bool) -> tuple[list[bytes], list[
     """
     config = write_config(folder / "config.yaml", BASE, {
         "rollout": {"response_length": 20, "ignore_eos": True},
-        "engine": {"enable_prefix_caching": caches}, "bridge": {"columns": COLUMNS}})
+        "engine": {"enable_prefix_caching": caches, "num_threads": 2},
+        "bridge": {"columns": COLUMNS}})
     draw = random.Random(3)
     prompts = [{"prompt_id": f"p{index}", "n": 3,
                 "input_ids": [draw.randrange(3, 49152) for _ in range(5 + 11 * index)]}
