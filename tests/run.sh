@@ -81,7 +81,7 @@ for preset in $sanitizers; do
     label=unit-threads targets=(--target threaded_tests)
   fi
   stage "build-$preset" 1800 tests/build.sh "$preset" "${targets[@]}" || continue
-  stage "$preset" 1500 "${run_fixed[@]}" ctest --test-dir "$build_dir" -j "$(nproc)" --timeout 300 \
+  stage "$preset" 1500 "${run_fixed[@]}" ctest --test-dir "$build_dir" -j "$(nproc)" --timeout 600 \
     --no-tests=error --output-on-failure --output-junit "$results/$preset.xml" -L "$label"
 done
 
