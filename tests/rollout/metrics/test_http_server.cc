@@ -93,7 +93,7 @@ TEST(HttpServer, SilentPeersAreCutOffAndThoseBehindThemAnswered) {
 TEST(HttpServer, APeerThatDoesNotReadIsCutOff) {
   const std::string large(32 << 20, 'x');  // beyond any socket buffer
   HttpServer server(0, [&](std::string_view) { return HttpReply{.body = large}; },
-                    {.max_connections = 1, .connection = 200ms});
+                    {.max_connections = 1, .connection = 2s});
   server.start();
   const bridge::OwnedFd stuck = connect_to(server.port());
   ASSERT_GT(::send(stuck.get(), "GET / HTTP/1.1\r\n\r\n", 18, MSG_NOSIGNAL), 0);
