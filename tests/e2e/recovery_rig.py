@@ -28,7 +28,7 @@ def prompts_of(count: int) -> list[dict[str, Any]]:
 
 def write_server_config(folder: pathlib.Path, tmp_path: pathlib.Path, *, n: int,
                         response_length: int, lease_s: float = LEASE_S,
-                        **engine: str) -> pathlib.Path:
+                        **engine: str | int) -> pathlib.Path:
     """Writes the configuration of a server of `folder`'s model, whose socket is under tmp_path."""
     layers: Config = {
         "model": {"path": folder},

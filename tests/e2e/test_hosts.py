@@ -14,22 +14,27 @@ from collections.abc import Iterator
 import pytest
 import rollpack
 import torch
-from engine_process import Job, write_config
+from engine_process import Job
 from hosts import Hosts, why_impossible
+from recovery_rig import (
+    MODEL,
+    Samples,
+    prompts_of,
+    take,
+    take_rest,
+    wait_and_connect,
+    wait_for_stats,
+    write_server_config,
+)
 from safetensors.torch import load_file
-from tiny_models import TinyModel
 
 WHY_IMPOSSIBLE = why_impossible()
 pytestmark = pytest.mark.skipif(bool(WHY_IMPOSSIBLE),
                                 reason=f"no network namespaces here: {WHY_IMPOSSIBLE}")
 
-MODEL = TinyModel("llama", {"hidden_size": 330, "intermediate_size": 800, "num_hidden_layers": 4,
-                            "head_dim": 32}, seed=3)
-PROMPTS = [{"prompt_id": f"p{index}", "input_ids": [7 + index, 50, 3 * index % 300]}
-           for index in range(40)]
+PROMPTS = prompts_of(40)
 NUM_SAMPLES, RESPONSE_LENGTH = 4, 80
 LEASE_S = 3.0
-Samples = dict[tuple[str, int], tuple[bytes, bytes]]
 Tensors = dict[str, torch.Tensor]
 
 
@@ -46,12 +51,8 @@ def new_weights(folder: pathlib.Path) -> Tensors:
 
 
 def _write_config(folder: pathlib.Path, tmp_path: pathlib.Path, **engine: str) -> pathlib.Path:
-    return write_config(tmp_path / "config.yaml", {
-        "model": {"path": folder},
-        "rollout": {"n": NUM_SAMPLES, "response_length": RESPONSE_LENGTH, "ignore_eos": True},
-        "engine": {"kv_cache_memory": "64MiB", "num_threads": 1, "max_num_seqs": 16, **engine},
-        "bridge": {"slots": 2, "slot_bytes": "16MiB", "socket": tmp_path / "s" / "rollpack.sock"},
-        "cluster": {"lease_s": LEASE_S}})
+    return write_server_config(folder, tmp_path, n=NUM_SAMPLES, response_length=RESPONSE_LENGTH,
+                               lease_s=LEASE_S, max_num_seqs=16, **engine)
 
 
 @pytest.fixture(scope="module")
@@ -77,25 +78,8 @@ def _serve(hosts: Hosts, folder: pathlib.Path, tmp_path: pathlib.Path, **engine:
     return Job(["serve", "--config", config], launcher=hosts.launcher(num_ranks=4))
 
 
-def _connect(job: Job, tmp_path: pathlib.Path) -> rollpack.Client:
-    socket = tmp_path / "s" / "rollpack.sock"
-    job.wait_until(socket.exists)
-    return rollpack.connect(socket)
-
-
-def _take(batch: rollpack.Batch, into: Samples) -> None:
-    with batch:
-        assert not batch.failed
-        for sample in batch.samples():
-            key = (str(sample.prompt_id), sample.sample_index)
-            assert key not in into, "a sample came twice"
-            into[key] = (sample.response_ids.tobytes(), sample.rollout_log_probs.tobytes())
-
-
 def _take_rest(client: rollpack.Client, into: Samples) -> Samples:
-    while len(into) < len(PROMPTS) * NUM_SAMPLES:
-        _take(client.next_batch(timeout_s=60), into)
-    return into
+    return take_rest(client, into, len(PROMPTS) * NUM_SAMPLES)
 
 
 def _take_all(client: rollpack.Client) -> Samples:
@@ -109,11 +93,8 @@ def _remote_ranks(job: Job, hosts: Hosts) -> list[int]:
 
 def _wait_for_deaths(client: rollpack.Client, count: int) -> dict[str, float]:
     """Waits out leases: one that held nothing at the cut owes its first answer only afterwards."""
-    deadline = time.monotonic() + 2 * LEASE_S + 3
-    while (stats := client.stats())["num_worker_deaths"] < count:
-        assert time.monotonic() < deadline, stats
-        time.sleep(0.05)
-    return stats
+    return wait_for_stats(client, lambda stats: stats["num_worker_deaths"] >= count,
+                          timeout_s=2 * LEASE_S + 3)
 
 
 def _wait_until_remote_ranks_have_ended(job: Job, hosts: Hosts) -> None:
@@ -134,7 +115,7 @@ def test_two_hosts_make_the_samples_of_one(
         sharing: str, hosts: Hosts, folder: pathlib.Path, tmp_path: pathlib.Path,
         new_weights: Tensors, undisturbed: dict[int, Samples]) -> None:
     with (_serve(hosts, folder, tmp_path, share_weights=sharing) as job,
-          _connect(job, tmp_path) as client):
+          wait_and_connect(job, tmp_path) as client):
         assert sorted(_remote_ranks(job, hosts)) == [2, 3]
         assert _take_all(client) == undisturbed[0]
         before = hosts.num_bytes_sent()
@@ -157,7 +138,7 @@ def test_weights_leave_rank_0_once_however_many_hosts_there_are(
     config = _write_config(folder, tmp_path)
     with (Hosts(tmp_path, num_hosts=4) as hosts,
           Job(["serve", "--config", config], launcher=hosts.launcher(num_ranks=5, map_by="node"))
-          as job, _connect(job, tmp_path) as client):
+          as job, wait_and_connect(job, tmp_path) as client):
         assert sorted(_remote_ranks(job, hosts)) == [1, 2, 3]
         before = hosts.num_bytes_sent()
         client.update_weights(new_weights, version=1)
@@ -171,10 +152,10 @@ def test_weights_leave_rank_0_once_however_many_hosts_there_are(
 def test_a_host_that_is_cut_off_in_mid_step_costs_nothing_but_time(
         hosts: Hosts, folder: pathlib.Path, tmp_path: pathlib.Path, new_weights: Tensors,
         undisturbed: dict[int, Samples]) -> None:
-    with _serve(hosts, folder, tmp_path) as job, _connect(job, tmp_path) as client:
+    with _serve(hosts, folder, tmp_path) as job, wait_and_connect(job, tmp_path) as client:
         client.submit(PROMPTS)
         samples: Samples = {}
-        _take(client.next_batch(timeout_s=60), samples)
+        take(client.next_batch(timeout_s=60), samples)
         hosts.cut()
         assert _take_rest(client, samples) == undisturbed[0]
         stats = _wait_for_deaths(client, 2)
@@ -192,7 +173,7 @@ def test_a_host_that_is_cut_off_in_mid_update_does_not_stop_it(
         sharing: str, hosts: Hosts, folder: pathlib.Path, tmp_path: pathlib.Path,
         new_weights: Tensors, undisturbed: dict[int, Samples]) -> None:
     with (_serve(hosts, folder, tmp_path, share_weights=sharing) as job,
-          _connect(job, tmp_path) as client):
+          wait_and_connect(job, tmp_path) as client):
         num_bytes = sum(tensor.nbytes for tensor in new_weights.values())
         try:
             hosts.slow_down(num_bytes // 4)  # four seconds of sending

@@ -20,16 +20,12 @@ from typing import Any
 import pytest
 import rollpack
 from engine_process import IS_FULL, Job, write_config
+from recovery_rig import MODEL, Samples
 from safetensors.torch import load_file
-from tiny_models import TinyModel
 
-# Steps of milliseconds and seconds of work in all.
-MODEL = TinyModel("llama", {"hidden_size": 330, "intermediate_size": 800, "num_hidden_layers": 4,
-                            "head_dim": 32}, seed=3)
 NUM_SAMPLES, RESPONSE_LENGTH = 4, 80
 NUM_KILLS = int(os.environ.get("ROLLPACK_KILLS", "100" if IS_FULL else "3"))  # of each kind
 PROMPTS_A_SUBMIT = 6
-Samples = dict[tuple[str, int], tuple[bytes, bytes]]
 
 
 def _prompts(request: int) -> list[dict[str, Any]]:
