@@ -1,0 +1,153 @@
+// What a worker does with new weights: packs or adopts them, has them checked beside its steps, and
+// switches between two of them.
+#include <chrono>
+#include <thread>
+#include <utility>
+
+#include "kernels/base/error.h"
+#include "kernels/base/fault_point.h"
+#include "rollout/cluster/worker.h"
+
+namespace rollpack::rollout {
+namespace {
+
+double milliseconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start)
+      .count();
+}
+
+// Adds the time of its scope to `sum_ms`, where steps wait for it.
+class Lap {
+ public:
+  Lap(double& sum_ms, const Engine& engine) : sum_ms_(engine.has_work() ? &sum_ms : nullptr) {}
+  ~Lap() {
+    if (sum_ms_ != nullptr) *sum_ms_ += milliseconds_since(start_);
+  }
+
+ private:
+  double* const sum_ms_;
+  const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+}  // namespace
+
+void Worker::handle(BeginWeights& command) {
+  finish_check();
+  times_ = {};
+  acknowledge(command.ticket, [&] {
+    const Lap lap(times_.packing_ms, engine_);
+    command.is_partial ? replica_.weights().begin_partial_staging()
+                       : replica_.weights().begin_staging();
+    fault_at(FaultPoint::kWeightsBegun);
+  });
+}
+
+void Worker::handle(StageWeights& command) {
+  finish_check();
+  acknowledge(command.ticket, [&] {
+    const Lap lap(times_.packing_ms, engine_);
+    for (const bridge::WeightTensor& tensor : command.chunk->tensors) {
+      replica_.weights().stage(tensor.name, tensor.dtype, tensor.shape, tensor.bytes);
+    }
+    fault_at(FaultPoint::kWeightsStaged);
+  });
+}
+
+void Worker::handle(FinishWeights& command) {
+  finish_check();
+  try {
+    const Lap lap(times_.packing_ms, engine_);
+    replica_.weights().finish_staging();
+  } catch (const Error& error) {
+    return emit_(Ack{.ticket = command.ticket, .error = error.info});
+  }
+  check_staged(command.ticket);
+}
+
+void Worker::handle(ExportWeights& command) {
+  Ack ack{.ticket = command.ticket};
+  try {
+    const Lap lap(times_.pause_ms, engine_);
+    finish_check();
+    ack.fd = replica_.backend().export_staged_weights();
+  } catch (const Error& error) {
+    ack.error = error.info;
+  }
+  emit_(std::move(ack));
+}
+
+void Worker::handle(AdoptWeights& command) {
+  try {
+    const Lap lap(times_.pause_ms, engine_);
+    finish_check();
+    replica_.backend().adopt_staged_weights(command.fd->get());
+  } catch (const Error& error) {
+    return emit_(Ack{.ticket = command.ticket, .error = error.info});
+  }
+  check_staged(command.ticket);
+}
+
+void Worker::handle(CommitWeights& command) {
+  if (command.in_flight == bridge::InFlight::kWait && engine_.has_started_work() && !is_paused_) {
+    engine_.set_admits(false);
+    pending_commit_ = command;
+    return;
+  }
+  if (command.in_flight == bridge::InFlight::kAbort) engine_.abort(std::nullopt);
+  switch_weights(command);
+}
+
+void Worker::handle(DiscardWeights&) {
+  finish_check();
+  replica_.backend().discard_weights();
+  times_ = {};
+}
+
+// What it acknowledges with: the hash that goes with the set which steps use from now on.
+void Worker::switch_weights(const CommitWeights& command) {
+  Ack ack{.ticket = command.ticket};
+  try {
+    {
+      const Lap lap(times_.pause_ms, engine_);
+      finish_check();
+      replica_.backend().commit_weights();
+      engine_.switch_version(command.version);
+    }
+    fault_at(FaultPoint::kWeightsSwitched);
+    ack.weights_hash = replica_.backend().weights_hash();
+    ack.times = last_times_ = std::exchange(times_, {});
+    last_prefill_ms_ = 0;
+    if (engine_.has_started_work()) prefill_since_ = std::chrono::steady_clock::now();
+  } catch (const Error& error) {
+    ack.error = error.info;
+  }
+  emit_(std::move(ack));
+}
+
+// Keys and values went with the old weights: until those of every live sample are there again.
+void Worker::watch_prefill() {
+  if (!prefill_since_ || engine_.is_behind()) return;
+  last_prefill_ms_ = milliseconds_since(*prefill_since_);
+  prefill_since_.reset();
+}
+
+// The staged set is read through before anybody switches to it, beside the steps: at 15 GB/s it
+// would cost each of them a pause.
+void Worker::check_staged(uint64_t ticket) {
+  check_ = std::thread([this, ticket] {
+    Ack ack{.ticket = ticket};
+    try {
+      ack.weights_hash = replica_.backend().staged_weights_hash();
+      fault_at(FaultPoint::kWeightsChecked);
+    } catch (const Error& error) {
+      ack.error = error.info;
+    }
+    emit_(std::move(ack));
+  });
+}
+
+void Worker::finish_check() {
+  if (check_.joinable()) check_.join();
+}
+
+}  // namespace rollpack::rollout
