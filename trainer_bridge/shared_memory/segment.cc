@@ -131,90 +131,76 @@ void check_size(int fd, int64_t bytes, const std::string& origin) {
 
 }  // namespace
 
-SealedSegment SealedSegment::create(const std::string& name, int64_t bytes) {
+WritableMemfd WritableMemfd::create(const std::string& name, int64_t bytes) {
   check_bytes("memfd " + name, bytes);
   check_file_size_limit(name, bytes);
   check_available_memory(name, bytes);
-  SealedSegment segment;  // frees what it already holds when a step below throws
-  segment.fd_ = create_memfd(name);
-  if (segment.fd_ < 0) {
+  WritableMemfd memory;
+  memory.fd_ = create_memfd(name);
+  if (memory.fd_ < 0) {
     fail_create(ErrorCode::kResourceExhausted, name, bytes, "memfd_create", errno);
   }
-  allocate_pages(segment.fd_, name, bytes);
-  void* data = ::mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE, MAP_SHARED,
-                      segment.fd_, 0);
+  return memory;
+}
+
+void WritableMemfd::map(const std::string& name, int64_t bytes) {
+  void* data =
+      ::mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE, MAP_SHARED, fd_, 0);
   if (data == MAP_FAILED) fail_create(ErrorCode::kResourceExhausted, name, bytes, "mmap", errno);
-  segment.data_ = static_cast<std::byte*>(data);
-  segment.size_ = static_cast<size_t>(bytes);
+  data_ = static_cast<std::byte*>(data);
+  size_ = static_cast<size_t>(bytes);
   // Fails only on kernels without dumps; then nothing needs to be left out of them.
-  static_cast<void>(::madvise(data, segment.size_, MADV_DONTDUMP));
+  static_cast<void>(::madvise(data, size_, MADV_DONTDUMP));
+}
+
+void WritableMemfd::unmap() {
+  if (data_ != nullptr) ::munmap(std::exchange(data_, nullptr), size_);
+}
+
+WritableMemfd::~WritableMemfd() {
+  unmap();
+  if (fd_ >= 0) ::close(fd_);
+}
+
+WritableMemfd::WritableMemfd(WritableMemfd&& other) noexcept
+    : fd_(std::exchange(other.fd_, -1)),
+      data_(std::exchange(other.data_, nullptr)),
+      size_(std::exchange(other.size_, 0)) {}
+
+WritableMemfd& WritableMemfd::operator=(WritableMemfd&& other) noexcept {
+  std::swap(fd_, other.fd_);
+  std::swap(data_, other.data_);
+  std::swap(size_, other.size_);
+  return *this;
+}
+
+SealedSegment SealedSegment::create(const std::string& name, int64_t bytes) {
+  SealedSegment segment;
+  segment.memory_ = WritableMemfd::create(name, bytes);
+  allocate_pages(segment.fd(), name, bytes);
+  segment.memory_.map(name, bytes);
   // Last: F_SEAL_FUTURE_WRITE spares the maps that exist, and no other.
-  if (::fcntl(segment.fd_, F_ADD_SEALS, kOwnerSeals) != 0) {
+  if (::fcntl(segment.fd(), F_ADD_SEALS, kOwnerSeals) != 0) {
     fail_create(ErrorCode::kUnsupported, name, bytes, "F_ADD_SEALS " + seal_names(kOwnerSeals),
                 errno);
   }
   return segment;
 }
 
-SealedSegment::~SealedSegment() {
-  if (data_ != nullptr) ::munmap(data_, size_);
-  if (fd_ >= 0) ::close(fd_);
-}
-
-SealedSegment::SealedSegment(SealedSegment&& other) noexcept
-    : fd_(std::exchange(other.fd_, -1)),
-      data_(std::exchange(other.data_, nullptr)),
-      size_(std::exchange(other.size_, 0)) {}
-
-SealedSegment& SealedSegment::operator=(SealedSegment&& other) noexcept {
-  std::swap(fd_, other.fd_);
-  std::swap(data_, other.data_);
-  std::swap(size_, other.size_);
-  return *this;
-}
-
 OpenSegment OpenSegment::create(const std::string& name, int64_t bytes) {
-  check_bytes("memfd " + name, bytes);
-  check_file_size_limit(name, bytes);
-  check_available_memory(name, bytes);
-  OpenSegment segment;  // frees what it already holds when a step below throws
-  segment.fd_ = create_memfd(name);
-  if (segment.fd_ < 0) {
-    fail_create(ErrorCode::kResourceExhausted, name, bytes, "memfd_create", errno);
-  }
-  if (::ftruncate(segment.fd_, bytes) != 0) {
+  OpenSegment segment;
+  segment.memory_ = WritableMemfd::create(name, bytes);
+  if (::ftruncate(segment.fd(), bytes) != 0) {
     fail_create(ErrorCode::kResourceExhausted, name, bytes, "ftruncate", errno);
   }
-  void* data = ::mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE, MAP_SHARED,
-                      segment.fd_, 0);
-  if (data == MAP_FAILED) fail_create(ErrorCode::kResourceExhausted, name, bytes, "mmap", errno);
-  segment.data_ = static_cast<std::byte*>(data);
-  segment.size_ = static_cast<size_t>(bytes);
-  static_cast<void>(::madvise(data, segment.size_, MADV_DONTDUMP));
-  static_cast<void>(::madvise(data, segment.size_, MADV_HUGEPAGE));
+  segment.memory_.map(name, bytes);
+  static_cast<void>(::madvise(segment.memory_.data(), segment.memory_.size(), MADV_HUGEPAGE));
   return segment;
 }
 
-OpenSegment::~OpenSegment() {
-  if (data_ != nullptr) ::munmap(data_, size_);
-  if (fd_ >= 0) ::close(fd_);
-}
-
-OpenSegment::OpenSegment(OpenSegment&& other) noexcept
-    : fd_(std::exchange(other.fd_, -1)),
-      data_(std::exchange(other.data_, nullptr)),
-      size_(std::exchange(other.size_, 0)) {}
-
-OpenSegment& OpenSegment::operator=(OpenSegment&& other) noexcept {
-  std::swap(fd_, other.fd_);
-  std::swap(data_, other.data_);
-  std::swap(size_, other.size_);
-  return *this;
-}
-
 void OpenSegment::write(int64_t offset, std::span<const std::byte> bytes) {
-  if (data_ == nullptr || offset < 0 ||
-      bytes.size() > size_ - std::min(size_, static_cast<size_t>(offset))) {
+  if (memory_.data() == nullptr || offset < 0 ||
+      bytes.size() > memory_.size() - std::min(memory_.size(), static_cast<size_t>(offset))) {
     fail_invariant("a write outside of an open segment");
   }
   // Asked for first: where memory ends, the touch of a page would be a signal, this is an error.
@@ -222,18 +208,18 @@ void OpenSegment::write(int64_t offset, std::span<const std::byte> bytes) {
   constexpr size_t kPage = 4096;
   const size_t begin = static_cast<size_t>(offset) / kPage * kPage;
   const size_t end = static_cast<size_t>(offset) + bytes.size();
-  if (::madvise(data_ + begin, end - begin, kPopulateWrite) != 0 && errno != EINVAL) {
+  if (::madvise(memory_.data() + begin, end - begin, kPopulateWrite) != 0 && errno != EINVAL) {
     fail_create(ErrorCode::kResourceExhausted, "segment", num_bytes(), "MADV_POPULATE_WRITE",
                 errno);
   }
-  std::memcpy(data_ + offset, bytes.data(), bytes.size());
+  std::memcpy(memory_.data() + offset, bytes.data(), bytes.size());
 }
 
 void OpenSegment::seal() {
-  if (data_ == nullptr) return;
+  if (memory_.data() == nullptr) return;
   // The kernel refuses F_SEAL_WRITE while a writable map exists.
-  ::munmap(std::exchange(data_, nullptr), size_);
-  if (::fcntl(fd_, F_ADD_SEALS, kPeerSeals | F_SEAL_SEAL) != 0) {
+  memory_.unmap();
+  if (::fcntl(fd(), F_ADD_SEALS, kPeerSeals | F_SEAL_SEAL) != 0) {
     fail_create(ErrorCode::kUnsupported, "segment", num_bytes(),
                 "F_ADD_SEALS " + seal_names(kPeerSeals), errno);
   }

@@ -18,8 +18,35 @@ inline constexpr int kOwnerSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_W
 // checked is what is used, and no access can end in SIGBUS.
 inline constexpr int kPeerSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE;
 
-// Owns a sealed memfd and the one writable map of it. Left out of core dumps. Memory returns to
-// the system when the last holder of a map or descriptor, peers included, has let go.
+// A memfd and the writable map of it that this process has: what our segments are made of. Left out
+// of core dumps.
+class WritableMemfd {
+ public:
+  // An empty one. Errors: invalid_argument for bytes < 1; resource_exhausted where descriptors,
+  // memory or `ulimit -f` do not allow `bytes` now.
+  static WritableMemfd create(const std::string& name, int64_t bytes);
+
+  WritableMemfd() = default;
+  ~WritableMemfd();
+  WritableMemfd(WritableMemfd&& other) noexcept;
+  WritableMemfd& operator=(WritableMemfd&& other) noexcept;
+
+  // Maps the first `bytes` bytes; the file has them. Errors: resource_exhausted.
+  void map(const std::string& name, int64_t bytes);
+  void unmap();  // the size stays
+
+  int fd() const { return fd_; }
+  std::byte* data() const { return data_; }  // none while not mapped
+  size_t size() const { return size_; }
+
+ private:
+  int fd_ = -1;
+  std::byte* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Owns a sealed memfd and the one writable map of it. Memory returns to the system when the last
+// holder of a map or descriptor, peers included, has let go.
 class SealedSegment {
  public:
   // Creates, allocates every page, maps and seals. `name` shows in /proc/PID/fd and in errors.
@@ -27,21 +54,15 @@ class SealedSegment {
   // invalid_argument for bytes < 1; unsupported where the kernel lacks a seal (before Linux 5.1).
   static SealedSegment create(const std::string& name, int64_t bytes);
 
-  ~SealedSegment();
-  SealedSegment(SealedSegment&& other) noexcept;
-  SealedSegment& operator=(SealedSegment&& other) noexcept;
-
   // Descriptor to pass on; stays ours, close-on-exec.
-  int fd() const { return fd_; }
-  std::span<std::byte> bytes() { return {data_, size_}; }
-  std::span<const std::byte> bytes() const { return {data_, size_}; }
+  int fd() const { return memory_.fd(); }
+  std::span<std::byte> bytes() { return {memory_.data(), memory_.size()}; }
+  std::span<const std::byte> bytes() const { return {memory_.data(), memory_.size()}; }
 
  private:
   SealedSegment() = default;
 
-  int fd_ = -1;
-  std::byte* data_ = nullptr;
-  size_t size_ = 0;
+  WritableMemfd memory_;
 };
 
 // A memfd that is written here, piece by piece, and then never again by anyone.
@@ -51,24 +72,18 @@ class OpenSegment {
   // Errors: those of SealedSegment::create.
   static OpenSegment create(const std::string& name, int64_t bytes);
 
-  ~OpenSegment();
-  OpenSegment(OpenSegment&& other) noexcept;
-  OpenSegment& operator=(OpenSegment&& other) noexcept;
-
-  int64_t num_bytes() const { return static_cast<int64_t>(size_); }
+  int64_t num_bytes() const { return static_cast<int64_t>(memory_.size()); }
   // Errors: resource_exhausted where there is no memory for them.
   void write(int64_t offset, std::span<const std::byte> bytes);
   // No write() after it. Sets kPeerSeals. Errors: unsupported where the kernel refuses.
   void seal();
   // Descriptor to pass on once sealed; stays ours, close-on-exec.
-  int fd() const { return fd_; }
+  int fd() const { return memory_.fd(); }
 
  private:
   OpenSegment() = default;
 
-  int fd_ = -1;
-  std::byte* data_ = nullptr;  // none once sealed
-  size_t size_ = 0;
+  WritableMemfd memory_;  // not mapped once sealed
 };
 
 // Read-only, private map of the first bytes of a peer's memfd.
