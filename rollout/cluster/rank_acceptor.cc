@@ -51,11 +51,6 @@ sockaddr_un address_of(const std::string& path) {
                .message = fmt::format("{}: {}", call, std::strerror(errno))});
 }
 
-int milliseconds_until(Clock::time_point deadline) {
-  const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - Clock::now());
-  return static_cast<int>(std::clamp<int64_t>(left.count(), 0, 1 << 30));
-}
-
 std::string host_name() {
   char name[HOST_NAME_MAX + 1] = {};
   ::gethostname(name, sizeof name - 1);
@@ -126,7 +121,7 @@ std::vector<AcceptedRank> RankAcceptor::accept(Clock::time_point deadline,
       waiting.push_back({.fd = stranger.socket.get(), .events = POLLIN, .revents = 0});
       wake = std::min(wake, stranger.deadline);
     }
-    if (::poll(waiting.data(), waiting.size(), milliseconds_until(wake)) <= 0) continue;
+    if (::poll(waiting.data(), waiting.size(), bridge::milliseconds_until(wake)) <= 0) continue;
     size_t index = 2;
     std::erase_if(strangers_, [&](Stranger& stranger) {
       return waiting[index++].revents != 0 && listen_to(stranger);

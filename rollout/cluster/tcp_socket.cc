@@ -19,6 +19,7 @@
 #include <fmt/ranges.h>
 
 #include "kernels/base/error.h"
+#include "trainer_bridge/wire/deadline.h"
 
 namespace rollpack::rollout {
 namespace {
@@ -219,12 +220,11 @@ OwnedFd connect_tcp(const std::string& address, int port, Clock::time_point dead
     fail_connect(ErrorCode::kUnavailable, address, port, std::strerror(errno));
   }
   for (;;) {
-    const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - Clock::now());
     pollfd waiting{.fd = socket.get(), .events = POLLOUT};
-    const int ready =
-        ::poll(&waiting, 1, static_cast<int>(std::clamp<int64_t>(left.count(), 0, 60'000)));
+    const int timeout_ms = bridge::milliseconds_until(deadline);
+    const int ready = ::poll(&waiting, 1, timeout_ms);
     if (ready > 0) break;
-    if (left.count() <= 0) {
+    if (timeout_ms == 0) {
       fail_connect(ErrorCode::kDeadlineExceeded, address, port, "no answer in time");
     }
   }

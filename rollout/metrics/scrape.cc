@@ -15,6 +15,7 @@
 #include <nlohmann/json.hpp>
 
 #include "kernels/base/error.h"
+#include "trainer_bridge/wire/deadline.h"
 #include "trainer_bridge/wire/owned_fd.h"
 
 namespace rollpack::rollout {
@@ -34,10 +35,9 @@ constexpr size_t kMaxReplyBytes = size_t{64} << 20;  // 300 bytes a rank: far ab
 }
 
 void wait_for(int fd, short events, TimePoint deadline, int port) {
-  const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(
-      deadline - std::chrono::steady_clock::now());
+  const int timeout_ms = bridge::milliseconds_until(deadline);
   pollfd waiting{.fd = fd, .events = events, .revents = 0};
-  if (left.count() <= 0 || ::poll(&waiting, 1, static_cast<int>(left.count())) == 0) {
+  if (timeout_ms == 0 || ::poll(&waiting, 1, timeout_ms) == 0) {
     fail(port, "no answer in time");
   }
 }

@@ -26,14 +26,12 @@ void check_length(uint64_t length) {
 // Waits until `socket` is ready for `events`, at least once even when the deadline has passed.
 void wait_ready(int socket, short events, Deadline deadline, const char* what) {
   for (;;) {
-    const auto left =
-        std::chrono::ceil<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now());
     pollfd entry = {socket, events, 0};
-    const int timeout = static_cast<int>(std::clamp<int64_t>(left.count(), 0, 1 << 30));
-    const int ready = ::poll(&entry, 1, timeout);
+    const int timeout_ms = milliseconds_until(deadline);
+    const int ready = ::poll(&entry, 1, timeout_ms);
     if (ready > 0) return;
     if (ready < 0 && errno != EINTR) fail_invariant("poll on a frame socket failed");
-    if (ready == 0 && left.count() <= 0) {
+    if (ready == 0 && timeout_ms == 0) {
       throw Error({.code = ErrorCode::kDeadlineExceeded,
                    .field = what,
                    .message = "the peer did not answer in time"});

@@ -4,12 +4,12 @@
 #pragma once
 
 #include <array>
-#include <chrono>
 #include <cstdint>
 #include <optional>
 #include <span>
 #include <vector>
 
+#include "trainer_bridge/wire/deadline.h"
 #include "trainer_bridge/wire/fd_passing.h"
 #include "trainer_bridge/wire/owned_fd.h"
 
@@ -60,8 +60,6 @@ class FrameWriter {
   std::vector<OwnedFd> fds_;    // closed here once the first byte took them along
   size_t sent_ = 0;
 };
-
-using Deadline = std::chrono::steady_clock::time_point;
 
 // Sends one frame and waits until it is gone. `socket` may block or not.
 // Errors: deadline_exceeded; unavailable when the peer has closed.
