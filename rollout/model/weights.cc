@@ -9,6 +9,7 @@
 
 #include "kernels/base/checksum.h"
 #include "kernels/base/error.h"
+#include "rollout/model/finite_source.h"
 
 namespace rollpack::rollout {
 namespace {
@@ -184,7 +185,8 @@ void ModelWeights::stage(const std::string& name, const kernels::WeightSource& s
     tied_head_hash_ = fingerprint(source);
   } else {
     const Place& place = places_.at(name);
-    backend_.load_weight(place.weight, place.part, source, {.begin = 0, .end = place.shape[0]});
+    backend_.load_weight(place.weight, place.part, FiniteSource(name, source),
+                         {.begin = 0, .end = place.shape[0]});
     if (is_tied_ && name == kEmbeddingName && head_may_come_) {
       embedding_hash_ = fingerprint(source);
     }

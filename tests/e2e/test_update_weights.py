@@ -185,6 +185,8 @@ def _refused(name: str, tensors: dict[str, Any], *parts: str) -> Any:
              "model.layers.9.mlp.up_proj.weight"),
     _refused("misshapen", {NORM: torch.ones(331)}, NORM, "331", "330"),
     _refused("transposed", {UP: torch.zeros(330, 800)}, UP, "[800, 330]"),
+    _refused("not-finite", {UP: torch.zeros(800, 330).index_fill_(0, torch.tensor(799), torch.nan)},
+             UP + "[799, 0]", "nan"),
     _refused("dtype", {NORM: torch.ones(330, dtype=torch.int32)}, NORM, "int32"),
     _refused("adapter", {"model.layers.0.mlp.up_proj.lora_A.weight": torch.zeros(4, 330)},
              "lora_A", "merge")])
