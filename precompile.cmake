@@ -21,12 +21,13 @@ function(add_precompiled name)
 endfunction()
 
 # use_precompiled(FOLDER): all targets made in FOLDER and below it take the headers of one set, but
-# for sources marked SKIP_PRECOMPILE_HEADERS.
+# for targets marked DISABLE_PRECOMPILE_HEADERS and sources marked SKIP_PRECOMPILE_HEADERS.
 function(use_precompiled folder)
   get_property(targets DIRECTORY ${folder} PROPERTY BUILDSYSTEM_TARGETS)
   foreach(target ${targets})
     get_target_property(type ${target} TYPE)
-    if(NOT type MATCHES "STATIC_LIBRARY|EXECUTABLE")
+    get_target_property(is_disabled ${target} DISABLE_PRECOMPILE_HEADERS)
+    if(is_disabled OR NOT type MATCHES "STATIC_LIBRARY|EXECUTABLE")
       continue()
     endif()
     get_target_property(libraries ${target} LINK_LIBRARIES)
