@@ -234,9 +234,8 @@ int64_t Dispatcher::abort(std::optional<int64_t> request_id) {
   return num_open;
 }
 
-void Dispatcher::score(
-    std::vector<bridge::ScoreSequence> sequences,
-    std::function<void(bridge::Outcome, std::vector<bridge::ScoredSequence>)> done) {
+void Dispatcher::score(std::vector<bridge::ScoreSequence> sequences,
+                       bridge::Answer<std::vector<bridge::ScoredSequence>> done) {
   bridge::Outcome error;
   {
     const std::lock_guard lock(mutex_);
@@ -331,8 +330,7 @@ void Dispatcher::dispatch() {
 
 bool Dispatcher::asks(int32_t worker) const {
   const WorkerState& state = workers_[worker];
-  return state.takes_part() && state.num_wanted > 0 && !state.is_doubted &&
-         quarantine_ != worker;
+  return state.takes_part() && state.num_wanted > 0 && !state.is_doubted && quarantine_ != worker;
 }
 
 GroupRequest Dispatcher::take_group(const Ledger::GroupKey& key, int32_t worker) {

@@ -91,23 +91,34 @@ class Dispatcher : public bridge::RolloutService {
   using MeasurementCallback = std::function<void(bridge::Outcome, Measurement)>;
   void take_measurement(MeasurementCallback done);
 
+  // What the service answers, at once.
+  int64_t submit(std::vector<bridge::PromptRequest> prompts);
+  int64_t abort(std::optional<int64_t> request_id);
+  bridge::WeightsInUse weights_in_use() const;
+  Numbers stats() const;
+
   // RolloutService
   bridge::ServiceInfo info() const override;
-  int64_t submit(std::vector<bridge::PromptRequest> prompts) override;
-  int64_t abort(std::optional<int64_t> request_id) override;
+  void submit(std::vector<bridge::PromptRequest> prompts, bridge::Answer<int64_t> done) override {
+    done(std::nullopt, submit(std::move(prompts)));
+  }
+  void abort(std::optional<int64_t> request_id, bridge::Answer<int64_t> done) override {
+    done(std::nullopt, abort(request_id));
+  }
   void pause(bridge::InFlight in_flight, bridge::OutcomeCallback done) override;
   void resume() override;
-  void score(
-      std::vector<bridge::ScoreSequence> sequences,
-      std::function<void(bridge::Outcome, std::vector<bridge::ScoredSequence>)> done) override;
+  void score(std::vector<bridge::ScoreSequence> sequences,
+             bridge::Answer<std::vector<bridge::ScoredSequence>> done) override;
   void begin_weights(bridge::WeightUpdate update, bridge::OutcomeCallback done) override;
   void stage_weights(bridge::WeightChunk chunk, bridge::OutcomeCallback done) override;
   void commit_weights(bridge::InFlight in_flight, bridge::OutcomeCallback done) override;
   void cancel_weights() override;
   int64_t weight_version() const override;
-  bridge::WeightsInUse weights_in_use() const override;
+  void find_weights(bridge::Answer<bridge::WeightsInUse> done) override {
+    done(std::nullopt, weights_in_use());
+  }
   std::optional<int64_t> awaited_weight_version() const override;
-  std::vector<std::pair<std::string, double>> stats() const override;
+  void find_stats(bridge::Answer<Numbers> done) override { done(std::nullopt, stats()); }
   // The numbers of each worker that takes part, as it last told them: at most a second old while it
   // computes.
   struct WorkerNumbers {
@@ -162,7 +173,7 @@ class Dispatcher : public bridge::RolloutService {
     std::vector<bridge::ScoredSequence> results;
     size_t num_missing = 0;
     bridge::Outcome error;
-    std::function<void(bridge::Outcome, std::vector<bridge::ScoredSequence>)> done;
+    bridge::Answer<std::vector<bridge::ScoredSequence>> done;
   };
   struct MeasurementSum {
     Measurement sum;

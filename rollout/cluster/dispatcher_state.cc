@@ -22,7 +22,7 @@ std::optional<int64_t> Dispatcher::awaited_weight_version() const {
   return awaited_version_;
 }
 
-std::vector<std::pair<std::string, double>> Dispatcher::stats() const {
+Dispatcher::Numbers Dispatcher::stats() const {
   std::vector<std::shared_ptr<const std::map<std::string, double>>> of_workers;
   std::map<std::string, double> sums = own_stats(of_workers);
   for (const auto& of_worker : of_workers) {

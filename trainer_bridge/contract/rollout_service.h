@@ -1,5 +1,5 @@
-// What trainer_bridge asks of rollout. The server calls it from its one thread; answers that take
-// time come through callbacks, on any thread.
+// What trainer_bridge asks of rollout. The server calls it from its one thread and never waits:
+// answers come through callbacks, at once or later, on any thread.
 #pragma once
 
 #include <cstddef>
@@ -86,6 +86,9 @@ struct WeightChunk {
 // std::nullopt: done. Otherwise what went wrong.
 using Outcome = std::optional<ErrorInfo>;
 using OutcomeCallback = std::function<void(Outcome)>;
+// With an error the value counts for nothing.
+template <class Value>
+using Answer = std::function<void(Outcome, Value)>;
 
 // The weights that samples are drawn with, and what the update that brought them cost.
 struct WeightsInUse {
@@ -115,16 +118,18 @@ class RolloutService {
 
   virtual ServiceInfo info() const = 0;
 
-  // Accepts all prompts or none and returns the request id at once. Samples go to the sink.
-  // Errors: invalid_argument naming the prompt's field; would_block when queues are full.
-  virtual int64_t submit(std::vector<PromptRequest> prompts) = 0;
-  // Ends the samples of one request, or of all; they reach the sink as partial samples.
-  // Returns how many were still open.
-  virtual int64_t abort(std::optional<int64_t> request_id) = 0;
+  // Accepts all prompts or none and answers with the request id, at once or before any sample of it
+  // is put into the sink. `done` may not call the service.
+  // Errors, thrown or answered: invalid_argument naming the prompt's field; would_block when queues
+  // are full.
+  virtual void submit(std::vector<PromptRequest> prompts, Answer<int64_t> done) = 0;
+  // Ends the samples of one request, or of all that came from this server; they reach the sink as
+  // partial samples. Answers how many were still open.
+  virtual void abort(std::optional<int64_t> request_id, Answer<int64_t> done) = 0;
   virtual void pause(InFlight in_flight, OutcomeCallback done) = 0;
   virtual void resume() = 0;
   virtual void score(std::vector<ScoreSequence> sequences,
-                     std::function<void(Outcome, std::vector<ScoredSequence>)> done) = 0;
+                     Answer<std::vector<ScoredSequence>> done) = 0;
 
   // Weights in two phases: begin, stage any number of times, then commit or cancel. A refused
   // stage or commit cancels the update; the old version goes on, bit-unchanged.
@@ -135,13 +140,14 @@ class RolloutService {
   virtual void commit_weights(InFlight in_flight, OutcomeCallback done) = 0;
   virtual void cancel_weights() = 0;
   virtual int64_t weight_version() const = 0;
-  virtual WeightsInUse weights_in_use() const = 0;
+  virtual void find_weights(Answer<WeightsInUse> done) = 0;
   // After a restart: the version that must be current before anything is generated, unless resume()
   // is called. nullopt: none, as ever.
   virtual std::optional<int64_t> awaited_weight_version() const { return std::nullopt; }
 
   // Counters and gauges by name, e.g. "num_running_seqs".
-  virtual std::vector<std::pair<std::string, double>> stats() const = 0;
+  using Numbers = std::vector<std::pair<std::string, double>>;
+  virtual void find_stats(Answer<Numbers> done) = 0;
   // An error once the service can make no more samples.
   virtual Outcome health() const = 0;
   // Asks the whole program to end; returns at once.

@@ -1,7 +1,9 @@
-// Samples on their way from the engine's threads to the server's.
+// Samples on their way from the engine's threads to the server's, and what must keep its place
+// among them.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <mutex>
 #include <utility>
 #include <variant>
@@ -13,7 +15,8 @@ namespace rollpack::bridge {
 
 class SampleInbox {
  public:
-  using Entry = std::variant<Sample, FailedSample>;
+  using Task = std::function<void()>;
+  using Entry = std::variant<Sample, FailedSample, Task>;
 
   // True when the inbox was empty: whoever put the first one wakes the reader. Any thread.
   bool put(Entry entry) {

@@ -127,6 +127,11 @@ VerbParts Server::State::verb_parts(RolloutService& given_service) {
           .metrics_port = metrics_port,
           .instance = options.log != nullptr ? options.restored.instance : new_instance(),
           .on_server_thread = poster(),
+          .in_order_of_samples =
+              [this](std::function<void()> task) {
+                if (loop->io.get_executor().running_in_this_thread()) return task();
+                put(std::move(task));
+              },
           .when_durable =
               [log = options.log, post = poster()](std::function<void(const Outcome&)> then) {
                 if (log == nullptr) return then(std::nullopt);
@@ -185,8 +190,10 @@ void Server::State::deliver_inbox() {
     try {
       if (auto* sample = std::get_if<Sample>(&entry)) {
         delivery.commit(std::move(*sample));
+      } else if (auto* failed = std::get_if<FailedSample>(&entry)) {
+        delivery.fail(std::move(*failed));
       } else {
-        delivery.fail(std::move(std::get<FailedSample>(entry)));
+        std::get<SampleInbox::Task>(entry)();
       }
     } catch (const Error& error) {
       if (!fault) fault = error.info;

@@ -23,7 +23,7 @@ struct ServerOptions {
   int32_t slots = 4;  // 1 to 253: their descriptors travel in one frame
   int64_t slot_bytes = int64_t{64} << 20;
   LayoutOptions layout;
-  int32_t max_clients = 1024;  // two descriptors each
+  int32_t max_clients = 1024;        // two descriptors each
   int64_t max_held_samples = 65536;  // beyond it submit says would_block
   int64_t max_version_lag = -1;      // samples staler than this become failures; -1: none do
   FrameSocketOptions frames;         // of each client

@@ -103,6 +103,16 @@ void Verbs::reply_when_durable(const Responder& responder, Json fields) {
   });
 }
 
+template <class Value>
+Answer<Value> Verbs::answering(const Responder& responder, std::function<void(Value)> then) const {
+  return [post = parts_.on_server_thread, responder, then = std::move(then)](const Outcome& outcome,
+                                                                             Value value) {
+    post([responder, then, outcome, value = std::move(value)]() mutable {
+      outcome ? responder.error(*outcome) : then(std::move(value));
+    });
+  };
+}
+
 void Verbs::submit(Request& request) {
   std::vector<PromptRequest> prompts = read_prompts(request.fields);
   check_no_fds(request);
@@ -117,10 +127,15 @@ void Verbs::submit(Request& request) {
                  .message = "take batches, then try again"});
   }
   const auto num_prompts = static_cast<int64_t>(prompts.size());
-  const int64_t request_id = parts_.service.submit(std::move(prompts));
-  // Its samples come by way of this thread, so none of them is ahead of this.
-  parts_.delivery.expect(request_id, num_prompts);
-  reply_when_durable(request.responder, {{"request_id", request_id}});
+  parts_.service.submit(std::move(prompts), [this, num_prompts, responder = request.responder](
+                                                const Outcome& outcome, int64_t request_id) {
+    parts_.in_order_of_samples([=, this] {
+      if (outcome) return responder.error(*outcome);
+      // Its samples come by way of this thread, so none of them is ahead of this.
+      parts_.delivery.expect(request_id, num_prompts);
+      reply_when_durable(responder, {{"request_id", request_id}});
+    });
+  });
 }
 
 void Verbs::next_batch(Request& request) {
@@ -151,7 +166,11 @@ void Verbs::abort(Request& request) {
   const auto request_id = request.fields.optional_integer("request_id", 0, kMaxI64);
   request.fields.finish();
   check_no_fds(request);
-  reply_when_durable(request.responder, {{"num_aborted", parts_.service.abort(request_id)}});
+  parts_.service.abort(
+      request_id, answering<int64_t>(request.responder, [=, this, responder = request.responder](
+                                                            int64_t num_aborted) {
+        reply_when_durable(responder, {{"num_aborted", num_aborted}});
+      }));
 }
 
 void Verbs::pause(Request& request) {
@@ -204,7 +223,10 @@ void Verbs::update_weights(Request& request) {
     return parts_.weights.commit(
         client, version, in_flight, [this, responder = request.responder](const Outcome& outcome) {
           if (outcome) return responder.error(*outcome);
-          reply_when_durable(responder, weights_reply(parts_.service.weights_in_use()));
+          parts_.service.find_weights(
+              answering<WeightsInUse>(responder, [this, responder](const WeightsInUse& weights) {
+                reply_when_durable(responder, weights_reply(weights));
+              }));
         });
   }
   fields.finish();
@@ -230,16 +252,23 @@ void Verbs::weight_chunk(Request& request, int64_t version) {
 void Verbs::get_weight_version(Request& request) {
   request.fields.finish();
   check_no_fds(request);
-  request.responder.ok(weights_reply(parts_.service.weights_in_use()));
+  parts_.service.find_weights(answering<WeightsInUse>(
+      request.responder, [responder = request.responder](const WeightsInUse& weights) {
+        responder.ok(weights_reply(weights));
+      }));
 }
 
 void Verbs::stats(Request& request) {
   request.fields.finish();
   check_no_fds(request);
-  Json stats = Json::object();
-  for (const auto& [name, value] : parts_.service.stats()) stats[name] = value;
-  for (const auto& [name, value] : numbers()) stats[name] = value;
-  request.responder.ok({{"stats", std::move(stats)}});
+  using Numbers = RolloutService::Numbers;
+  parts_.service.find_stats(answering<Numbers>(
+      request.responder, [this, responder = request.responder](const Numbers& of_service) {
+        Json stats = Json::object();
+        for (const auto& [name, value] : of_service) stats[name] = value;
+        for (const auto& [name, value] : numbers()) stats[name] = value;
+        responder.ok({{"stats", std::move(stats)}});
+      }));
 }
 
 std::vector<std::pair<std::string, double>> Verbs::numbers() const {

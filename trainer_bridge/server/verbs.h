@@ -31,6 +31,9 @@ struct VerbParts {
   std::optional<int32_t> metrics_port;
   std::string instance;                                         // of this server's life
   std::function<void(std::function<void()>)> on_server_thread;  // from any thread
+  // The same behind all samples that were put into the sink before, ahead of those that come after;
+  // at once where this is the server's thread.
+  std::function<void(std::function<void()>)> in_order_of_samples;
   // Calls back on the server's thread, at once where nothing is logged.
   std::function<void(std::function<void(const Outcome&)>)> when_durable;
   std::function<int64_t()> num_pending_samples;  // committed, not yet delivered to
@@ -53,6 +56,10 @@ class Verbs {
  private:
   struct Entry;
   static const std::vector<Entry>& entries();
+
+  // Calls `then` on the server's thread; what is thrown there becomes the reply.
+  template <class Value>
+  Answer<Value> answering(const Responder& responder, std::function<void(Value)> then) const;
 
   // Replies once what the service and the delivery have written down is on disk.
   void reply_when_durable(const Responder& responder, Json fields = Json::object());

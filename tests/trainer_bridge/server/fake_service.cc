@@ -343,7 +343,7 @@ int64_t FakeService::num_cancelled_updates() const {
   return num_cancelled_updates_;
 }
 
-std::vector<std::pair<std::string, double>> FakeService::stats() const {
+RolloutService::Numbers FakeService::stats() const {
   const std::lock_guard lock(mutex_);
   return {{"num_waiting_seqs", static_cast<double>(queue_.size())},
           {"num_samples", static_cast<double>(num_samples_)}};

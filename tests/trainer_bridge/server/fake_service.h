@@ -49,20 +49,28 @@ class FakeService final : public RolloutService {
   ~FakeService() override;
 
   ServiceInfo info() const override;
-  int64_t submit(std::vector<PromptRequest> prompts) override;
-  int64_t abort(std::optional<int64_t> request_id) override;
+  int64_t submit(std::vector<PromptRequest> prompts);
+  void submit(std::vector<PromptRequest> prompts, Answer<int64_t> done) override {
+    done(std::nullopt, submit(std::move(prompts)));
+  }
+  int64_t abort(std::optional<int64_t> request_id);
+  void abort(std::optional<int64_t> request_id, Answer<int64_t> done) override {
+    done(std::nullopt, abort(request_id));
+  }
   void pause(InFlight in_flight, OutcomeCallback done) override;
   void resume() override;
   void score(std::vector<ScoreSequence> sequences,
-             std::function<void(Outcome, std::vector<ScoredSequence>)> done) override;
+             Answer<std::vector<ScoredSequence>> done) override;
   void begin_weights(WeightUpdate update, OutcomeCallback done) override;
   void stage_weights(WeightChunk chunk, OutcomeCallback done) override;
   void commit_weights(InFlight in_flight, OutcomeCallback done) override;
   void cancel_weights() override;
   int64_t weight_version() const override;
   // Its hash is the version, its times are made up.
-  WeightsInUse weights_in_use() const override;
-  std::vector<std::pair<std::string, double>> stats() const override;
+  WeightsInUse weights_in_use() const;
+  void find_weights(Answer<WeightsInUse> done) override { done(std::nullopt, weights_in_use()); }
+  Numbers stats() const;
+  void find_stats(Answer<Numbers> done) override { done(std::nullopt, stats()); }
   Outcome health() const override;
   void shutdown() override;
 
