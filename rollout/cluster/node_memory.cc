@@ -3,12 +3,10 @@
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <chrono>
-#include <cstddef>
 #include <cstring>
 #include <optional>
 #include <utility>
@@ -17,6 +15,7 @@
 #include <fmt/format.h>
 
 #include "kernels/base/error.h"
+#include "rollout/cluster/abstract_address.h"
 #include "trainer_bridge/wire/frame.h"
 #include "trainer_bridge/wire/peer.h"
 
@@ -31,20 +30,8 @@ constexpr std::chrono::seconds kFetchLimit{10};
 // One request at a time: who connects and says nothing must not keep the others long.
 constexpr std::chrono::seconds kRequestLimit{1};
 
-struct AbstractAddress {
-  sockaddr_un address{.sun_family = AF_UNIX, .sun_path = {}};
-  socklen_t size = 0;
-
-  const sockaddr* get() const { return reinterpret_cast<const sockaddr*>(&address); }
-};
-
 AbstractAddress address_of(const std::string& job, int rank) {
-  AbstractAddress named;
-  // The first byte stays 0: no file.
-  const std::string name = fmt::format("rollpack-{}-{}", job.substr(0, 64), rank);
-  std::memcpy(named.address.sun_path + 1, name.data(), name.size());
-  named.size = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + name.size());
-  return named;
+  return AbstractAddress(fmt::format("rollpack-{}-{}", job.substr(0, 64), rank));
 }
 
 [[noreturn]] void fail_call(const char* call) {
@@ -66,7 +53,7 @@ NodeMemory::NodeMemory(std::string job, int rank) : job_(std::move(job)), rank_(
   const AbstractAddress address = address_of(job_, rank_);
   listener_.reset(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   if (!listener_) fail_call("socket");
-  if (::bind(listener_.get(), address.get(), address.size) != 0) fail_call("bind");
+  if (::bind(listener_.get(), address.get(), address.size()) != 0) fail_call("bind");
   if (::listen(listener_.get(), SOMAXCONN) != 0) fail_call("listen");
   end_.reset(::eventfd(0, EFD_CLOEXEC));
   if (!end_) fail_call("eventfd");
@@ -91,7 +78,7 @@ OwnedFd NodeMemory::fetch(const MemoryUse& use) const {
   const AbstractAddress address = address_of(job_, use.holder);
   const OwnedFd socket(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
   if (!socket) fail_call("socket");
-  if (::connect(socket.get(), address.get(), address.size) != 0) {
+  if (::connect(socket.get(), address.get(), address.size()) != 0) {
     fail_find(use, std::strerror(errno));
   }
   if (bridge::other_user(bridge::peer_of(socket.get())))
