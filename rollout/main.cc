@@ -33,6 +33,7 @@ using Run = std::function<int(Job&, const CommandLine&)>;
 struct Parsed {
   CommandLine line;
   Run run;  // empty: print the configuration
+  bool serves = false;
   InspectLine inspect_line;
   bool inspects = false;
   rollpack::rollout::TopOptions top;
@@ -54,7 +55,8 @@ CLI::App* add_command(CLI::App& app, Parsed& parsed, const std::string& name,
 void add_commands(CLI::App& app, Parsed& parsed) {
   using namespace rollpack::rollout;
   CommandLine& line = parsed.line;
-  add_command(app, parsed, "serve", "serve trainers until stopped", serve);
+  add_command(app, parsed, "serve", "serve trainers until stopped", serve)
+      ->parse_complete_callback([&parsed] { parsed.serves = true; });
   CLI::App* command = add_command(app, parsed, "generate", "prompts in, samples out", generate);
   command->add_option("--prompts", line.input, "JSONL of prompts")->required();
   command->add_option("--output", line.output, "JSONL of samples; - is stdout")->required();
@@ -124,7 +126,7 @@ int run_top(const rollpack::rollout::TopOptions& options) {
 }
 
 [[noreturn]] void run_rank(const Parsed& parsed, const Config& config, Launch& launch) {
-  const JobOptions options{.profiles = parsed.line.profile};
+  const JobOptions options{.profiles = parsed.line.profile, .serves = parsed.serves};
   if (launch.placement().rank > 0) rollpack::rollout::run_worker_rank(config, launch, options);
   rollpack::rollout::log_document("configuration", rollpack::rollout::config_json(config),
                                   rollpack::rollout::config_yaml(config));

@@ -46,16 +46,15 @@ Dispatcher::Dispatcher(const Config& config, const ModelConfig& model, const Eng
       fingerprint_(std::move(fingerprint)),
       shares_weights_(shares_weights),
       recovery_(std::move(recovery)),
+      has_other_bridges_(config.bridge.endpoints == "per_node"),
       weights_{.hash = weights_hash} {
   ledger_.set_longest_first(wants_longest_first(config.engine.batching));
 }
 
 bridge::ServiceInfo Dispatcher::info() const {
-  const auto& eos = model_.eos_token_ids;
-  const int32_t lowest_eos = eos.empty() ? 0 : *std::ranges::min_element(eos);
   return {.resolved_config_json = config_json(config_),
-          .eos_token_ids = eos,
-          .pad_token_id = model_.pad_token_id >= 0 ? model_.pad_token_id : lowest_eos,
+          .eos_token_ids = model_.eos_token_ids,
+          .pad_token_id = model_.written_pad_id(),
           .vocab_size = model_.vocab_size,
           .fingerprint = fingerprint_,
           .attention_parity_tokens = model_.attention_parity_tokens()};
@@ -68,7 +67,8 @@ void Dispatcher::run(Effects& effects) {
 // ---- requests
 // ------------------------------------------------------------------------------------
 
-int64_t Dispatcher::submit(std::vector<bridge::PromptRequest> prompts) {
+int64_t Dispatcher::submit(std::vector<bridge::PromptRequest> prompts, int32_t node,
+                           const std::function<void(int64_t request_id)>& accepted) {
   Effects effects;
   int64_t request_id = 0;
   {
@@ -85,18 +85,20 @@ int64_t Dispatcher::submit(std::vector<bridge::PromptRequest> prompts) {
       origins.push_back(prompts[i].prompt_id ? origin_of(prompts[i], i) : "");
       groups.push_back(
           make_group(std::move(prompts[i]), static_cast<int32_t>(i), request_id, skipped[i]));
+      groups.back().key.node = node;
       num_samples += groups.back().key.group_size;
     }
     check_room(num_samples);
     ++num_requests_;
     if (log_ != nullptr) {
-      std::vector<AcceptedGroup> accepted;
-      accepted.reserve(groups.size());
+      std::vector<AcceptedGroup> written;
+      written.reserve(groups.size());
       for (size_t i = 0; i < groups.size(); ++i) {
-        accepted.push_back({groups[i], origins[i], skipped[i]});
+        written.push_back({groups[i], origins[i], skipped[i]});
       }
-      log_->accepted(request_id, std::move(accepted));
+      log_->accepted(request_id, std::move(written));
     }
+    if (accepted) accepted(request_id);
     for (size_t i = 0; i < groups.size(); ++i) {
       if (!skipped[i]) {
         ledger_.accept(std::move(groups[i]), std::move(origins[i]));
@@ -234,6 +236,17 @@ int64_t Dispatcher::abort(std::optional<int64_t> request_id) {
   return num_open;
 }
 
+int64_t Dispatcher::abort_node(int32_t node) {
+  std::vector<int64_t> requests;
+  {
+    const std::lock_guard lock(mutex_);
+    requests = ledger_.open_requests(node);
+  }
+  int64_t num_open = 0;
+  for (const int64_t request_id : requests) num_open += abort(request_id);
+  return num_open;
+}
+
 void Dispatcher::score(std::vector<bridge::ScoreSequence> sequences,
                        bridge::Answer<std::vector<bridge::ScoredSequence>> done) {
   bridge::Outcome error;
@@ -288,20 +301,25 @@ void Dispatcher::pause(bridge::InFlight in_flight, bridge::OutcomeCallback done)
 }
 
 void Dispatcher::resume() {
-  const std::lock_guard lock(mutex_);
-  is_paused_ = false;
-  if (awaited_version_) {
-    awaited_version_.reset();
-    if (log_ != nullptr) log_->switched(weights_.version);
-    dispatch();
+  Effects effects;
+  {
+    const std::lock_guard lock(mutex_);
+    is_paused_ = false;
+    if (awaited_version_) {
+      awaited_version_.reset();
+      if (log_ != nullptr) log_->switched(weights_.version);
+      tell_change(effects);
+      dispatch();
+    }
+    for (const auto& [ticket, collection] : collections_) collection->pauses = false;
+    for (const int32_t worker : all_workers()) {
+      WorkerState& state = workers_[worker];
+      // Who stood still without being told to gets no new lease.
+      if (std::exchange(state.is_paused, false)) state.last_progress = recovery_.now();
+      state.link->send(Resume{});
+    }
   }
-  for (const auto& [ticket, collection] : collections_) collection->pauses = false;
-  for (const int32_t worker : all_workers()) {
-    WorkerState& state = workers_[worker];
-    // Who stood still without being told to gets no new lease.
-    if (std::exchange(state.is_paused, false)) state.last_progress = recovery_.now();
-    state.link->send(Resume{});
-  }
+  run(effects);
 }
 
 // Gives queued groups to workers that asked, each to the one with the least work at hand. A worker
@@ -312,9 +330,9 @@ void Dispatcher::dispatch() {
   if (awaited_version_) return;
   dispatch_suspect();
   while (!askers_.empty()) {
-    const std::optional<Ledger::GroupKey> key = ledger_.next();
-    if (!key) break;
     const int32_t index = askers_.begin()->second;
+    const std::optional<Ledger::GroupKey> key = ledger_.next(workers_[index].link->node());
+    if (!key) break;
     GroupRequest group = take_group(*key, index);
     AddGroups& share = shares[index];
     num_bytes[index] += bytes_in_message(group);

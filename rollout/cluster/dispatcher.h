@@ -20,6 +20,7 @@
 #include <tuple>
 #include <vector>
 
+#include "rollout/cluster/kept_samples.h"
 #include "rollout/cluster/kept_weights.h"
 #include "rollout/cluster/ledger.h"
 #include "rollout/cluster/messages.h"
@@ -50,6 +51,10 @@ class Dispatcher : public bridge::RolloutService {
              RecoveryOptions recovery = {});
 
   void set_sink(bridge::SampleSink& sink) { sink_ = &sink; }
+  // Where samples are that workers keep on their nodes.
+  void set_kept_samples(KeptSamples& kept) { kept_ = &kept; }
+  // Called from any thread when the weight version, the awaited one or the health has changed.
+  void set_on_change(std::function<void()> on_change) { on_change_ = std::move(on_change); }
   // Writes down what it does from here on, and goes on from what was written down before. Once,
   // after set_sink() and before any request; `log` lives until forget_log(). Where the weights were
   // not the checkpoint's, nothing is generated until they are current again or resume() is called.
@@ -92,8 +97,13 @@ class Dispatcher : public bridge::RolloutService {
   void take_measurement(MeasurementCallback done);
 
   // What the service answers, at once.
-  int64_t submit(std::vector<bridge::PromptRequest> prompts);
+  // `node`: whose bridge asks. `accepted` is called before any sample of the request is there,
+  // under the dispatcher's lock.
+  int64_t submit(std::vector<bridge::PromptRequest> prompts, int32_t node = 0,
+                 const std::function<void(int64_t request_id)>& accepted = {});
   int64_t abort(std::optional<int64_t> request_id);
+  // All that a node's bridge has asked for.
+  int64_t abort_node(int32_t node);
   bridge::WeightsInUse weights_in_use() const;
   Numbers stats() const;
 
@@ -103,7 +113,7 @@ class Dispatcher : public bridge::RolloutService {
     done(std::nullopt, submit(std::move(prompts)));
   }
   void abort(std::optional<int64_t> request_id, bridge::Answer<int64_t> done) override {
-    done(std::nullopt, abort(request_id));
+    done(std::nullopt, request_id || !has_other_bridges_ ? abort(request_id) : abort_node(0));
   }
   void pause(bridge::InFlight in_flight, bridge::OutcomeCallback done) override;
   void resume() override;
@@ -191,8 +201,11 @@ class Dispatcher : public bridge::RolloutService {
   void check_health() const;
   void dispatch();
   void restore_group(RestoredGroup& group, Effects& effects);
-  bool goes_on(const bridge::Sample& sample, int32_t worker, int32_t attempt);
-  void finish_as_cut(bridge::Sample& sample);
+  bool goes_on(const bridge::SampleKey& key, bridge::FinishReason reason, int32_t worker,
+               int32_t attempt);
+  bool is_cut(const bridge::SampleKey& key);
+  bool count_sample(const bridge::SampleKey& key, bridge::FinishReason reason, int32_t worker,
+                    int32_t attempt);
   void note_switch();
   bool asks(int32_t worker) const;
   GroupRequest take_group(const Ledger::GroupKey& key, int32_t worker);
@@ -243,10 +256,14 @@ class Dispatcher : public bridge::RolloutService {
     return num_finished_[static_cast<size_t>(reason)];
   }
   void run(Effects& effects);
+  void tell_change(Effects& effects) {
+    if (on_change_) effects.push_back(on_change_);
+  }
 
   void on_event(int32_t worker, WorkerReady& event, Effects& effects);
   void on_event(int32_t worker, Pull& event, Effects& effects);
   void on_event(int32_t worker, SampleDone& event, Effects& effects);
+  void on_event(int32_t worker, SampleKept& event, Effects& effects);
   void on_event(int32_t worker, SampleFailed& event, Effects& effects);
   void on_event(int32_t worker, Scored& event, Effects& effects);
   void on_event(int32_t worker, Ack& event, Effects& effects);
@@ -262,8 +279,11 @@ class Dispatcher : public bridge::RolloutService {
   const std::string fingerprint_;
   const bool shares_weights_;
   const RecoveryOptions recovery_;
+  const bool has_other_bridges_;
   bridge::SampleSink* sink_ = nullptr;
+  KeptSamples* kept_ = nullptr;
   std::function<void()> on_end_;
+  std::function<void()> on_change_;
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;

@@ -96,6 +96,7 @@ void Dispatcher::give_up(int32_t worker, ErrorInfo error, Effects& effects) {
   for (const char* gauge : kGauges) stats->erase(gauge);
   state.stats = std::move(stats);
   if (quarantine_ == worker) quarantine_.reset();
+  if (kept_ != nullptr) kept_->forget(worker);
   ++num_worker_deaths_;
   effects.push_back([link = state.link] { link->kill(); });
 
@@ -178,6 +179,7 @@ void Dispatcher::give_up_ticket(uint64_t ticket, const ErrorInfo& error, Effects
 void Dispatcher::end_with(ErrorInfo error, Effects& effects) {
   if (fatal_) return;
   fatal_ = error;
+  tell_change(effects);
   for (auto& [ticket, collection] : std::exchange(collections_, {})) {
     if (!collection->done) continue;
     effects.push_back(

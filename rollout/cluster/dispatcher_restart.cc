@@ -53,9 +53,10 @@ void Dispatcher::restore_group(RestoredGroup& group, Effects& effects) {
 }
 
 // A client that aborts now cannot take back what it was delivered: the batch is to be the same.
-bool Dispatcher::goes_on(const bridge::Sample& sample, int32_t worker, int32_t attempt) {
-  if (sample.finish_reason != bridge::FinishReason::kAbort) return false;
-  const auto tokens = ledger_.give_back(sample.key, worker, attempt);
+bool Dispatcher::goes_on(const bridge::SampleKey& key, bridge::FinishReason reason, int32_t worker,
+                         int32_t attempt) {
+  if (reason != bridge::FinishReason::kAbort) return false;
+  const auto tokens = ledger_.give_back(key, worker, attempt);
   if (!tokens) return false;
   release_tokens(worker, *tokens);
   dispatch();
@@ -63,11 +64,8 @@ bool Dispatcher::goes_on(const bridge::Sample& sample, int32_t worker, int32_t a
 }
 
 // It was aborted where it ends now by length: the same tokens, and so the same sample.
-void Dispatcher::finish_as_cut(bridge::Sample& sample) {
-  const auto& key = sample.key;
-  if (cut_samples_.erase({key.request_id, key.prompt_index, key.sample_index}) == 0) return;
-  sample.finish_reason = bridge::FinishReason::kAbort;
-  sample.stop_token_id = -1;
+bool Dispatcher::is_cut(const bridge::SampleKey& key) {
+  return cut_samples_.erase({key.request_id, key.prompt_index, key.sample_index}) > 0;
 }
 
 // Older weights than those awaited are a step on the way to them, unless resume() says otherwise.

@@ -29,8 +29,9 @@ void Dispatcher::handle(int32_t worker, Event event) {
       dispatch();
     }
     // Of a lost worker only samples are looked at: the ledger drops and counts them.
-    const bool is_sample =
-        std::holds_alternative<SampleDone>(event) || std::holds_alternative<SampleFailed>(event);
+    const bool is_sample = std::holds_alternative<SampleDone>(event) ||
+                           std::holds_alternative<SampleKept>(event) ||
+                           std::holds_alternative<SampleFailed>(event);
     if (!state.is_lost || is_sample) {
       std::visit([&](auto& known) { on_event(worker, known, effects); }, event);
     }
@@ -154,17 +155,33 @@ void Dispatcher::on_event(int32_t worker, Pull& event, Effects&) {
 }
 
 void Dispatcher::on_event(int32_t worker, SampleDone& event, Effects& effects) {
-  if (goes_on(event.sample, worker, event.attempt)) return;
-  const std::optional<int64_t> tokens = ledger_.commit(event.sample.key, worker, event.attempt);
-  if (!tokens) return;
-  ++num_finished(event.sample.finish_reason);
-  workers_[worker].has_committed = true;
-  if (workers_[worker].is_replacement) num_fruitless_ = 0;
-  release_tokens(worker, *tokens);
-  finish_as_cut(event.sample);
+  bridge::Sample& done = event.sample;
+  if (goes_on(done.key, done.finish_reason, worker, event.attempt)) return;
+  if (!count_sample(done.key, done.finish_reason, worker, event.attempt)) return;
+  if (is_cut(done.key)) bridge::end_as_aborted(done);
   effects.push_back([this, sample = std::make_shared<bridge::Sample>(std::move(event.sample))] {
     sink_->commit(std::move(*sample));
   });
+}
+
+void Dispatcher::on_event(int32_t worker, SampleKept& event, Effects&) {
+  Verdict verdict = Verdict::kDrop;
+  if (!goes_on(event.key, event.finish_reason, worker, event.attempt) &&
+      count_sample(event.key, event.finish_reason, worker, event.attempt)) {
+    verdict = is_cut(event.key) ? Verdict::kCommitAsAborted : Verdict::kCommit;
+  }
+  if (kept_ != nullptr) kept_->decide(worker, event.key, event.attempt, verdict);
+}
+
+bool Dispatcher::count_sample(const bridge::SampleKey& key, bridge::FinishReason reason,
+                              int32_t worker, int32_t attempt) {
+  const std::optional<int64_t> tokens = ledger_.commit(key, worker, attempt);
+  if (!tokens) return false;
+  ++num_finished(reason);
+  workers_[worker].has_committed = true;
+  if (workers_[worker].is_replacement) num_fruitless_ = 0;
+  release_tokens(worker, *tokens);
+  return true;
 }
 
 void Dispatcher::on_event(int32_t worker, SampleFailed& event, Effects& effects) {

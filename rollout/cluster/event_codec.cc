@@ -17,10 +17,6 @@ using bridge::to_bin;
 using json = bridge::Json;
 
 json encode_sample(const bridge::Sample& sample) {
-  json versions = json::array();
-  for (const bridge::VersionSpan& span : sample.weight_versions) {
-    versions.push_back(json::array({span.first_token, span.version}));
-  }
   return {{"key", encode_key(sample.key)},
           {"prompt_ids", to_bin(*sample.prompt_ids)},
           {"response_ids", to_bin(sample.response_ids)},
@@ -32,7 +28,7 @@ json encode_sample(const bridge::Sample& sample) {
           {"finish_reason", static_cast<int>(sample.finish_reason)},
           {"stop_token_id", sample.stop_token_id},
           {"temperature", sample.temperature},
-          {"weight_versions", versions}};
+          {"weight_versions", encode_spans(sample.weight_versions)}};
 }
 
 bridge::Sample decode_sample(const json& map) {
@@ -48,10 +44,7 @@ bridge::Sample decode_sample(const json& map) {
   sample.finish_reason = enumerator(map.at("finish_reason"), bridge::FinishReason::kAbort);
   sample.stop_token_id = integer<int32_t>(map.at("stop_token_id"));
   sample.temperature = map.at("temperature");
-  for (const json& span : map.at("weight_versions")) {
-    sample.weight_versions.push_back(
-        {.first_token = integer<int32_t>(span.at(0)), .version = integer<int64_t>(span.at(1))});
-  }
+  sample.weight_versions = decode_spans(map.at("weight_versions"));
   return sample;
 }
 
@@ -118,6 +111,12 @@ struct EventEncoder {
   json operator()(const SampleDone& m) const {
     return {{"type", "sample"}, {"attempt", m.attempt}, {"sample", encode_sample(m.sample)}};
   }
+  json operator()(const SampleKept& m) const {
+    return {{"type", "kept"},
+            {"attempt", m.attempt},
+            {"key", encode_key(m.key)},
+            {"finish_reason", static_cast<int>(m.finish_reason)}};
+  }
   json operator()(const SampleFailed& m) const {
     return {{"type", "failed"},
             {"attempt", m.attempt},
@@ -164,6 +163,10 @@ Event decode_known_event(const json& map) {
   if (type == "pull") return Pull{integer<int32_t>(map.at("num_samples"))};
   if (type == "sample")
     return SampleDone{decode_sample(map.at("sample")), integer<int32_t>(map.at("attempt"))};
+  if (type == "kept") {
+    return SampleKept{decode_key(map.at("key")), integer<int32_t>(map.at("attempt")),
+                      enumerator(map.at("finish_reason"), bridge::FinishReason::kAbort)};
+  }
   if (type == "failed") {
     return SampleFailed{{decode_key(map.at("key")), error_from_map(map.at("error"))},
                         integer<int32_t>(map.at("attempt"))};

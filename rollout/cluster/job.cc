@@ -18,6 +18,9 @@
 #include "rollout/cluster/meeting.h"
 #include "rollout/cluster/rank_acceptor.h"
 #include "rollout/cluster/weight_sharing.h"
+#include "rollout/node_bridge/node_bridge.h"
+#include "rollout/node_bridge/sample_way.h"
+#include "rollout/node_bridge/server_options.h"
 
 namespace rollpack::rollout {
 namespace {
@@ -66,6 +69,38 @@ void connect_to_rank_0(const Config& config, const Launch& launch, const Meeting
   }
 }
 
+bool has_node_bridges(const Config& config) {
+  return config.bridge.endpoints == "per_node";
+}
+
+// The bridge of this node, where it is this rank's to hold and not rank 0's, and the way of the
+// rank's samples.
+struct NodeSide {
+  std::optional<NodeBridge> bridge;
+  std::optional<SampleWay> way;
+};
+
+void join_node_bridge(const Config& config, const ModelConfig& model, const Placement& placement,
+                      const Meeting& meeting, RankClient& client, const SampleWay::TellRank0& tell,
+                      NodeSide& side) {
+  const int node = placement.node();
+  const int holder = placement.first_ranks()[static_cast<size_t>(node)];
+  if (placement.rank != holder) {
+    side.way.emplace(node, placement.rank,
+                     std::make_unique<SampleOutlet>(meeting.job, holder, lease_of(config) / 2),
+                     tell);
+    return;
+  }
+  side.bridge.emplace(
+      config, model.written_pad_id(),
+      NodeBridge::Place{
+          .job = meeting.job, .rank = placement.rank, .weights_place = meeting.weights_place},
+      [&client](std::vector<uint8_t> frame) { client.send_node_frame(std::move(frame)); });
+  client.set_on_node_frame(
+      [&side](std::vector<uint8_t> frame) { side.bridge->handle(std::move(frame)); });
+  side.way.emplace(node, *side.bridge, tell);
+}
+
 // Where memory runs out a worker can be replaced and rank 0 cannot.
 void be_the_first_to_go() {
   std::ofstream("/proc/self/oom_score_adj") << 500;
@@ -108,7 +143,8 @@ Job::Job(const Config& config, Launch& launch, const JobOptions& options)
 
 // Every rank learns how it reaches this one, and does so before anyone loads anything.
 void Job::meet_ranks() {
-  Meeting meeting{.shares_weights = shares_weights_};
+  Meeting meeting{.shares_weights = shares_weights_,
+                  .weights_place = fmt::format("{}, on {}", socket_path(config_), host_name())};
   std::optional<RankAcceptor> acceptor;
   if (num_ranks() > 1) {
     folder_.emplace();
@@ -166,6 +202,24 @@ void Job::start() {
   folder_.reset();
 }
 
+NodeDesk* Job::make_node_desk(bridge::SampleSink& own) {
+  std::vector<int32_t> bridges = placement_.first_ranks();
+  bridges.erase(bridges.begin());
+  if (!has_node_bridges(config_) || bridges.empty()) return nullptr;
+  RankHub& hub = *hub_;
+  desk_ = std::make_unique<NodeDesk>(
+      *dispatcher_, own, std::move(bridges),
+      NodeDesk::Ways{.send =
+                         [&hub](int32_t worker, std::vector<uint8_t> frame) {
+                           hub.send_node_frame(worker, std::move(frame));
+                         },
+                     .later = [&hub](std::function<void()> task) { hub.post(std::move(task)); }});
+  hub.set_on_node_frame([&desk = *desk_](int32_t worker, std::vector<uint8_t> frame) {
+    desk.handle(worker, std::move(frame));
+  });
+  return desk_.get();
+}
+
 void Job::stop(bool hand_back) {
   dispatcher_->stop(hand_back, Clock::now() + kStopTimeout);
 }
@@ -188,9 +242,14 @@ void run_worker_rank(const Config& config, Launch& launch, const JobOptions& opt
       // Rank 0 is gone: receive() below is told so too, and ends this rank.
     }
   };
+  NodeSide side;
   try {
     const int num_threads = threads_per_rank(config.engine, launch.placement());
-    Replica replica(config, read_model_config(config.model.path),
+    const ModelConfig model = read_model_config(config.model.path);
+    if (options.serves && has_node_bridges(config) && !launch.placement().is_on_first_node()) {
+      join_node_bridge(config, model, launch.placement(), meeting, client, tell_rank_0, side);
+    }
+    Replica replica(config, model,
                     {.num_threads = num_threads,
                      .cpus = launch.placement().cpus,
                      .shared_weights = meeting.shares_weights,
@@ -199,24 +258,34 @@ void run_worker_rank(const Config& config, Launch& launch, const JobOptions& opt
       replica.load_checkpoint();
       replica.backend().commit_weights();
     }
-    Worker worker(replica, tell_rank_0,
-                  make_reference_replica(config, replica.model(), num_threads));
+    const auto emit = [&](Event event) {
+      side.way ? side.way->send(std::move(event)) : tell_rank_0(event);
+    };
+    Worker worker(replica, emit, make_reference_replica(config, replica.model(), num_threads));
     worker.start(/*has_weights=*/!meeting.shares_weights);
     while (std::optional<Command> command = client.receive()) {
       const bool stops = std::holds_alternative<Stop>(*command);
       worker.send(std::move(*command));
       if (!stops) continue;
       worker.join();
+      if (side.bridge) side.bridge->stop();
       // Rank 0 leaves first: where mpirun ends a job it sends SIGKILL to all ranks as soon as one
       // has gone, and rank 0 may still be writing what was handed back.
       client.receive();
       launch.exit(0);
     }
     spdlog::error("rank 0 is gone");
+    if (side.bridge) {
+      side.bridge->stop(ErrorInfo{.code = ErrorCode::kUnavailable,
+                                  .field = "rank 0",
+                                  .value = "gone",
+                                  .message = "the job has ended for this node"});
+    }
     launch.exit(1);  // a step under way may take seconds; nobody waits for its result
   } catch (const Error& error) {
     spdlog::error("{}", error.what());
     tell_rank_0(WorkerFailed{error.info});
+    if (side.bridge) side.bridge->stop(error.info);
     launch.exit(1);
   }
 }

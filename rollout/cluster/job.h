@@ -12,11 +12,13 @@
 #include "rollout/cluster/rank_link.h"
 #include "rollout/cluster/worker.h"
 #include "rollout/engine/replica.h"
+#include "rollout/node_bridge/node_desk.h"
 
 namespace rollpack::rollout {
 
 struct JobOptions {
   bool profiles = false;  // every rank times its ops
+  bool serves = false;    // trainers, over bridges
 };
 
 // Rank 0.
@@ -31,6 +33,10 @@ class Job {
   void start();
   // Ends all workers; with hand_back open samples reach the sink as partial samples first.
   void stop(bool hand_back);
+
+  // The bridges of other nodes, where there are any: samples for them go there, others to `own`.
+  // Before start(); nullptr where there are none.
+  NodeDesk* make_node_desk(bridge::SampleSink& own);
 
   Dispatcher& dispatcher() { return *dispatcher_; }
   const Replica& replica() const { return *replica_; }
@@ -50,6 +56,7 @@ class Job {
   std::unique_ptr<RankHub> hub_;
   std::unique_ptr<Replica> replica_;
   std::unique_ptr<Dispatcher> dispatcher_;
+  std::unique_ptr<NodeDesk> desk_;
   std::shared_ptr<Worker> worker_;
   std::string line_;  // what ranks are told when they meet
   bool shares_weights_ = false;

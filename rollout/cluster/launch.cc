@@ -201,6 +201,17 @@ Launch::Launch(int* argc, char*** argv) : join_order_(rollout::join_order()) {
   placement_ = find_placement();
 }
 
+std::vector<int> Placement::first_ranks() const {
+  std::vector<int> firsts;
+  for (size_t each = 0; each < node_of_rank.size(); ++each) {
+    // Nodes are numbered by their first ranks.
+    if (node_of_rank[each] == static_cast<int>(firsts.size())) {
+      firsts.push_back(static_cast<int>(each));
+    }
+  }
+  return firsts;
+}
+
 int Placement::num_nodes() const {
   return *std::ranges::max_element(node_of_rank) + 1;
 }

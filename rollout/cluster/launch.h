@@ -28,7 +28,10 @@ struct Placement {
   std::vector<int> node_of_rank = {0};
   kernels::CpuSharing cpus;  // with how many ranks this one shares its CPUs
 
-  bool is_on_first_node() const { return node_of_rank[static_cast<size_t>(rank)] == 0; }
+  int node() const { return node_of_rank[static_cast<size_t>(rank)]; }
+  bool is_on_first_node() const { return node() == 0; }
+  // The lowest rank of each node.
+  std::vector<int> first_ranks() const;
   bool has_other_nodes() const { return num_nodes() > 1; }
   int num_nodes() const;
   int most_ranks_on_a_node() const;

@@ -43,13 +43,20 @@ void Ledger::enqueue(const GroupKey& key, const Entry& entry) {
   if (entry.num_deaths >= kDeathsOfSuspect) {
     suspects_.insert(key);
   } else {
-    queue_.insert(queue_key(key, entry));
+    queues_[entry.request.key.node].insert(queue_key(key, entry));
+    ++num_in_queues_;
   }
 }
 
 // A group that is not queued stays as it is.
 void Ledger::dequeue(const GroupKey& key, const Entry& entry) {
-  const size_t num_taken = queue_.erase(queue_key(key, entry)) + suspects_.erase(key);
+  size_t num_taken = suspects_.erase(key);
+  const auto queue = queues_.find(entry.request.key.node);
+  if (queue != queues_.end() && queue->second.erase(queue_key(key, entry)) > 0) {
+    if (queue->second.empty()) queues_.erase(queue);
+    --num_in_queues_;
+    ++num_taken;
+  }
   if (num_taken > 0) num_queued_samples_ -= entry.num_left;
 }
 
@@ -59,9 +66,15 @@ std::optional<std::string> Ledger::live_origin(const std::string& prompt_id) con
   return found->second;
 }
 
-std::optional<Ledger::GroupKey> Ledger::next() const {
-  if (queue_.empty()) return std::nullopt;
-  return GroupKey{std::get<0>(*queue_.begin()), std::get<2>(*queue_.begin())};
+std::optional<Ledger::GroupKey> Ledger::next(int32_t node) const {
+  if (queues_.empty()) return std::nullopt;
+  auto queue = queues_.find(node);
+  if (queue == queues_.end()) {  // it helps others: as many as there are nodes
+    queue = std::ranges::min_element(queues_, {},
+                                     [](const auto& each) { return *each.second.begin(); });
+  }
+  const QueueKey& first = *queue->second.begin();
+  return GroupKey{std::get<0>(first), std::get<2>(first)};
 }
 
 std::optional<Ledger::GroupKey> Ledger::next_suspect() const {
@@ -174,6 +187,15 @@ GroupRequest Ledger::take(Entries::iterator entry) {
   GroupRequest request = open_request(entry->second);
   erase(entry);
   return request;
+}
+
+std::vector<int64_t> Ledger::open_requests(int32_t node) const {
+  std::vector<int64_t> requests;
+  for (const auto& [key, entry] : entries_) {
+    if (entry.request.key.node != node) continue;
+    if (requests.empty() || requests.back() != key.first) requests.push_back(key.first);
+  }
+  return requests;
 }
 
 int64_t Ledger::num_open_samples(int64_t request_id) const {

@@ -48,9 +48,10 @@ class Ledger {
   // Origin of the live group that carries this explicit prompt_id, if there is one.
   std::optional<std::string> live_origin(const std::string& prompt_id) const;
 
-  // The queued group to run next: of the oldest submit the longest expected, or the first
-  // (see set_longest_first). nullopt: none is queued.
-  std::optional<GroupKey> next() const;
+  // The queued group that a worker of `node` should run next: of the oldest submit the longest
+  // expected, or the first (see set_longest_first); of what that node's bridge has asked for, if
+  // there is any. nullopt: none is queued.
+  std::optional<GroupKey> next(int32_t node) const;
   // The suspect to run next, on a worker that runs nothing else.
   std::optional<GroupKey> next_suspect() const;
   // Marks a queued group as running on `worker` under a new attempt and returns the request to
@@ -83,10 +84,13 @@ class Ledger {
   // Takes out what no worker may run any more.
   std::vector<GroupRequest> take_suspects();
 
+  // Requests of a node's bridge with open samples.
+  std::vector<int64_t> open_requests(int32_t node) const;
+
   int64_t num_open_samples() const { return num_open_samples_; }
   int64_t num_open_samples(int64_t request_id) const;
   int64_t num_queued_groups() const {
-    return static_cast<int64_t>(queue_.size() + suspects_.size());
+    return num_in_queues_ + static_cast<int64_t>(suspects_.size());
   }
   int64_t num_queued_samples() const { return num_queued_samples_; }
   int64_t num_dropped() const { return num_dropped_; }
@@ -125,11 +129,12 @@ class Ledger {
 
   bool longest_first_ = true;
   Entries entries_;
-  std::set<QueueKey> queue_;
+  std::map<int32_t, std::set<QueueKey>> queues_;  // by the node that asked; none is empty
+  int64_t num_in_queues_ = 0;
   std::set<GroupKey> suspects_;
   std::unordered_map<std::string, std::string> live_prompt_ids_;  // explicit ids -> origin
   int64_t num_open_samples_ = 0;
-  int64_t num_queued_samples_ = 0;  // of groups in queue_ and suspects_
+  int64_t num_queued_samples_ = 0;  // of groups in queues_ and suspects_
   int64_t num_dropped_ = 0;
 };
 

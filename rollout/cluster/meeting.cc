@@ -19,6 +19,7 @@ std::string Meeting::text() const {
                         {"port", endpoint.port},
                         {"token", token},
                         {"answer", answer},
+                        {"weights_place", weights_place},
                         {"job", job}}
       .dump();
 }
@@ -31,6 +32,7 @@ Meeting Meeting::parse(const std::string& text) {
             .endpoint = {.addresses = map.at("addresses"), .port = map.at("port")},
             .token = map.at("token"),
             .answer = map.at("answer"),
+            .weights_place = map.at("weights_place"),
             .job = map.at("job")};
   } catch (const nlohmann::json::exception& error) {
     throw Error({.code = ErrorCode::kDataLoss,

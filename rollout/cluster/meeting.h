@@ -15,7 +15,8 @@ struct Meeting {
   // end takes a stranger for its own, say behind an address that two hosts have (a bridge of
   // containers).
   std::string token, answer;
-  std::string job;  // random too, and no secret: tells jobs of one machine apart
+  std::string weights_place;  // the bridge that takes weights: its socket and host, in words
+  std::string job;            // random too, and no secret: tells jobs of one machine apart
 
   // One line of JSON, and back. Errors: data_loss.
   std::string text() const;

@@ -26,11 +26,13 @@ bridge::PromptId decode_id(const json& value) {
 }
 
 json encode_key(const bridge::SampleKey& key) {
-  return {{"request_id", key.request_id},
-          {"prompt_index", key.prompt_index},
-          {"prompt_id", encode_id(key.prompt_id)},
-          {"sample_index", key.sample_index},
-          {"group_size", key.group_size}};
+  json map = {{"request_id", key.request_id},
+              {"prompt_index", key.prompt_index},
+              {"prompt_id", encode_id(key.prompt_id)},
+              {"sample_index", key.sample_index},
+              {"group_size", key.group_size}};
+  if (key.node != 0) map["node"] = key.node;
+  return map;
 }
 
 bridge::SampleKey decode_key(const json& map) {
@@ -38,7 +40,25 @@ bridge::SampleKey decode_key(const json& map) {
           .prompt_index = integer<int32_t>(map.at("prompt_index")),
           .prompt_id = decode_id(map.at("prompt_id")),
           .sample_index = integer<int32_t>(map.at("sample_index")),
-          .group_size = integer<int32_t>(map.at("group_size"))};
+          .group_size = integer<int32_t>(map.at("group_size")),
+          .node = map.contains("node") ? integer<int32_t>(map["node"]) : 0};
+}
+
+json encode_spans(const std::vector<bridge::VersionSpan>& spans) {
+  json versions = json::array();
+  for (const bridge::VersionSpan& span : spans) {
+    versions.push_back(json::array({span.first_token, span.version}));
+  }
+  return versions;
+}
+
+std::vector<bridge::VersionSpan> decode_spans(const json& versions) {
+  std::vector<bridge::VersionSpan> spans;
+  for (const json& span : versions) {
+    spans.push_back(
+        {.first_token = integer<int32_t>(span.at(0)), .version = integer<int64_t>(span.at(1))});
+  }
+  return spans;
 }
 
 void fail_decoding(const json& map, const std::exception& cause) {

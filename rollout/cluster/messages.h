@@ -99,6 +99,13 @@ struct SampleDone {
   bridge::Sample sample;
   int32_t attempt = 0;  // of its group, as the request said
 };
+// A sample that was made on the node that asked for it: it waits at the bridge there for word
+// whether it counts (kept_samples.h).
+struct SampleKept {
+  bridge::SampleKey key;
+  int32_t attempt = 0;
+  bridge::FinishReason finish_reason = bridge::FinishReason::kLength;
+};
 struct SampleFailed {
   bridge::FailedSample sample;
   int32_t attempt = 0;
@@ -130,8 +137,8 @@ struct WorkerFailed {  // the worker can do no more work
   ErrorInfo error;
 };
 
-using Event = std::variant<WorkerReady, Pull, SampleDone, SampleFailed, Scored, Ack, StepProgress,
-                           WorkerStats, Measured, WorkerStopped, WorkerFailed>;
+using Event = std::variant<WorkerReady, Pull, SampleDone, SampleKept, SampleFailed, Scored, Ack,
+                           StepProgress, WorkerStats, Measured, WorkerStopped, WorkerFailed>;
 
 // Where commands for one worker go: a mailbox beside us or a socket. Never blocks.
 class WorkerLink {

@@ -18,6 +18,7 @@
 #include "kernels/base/fault_point.h"
 #include "rollout/cluster/message_codec.h"
 #include "rollout/cluster/replacement.h"
+#include "rollout/node_bridge/node_messages.h"
 #include "trainer_bridge/wire/message.h"
 #include "trainer_bridge/wire/peer.h"
 
@@ -108,12 +109,15 @@ class RankHub::Link : public WorkerLink, public std::enable_shared_from_this<Lin
     });
   }
 
-  void start(Dispatcher& dispatcher, int32_t worker) {
+  void start(RankHub& hub, Dispatcher& dispatcher, int32_t worker) {
     worker_ = worker;
     if (node_ != nullptr) node_->add_rank(worker, relay_);
     socket_->start(
-        [this, &dispatcher, worker](Frame frame) {
+        [this, &hub, &dispatcher, worker](Frame frame) {
           try {
+            if (hub.hear_node_ && is_node_frame(frame.body)) {
+              return hub.hear_node_(worker, std::move(frame.body));
+            }
             if (node_ != nullptr && is_memory_frame(frame.body)) return hear_of_memory(frame);
             Event event = decode_event(frame);
             if (const auto* ack = std::get_if<Ack>(&event); ack != nullptr && node_ != nullptr) {
@@ -253,7 +257,7 @@ void RankHub::serve(Dispatcher& dispatcher) {
   ranks_.clear();
   for (int rank = 1; rank < options_.num_ranks; ++rank) {
     if (links_[rank]) {
-      links_[rank]->start(dispatcher, dispatcher.add_worker(links_[rank]));
+      links_[rank]->start(*this, dispatcher, dispatcher.add_worker(links_[rank]));
     } else {
       dispatcher.lose_worker(dispatcher.add_worker(std::make_shared<NoLink>()),
                              {.code = ErrorCode::kDeadlineExceeded,
@@ -270,6 +274,12 @@ void RankHub::serve(Dispatcher& dispatcher) {
   });
 }
 
+void RankHub::send_node_frame(int32_t worker, std::vector<uint8_t> frame) {
+  bridge::asio::post(io_, [this, worker, frame = std::move(frame)]() mutable {
+    if (const auto& link = links_[static_cast<size_t>(worker)]) link->send_body(std::move(frame));
+  });
+}
+
 // On the hub's thread, which lives as long as the job: children die with the thread that made them.
 void RankHub::start_replacement(Dispatcher& dispatcher, const std::string& line) {
   bridge::asio::post(io_, [this, &dispatcher, line] {
@@ -278,7 +288,7 @@ void RankHub::start_replacement(Dispatcher& dispatcher, const std::string& line)
       links_.push_back(std::make_shared<Link>(
           io_, bridge::Peer{.pid = child.pid, .pidfd = std::move(child.process)},
           std::move(child.socket), /*is_child=*/true));
-      links_.back()->start(dispatcher, dispatcher.add_replacement(links_.back()));
+      links_.back()->start(*this, dispatcher, dispatcher.add_replacement(links_.back()));
     } catch (const Error& error) {
       dispatcher.replacement_failed(error.info);
     }
@@ -329,6 +339,10 @@ std::optional<Command> RankClient::receive() {
     if (!frame) return std::nullopt;
     if (memory_ && is_memory_frame(frame->body)) {
       take(decode_memory_frame(frame->body));
+      continue;
+    }
+    if (hear_node_ && is_node_frame(frame->body)) {
+      hear_node_(std::move(frame->body));
       continue;
     }
     if (next_error_) {

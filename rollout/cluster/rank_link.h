@@ -42,6 +42,16 @@ class RankHub {
   // Makes ranks 1 to num_ranks - 1 workers of `dispatcher`, in rank order, then serves them.
   void serve(Dispatcher& dispatcher);
 
+  // What ranks say of their nodes' bridges goes to `hear`, on the hub's thread; Errors it throws
+  // end the link. Before serve().
+  void set_on_node_frame(std::function<void(int32_t worker, std::vector<uint8_t> frame)> hear) {
+    hear_node_ = std::move(hear);
+  }
+  // Any thread, after serve(); in the order of the calls.
+  void send_node_frame(int32_t worker, std::vector<uint8_t> frame);
+  // Does it on the hub's thread. Any thread.
+  void post(std::function<void()> task) { bridge::asio::post(io_, std::move(task)); }
+
   // Starts one more worker process on this node, which joins `dispatcher`; any thread, after
   // serve(). `line` is what ranks are told when they meet.
   void start_replacement(Dispatcher& dispatcher, const std::string& line);
@@ -60,6 +70,7 @@ class RankHub {
   OutgoingMemories outgoing_;
   std::map<int, std::unique_ptr<RemoteNode>> nodes_;  // but rank 0's
   std::vector<std::shared_ptr<Link>> links_;          // by rank
+  std::function<void(int32_t worker, std::vector<uint8_t> frame)> hear_node_;
   std::thread thread_;
 };
 
@@ -72,6 +83,11 @@ class RankClient {
   // Over a TCP connection; `memory` is this rank's.
   RankClient(bridge::OwnedFd socket, std::unique_ptr<NodeMemory> memory)
       : socket_(std::move(socket)), memory_(std::move(memory)) {}
+  // What rank 0 says to this node's bridge goes to `hear`, from receive().
+  void set_on_node_frame(std::function<void(std::vector<uint8_t> frame)> hear) {
+    hear_node_ = std::move(hear);
+  }
+  void send_node_frame(std::vector<uint8_t> frame) { send_body(std::move(frame)); }
   // Memory may also come from other ranks, and go on to others.
   void relay(TcpListener listener, const std::string& token, std::chrono::milliseconds limit);
 
@@ -87,6 +103,7 @@ class RankClient {
   const bridge::OwnedFd socket_;
   const std::unique_ptr<NodeMemory> memory_;
   std::unique_ptr<MemoryRelay> relay_;
+  std::function<void(std::vector<uint8_t> frame)> hear_node_;
   std::optional<bridge::OwnedFd> next_fd_;  // of the next command
   bridge::Outcome next_error_;              // why it has none
   std::mutex send_mutex_;

@@ -288,6 +288,7 @@ void Dispatcher::end_switch(const bridge::WeightsInUse& switched, bridge::Outcom
                    all_workers().size());
       kept_weights_.commit();
       note_switch();
+      tell_change(effects);
     }
     resume_joins(effects);
   }

@@ -1,3 +1,4 @@
+#include <chrono>
 #include <cstdio>
 #include <optional>
 
@@ -10,32 +11,16 @@
 #include "rollout/journal/journal.h"
 #include "rollout/metrics/metrics_endpoint.h"
 #include "rollout/model/checkpoint.h"
+#include "rollout/node_bridge/node_desk.h"
+#include "rollout/node_bridge/server_options.h"
 #include "trainer_bridge/server/server.h"
 
 namespace rollpack::rollout {
 namespace {
 
 constexpr int kLostRankStatus = 3;
-
-bridge::ServerOptions server_options(const Job& job) {
-  const BridgeSection& section = job.config().bridge;
-  bridge::ServerOptions options;
-  options.socket = section.socket;
-  options.slots = section.slots;
-  options.slot_bytes = section.slot_bytes;
-  options.max_version_lag = section.max_version_lag;
-  options.layout = {.layout = section.layout,
-                    .max_tokens_per_row = section.max_tokens_per_row,
-                    .prompt_width = section.prompt_width,
-                    .response_width = section.response_width,
-                    .pad_to_multiple_of = section.pad_to_multiple_of,
-                    .columns = section.columns,
-                    .logprobs_mode = job.config().rollout.logprobs_mode};
-  if (!job.config().reference_model.path.empty()) {
-    options.layout.columns.push_back("ref_log_prob");
-  }
-  return options;
-}
+// Other nodes' bridges have their sockets and slots when their ranks are ready.
+constexpr std::chrono::seconds kOpenTimeout{30};
 
 // What decides a sample's bits, besides the request: the backend and the checkpoint.
 std::string maker_of(const Job& job) {
@@ -53,8 +38,7 @@ std::unique_ptr<Journal> open_journal(const Job& job) {
 int serve(Job& job, const CommandLine&) {
   EndSignal end;
   Dispatcher& dispatcher = job.dispatcher();
-  bridge::ServerOptions options = server_options(job);
-  options.layout.pad_token_id = dispatcher.info().pad_token_id;
+  bridge::ServerOptions options = server_options(job.config(), dispatcher.info().pad_token_id);
   const std::unique_ptr<Journal> journal = open_journal(job);
   if (journal) {
     options.log = journal.get();
@@ -62,6 +46,12 @@ int serve(Job& job, const CommandLine&) {
   }
   bridge::Server server(options);
   dispatcher.set_sink(server);
+  NodeDesk* const nodes = job.make_node_desk(server);
+  if (nodes) {
+    dispatcher.set_sink(*nodes);
+    dispatcher.set_kept_samples(*nodes);
+    dispatcher.set_on_change([nodes] { nodes->tell_state(); });
+  }
   dispatcher.set_on_end([&] {
     server.health_changed();
     end.raise(0);
@@ -78,6 +68,7 @@ int serve(Job& job, const CommandLine&) {
   }
   job.start();
   server.start(dispatcher);
+  if (nodes) nodes->open(std::chrono::steady_clock::now() + kOpenTimeout);
   if (metrics) metrics->set_phase(ServingPhase::kServing);
   spdlog::info("serving at {}", options.socket);
   fmt::print("ready\n");

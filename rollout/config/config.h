@@ -139,6 +139,7 @@ struct ReferenceModelSection {
 
 struct BridgeSection {
   std::string socket = "run/rollpack.sock";
+  std::string endpoints = "rank0";
   int32_t slots = 4;
   int64_t slot_bytes = int64_t{64} << 20;
   std::string layout = "packed";
@@ -154,8 +155,13 @@ struct BridgeSection {
   template <class Self, class Field>
   static void fields(Self& self, Field&& field) {
     // sockaddr_un holds 108 bytes, the final NUL included.
-    field("socket", self.socket, Text{.max_bytes = 107},
-          "Unix socket that the trainer connects to, relative to the working directory");
+    field(
+        "socket", self.socket, Text{.max_bytes = 107},
+        "Unix socket that the trainer connects to, relative to the working directory; {host} in it "
+        "is the host's name");
+    field(
+        "endpoints", self.endpoints, OneOf{{"rank0", "per_node"}},
+        "where there is such a socket: on rank 0's node, or on every node for the trainers there");
     // hello hands all slots over in one message, and Linux passes at most 253 descriptors in one.
     field("slots", self.slots, Between{1, 253}, "batches in shared memory at once");
     field("slot_bytes", self.slot_bytes, Bytes{int64_t{4} << 10, int64_t{1} << 40},

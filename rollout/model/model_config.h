@@ -43,6 +43,12 @@ struct ModelConfig {
   std::vector<int32_t> eos_token_ids;  // config.json's and generation_config.json's, sorted
   int32_t pad_token_id = -1;           // -1: none given
 
+  // What pads are written as: pad_token_id, else the lowest EOS id.
+  int32_t written_pad_id() const {
+    if (pad_token_id >= 0) return pad_token_id;
+    return eos_token_ids.empty() ? 0 : eos_token_ids.front();
+  }
+
   // Sequence length whose attention costs as many FLOPs as its linear layers, the head included,
   // rounded down: 2 W t against 2 L H K t^2 for t tokens, W weights used for each token. Sliding
   // windows are not taken into account.

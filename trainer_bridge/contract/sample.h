@@ -37,6 +37,7 @@ struct SampleKey {
   PromptId prompt_id;
   int32_t sample_index = 0;
   int32_t group_size = 1;
+  int32_t node = 0;  // whose bridge asked for it; 0: rank 0's
 };
 
 struct Sample {
@@ -56,6 +57,12 @@ struct Sample {
   float temperature = 1.0f;
   std::vector<VersionSpan> weight_versions;  // ascending first_token; empty for an empty response
 };
+
+// The same tokens, as those of a sample that was aborted there.
+inline void end_as_aborted(Sample& sample) {
+  sample.finish_reason = FinishReason::kAbort;
+  sample.stop_token_id = -1;
+}
 
 struct FailedSample {
   SampleKey key;

@@ -22,7 +22,7 @@ TEST(Ledger, TakesTheOldestSubmitsLongestGroupFirst) {
   ledger.accept(group(0, 1, 9), "");
   ledger.accept(group(1, 0, 90), "");
   std::vector<Ledger::GroupKey> order;
-  while (const auto key = ledger.next()) {
+  while (const auto key = ledger.next(0)) {
     order.push_back(*key);
     ledger.assign(*key, 0);
   }
@@ -34,7 +34,7 @@ TEST(Ledger, TakesGroupsAsSubmittedWhereLongestFirstIsOff) {
   ledger.set_longest_first(false);
   for (const int32_t index : {0, 1, 2}) ledger.accept(group(0, index, 5 + index), "");
   for (const int32_t index : {0, 1, 2}) {
-    ASSERT_EQ(ledger.next(), (Ledger::GroupKey{0, index}));
+    ASSERT_EQ(ledger.next(0), (Ledger::GroupKey{0, index}));
     ledger.assign({0, index}, 0);
   }
 }
@@ -124,11 +124,11 @@ TEST(Ledger, SuspectsAfterTwoDeathsAndConvictsAtTheThird) {
   ledger.accept(group(0, 0, 5), "");
   ledger.accept(group(0, 1, 4), "");
   for (const int32_t worker : {1, 2}) {
-    ASSERT_EQ(ledger.next(), (Ledger::GroupKey{0, 0}));
+    ASSERT_EQ(ledger.next(0), (Ledger::GroupKey{0, 0}));
     ledger.assign({0, 0}, worker);
     EXPECT_EQ(ledger.fence(worker).num_requeued, 1);
   }
-  EXPECT_EQ(ledger.next(), (Ledger::GroupKey{0, 1})) << "a suspect is handed out by itself";
+  EXPECT_EQ(ledger.next(0), (Ledger::GroupKey{0, 1})) << "a suspect is handed out by itself";
   EXPECT_EQ(ledger.next_suspect(), (Ledger::GroupKey{0, 0}));
   EXPECT_EQ(ledger.num_queued_groups(), 2);
   ledger.assign({0, 0}, 3);
@@ -154,10 +154,10 @@ TEST(Ledger, WhatMustFinishOutlivesAnAbortAndIsQueuedAgain) {
   EXPECT_FALSE(ledger.commit(key, 1, 1)) << "the attempt has given it up";
   key.sample_index = 0;
   EXPECT_EQ(ledger.commit(key, 1, 1), 10);
-  EXPECT_FALSE(ledger.next()) << "the worker has one more";
+  EXPECT_FALSE(ledger.next(0)) << "the worker has one more";
   key.sample_index = 3;
   EXPECT_EQ(ledger.give_back(key, 1, 1), 15) << "the prompt is off its hands too";
-  ASSERT_TRUE(ledger.next());
+  ASSERT_TRUE(ledger.next(0));
   const GroupRequest again = ledger.assign({0, 0}, 2);
   EXPECT_EQ(again.sample_indices, (std::vector<int32_t>{2, 3}));
   EXPECT_EQ(again.attempt, 2);

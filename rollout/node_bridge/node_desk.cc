@@ -1,0 +1,268 @@
+#include "rollout/node_bridge/node_desk.h"
+
+#include <algorithm>
+#include <utility>
+#include <variant>
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <spdlog/spdlog.h>
+
+#include "kernels/base/error.h"
+#include "rollout/node_bridge/sample_frame.h"
+
+namespace rollpack::rollout {
+namespace {
+
+// Samples under way to a node: commands and weights for its ranks never wait behind more. 8 MiB
+// keep 10 Gbit/s busy for 6 ms, many times what a frame takes to be taken in and answered for.
+constexpr size_t kMaxBytesUnderWay = size_t{8} << 20;
+// Samples made for a node that its bridge has not taken in: a link or a bridge that slow gets no
+// new requests.
+constexpr size_t kMaxWaitingSamples = 65536;
+
+}  // namespace
+
+NodeDesk::NodeDesk(Dispatcher& dispatcher, bridge::SampleSink& own, std::vector<int32_t> bridges,
+                   Ways ways)
+    : dispatcher_(dispatcher), own_(own), ways_(std::move(ways)) {
+  for (size_t i = 0; i < bridges.size(); ++i) {
+    nodes_[static_cast<int32_t>(i) + 1].worker = bridges[i];
+  }
+}
+
+told::State NodeDesk::state() const {
+  return {.weight_version = dispatcher_.weight_version(),
+          .awaited_weight_version = dispatcher_.awaited_weight_version(),
+          .health = dispatcher_.health()};
+}
+
+void NodeDesk::open(std::chrono::steady_clock::time_point deadline) {
+  const std::vector<uint8_t> frame = encode(told::Open{dispatcher_.info(), state()});
+  std::unique_lock lock(mutex_);
+  for (const auto& [number, node] : nodes_) {
+    if (!node.is_gone) ways_.send(node.worker, frame);
+  }
+  const auto is_there = [](const auto& each) { return each.second.is_open || each.second.is_gone; };
+  if (changed_.wait_until(lock, deadline, [&] { return std::ranges::all_of(nodes_, is_there); })) {
+    return;
+  }
+  std::vector<int32_t> missing;
+  for (const auto& each : nodes_) {
+    if (!is_there(each)) missing.push_back(each.first);
+  }
+  throw Error({.code = ErrorCode::kDeadlineExceeded,
+               .field = "bridges of nodes",
+               .value = fmt::format("{}", fmt::join(missing, ", ")),
+               .message = "did not open in time"});
+}
+
+void NodeDesk::tell_state() {
+  const told::State now = state();
+  const std::lock_guard lock(mutex_);
+  for (const auto& [number, node] : nodes_) {
+    if (node.is_open && !node.is_gone) ways_.send(node.worker, encode(now));
+  }
+}
+
+void NodeDesk::tell(int32_t node, const NodeNews& news) {
+  std::vector<uint8_t> frame = encode(news);
+  const std::lock_guard lock(mutex_);
+  const Node& to = nodes_.at(node);
+  if (!to.is_gone) ways_.send(to.worker, std::move(frame));
+}
+
+// ---- samples
+// -------------------------------------------------------------------------------------
+
+void NodeDesk::commit(bridge::Sample sample) {
+  const int32_t node = sample.key.node;
+  if (node == 0) return own_.commit(std::move(sample));
+  try {
+    send_sample(node, encode_sample_frame(/*worker=*/0, /*attempt=*/0, sample));
+  } catch (const Error& error) {
+    fail({std::move(sample.key), error.info});  // no frame holds it
+  }
+}
+
+void NodeDesk::fail(bridge::FailedSample sample) {
+  if (sample.key.node == 0) return own_.fail(std::move(sample));
+  const int32_t node = sample.key.node;
+  tell(node, told::Failed{std::move(sample)});
+}
+
+void NodeDesk::send_sample(int32_t number, std::vector<uint8_t> frame) {
+  const std::lock_guard lock(mutex_);
+  Node& node = nodes_.at(number);
+  if (node.is_gone) {
+    ++num_undeliverable_;
+    return;
+  }
+  node.waiting.push_back(std::move(frame));
+  pump(node);
+}
+
+void NodeDesk::pump(Node& node) {
+  while (!node.waiting.empty() && node.num_bytes_under_way < kMaxBytesUnderWay) {
+    node.num_bytes_under_way += node.waiting.front().size();
+    ++num_samples_sent_;
+    ways_.send(node.worker, std::move(node.waiting.front()));
+    node.waiting.pop_front();
+  }
+}
+
+void NodeDesk::decide(int32_t worker, const bridge::SampleKey& key, int32_t attempt,
+                      Verdict verdict) {
+  {
+    const std::lock_guard lock(mutex_);
+    ++(nodes_.at(key.node).is_gone ? num_undeliverable_ : num_samples_kept_);
+  }
+  tell(key.node, told::Decided{worker, key, attempt, verdict});
+}
+
+void NodeDesk::forget(int32_t worker) {
+  const std::vector<uint8_t> frame = encode(told::Forgotten{worker});
+  const std::lock_guard lock(mutex_);
+  for (const auto& [number, node] : nodes_) {
+    if (node.worker == worker) {
+      ways_.later([this, lost = number] { lose(lost); });
+    } else if (!node.is_gone) {
+      ways_.send(node.worker, frame);
+    }
+  }
+}
+
+// Its clients see their sockets end. Nobody is left to have what they asked for.
+void NodeDesk::lose(int32_t number) {
+  size_t num_waiting = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    Node& node = nodes_.at(number);
+    if (std::exchange(node.is_gone, true)) return;
+    num_waiting = node.waiting.size();
+    num_undeliverable_ += static_cast<int64_t>(num_waiting);
+    node.waiting.clear();
+  }
+  changed_.notify_all();
+  const int64_t num_open = dispatcher_.abort_node(number);
+  spdlog::error(
+      "node {} has no bridge any more: {} samples that its trainers had not got are dropped, {} "
+      "more are aborted; its other ranks go on for other nodes",
+      number, num_waiting, num_open);
+}
+
+// ---- requests
+// ------------------------------------------------------------------------------------
+
+void NodeDesk::handle(int32_t worker, std::vector<uint8_t> frame) {
+  NodeRequest request = decode_node_request(frame);
+  int32_t number = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    for (const auto& [each, node] : nodes_) {
+      if (node.worker == worker && !node.is_gone) number = each;
+    }
+  }
+  if (number == 0) return;  // given up, or no bridge at all
+  std::visit([&](auto& known) { on_request(number, known); }, request);
+}
+
+void NodeDesk::on_request(int32_t node, asked::Opened&) {
+  {
+    const std::lock_guard lock(mutex_);
+    nodes_.at(node).is_open = true;
+  }
+  changed_.notify_all();
+  tell_state();  // which may have changed since it was told to open
+}
+
+void NodeDesk::check_room(const Node& node) const {
+  if (node.waiting.size() < kMaxWaitingSamples) return;
+  throw Error({.code = ErrorCode::kWouldBlock,
+               .field = "samples on their way to this node",
+               .value = std::to_string(node.waiting.size()),
+               .origin = "submit",
+               .allowed = fmt::format("fewer than {}", kMaxWaitingSamples),
+               .message = "its bridge takes them in too slowly; try again"});
+}
+
+void NodeDesk::on_request(int32_t node, asked::Submit& request) {
+  const uint64_t ticket = request.ticket;
+  try {
+    {
+      const std::lock_guard lock(mutex_);
+      check_room(nodes_.at(node));
+    }
+    dispatcher_.submit(std::move(request.prompts), node, [&](int64_t request_id) {
+      tell(node, told::Number{ticket, std::nullopt, request_id});
+    });
+  } catch (const Error& error) {
+    tell(node, told::Number{ticket, error.info, 0});
+  }
+}
+
+void NodeDesk::on_request(int32_t node, asked::Abort& request) {
+  const int64_t num_open =
+      request.request_id ? dispatcher_.abort(*request.request_id) : dispatcher_.abort_node(node);
+  tell(node, told::Number{request.ticket, std::nullopt, num_open});
+}
+
+void NodeDesk::on_request(int32_t node, asked::Pause& request) {
+  dispatcher_.pause(request.in_flight,
+                    [this, node, ticket = request.ticket](bridge::Outcome outcome) {
+                      tell(node, told::Number{ticket, std::move(outcome), 0});
+                    });
+}
+
+void NodeDesk::on_request(int32_t, asked::Resume&) {
+  dispatcher_.resume();
+}
+
+void NodeDesk::on_request(int32_t node, asked::Score& request) {
+  const uint64_t ticket = request.ticket;
+  dispatcher_.score(
+      std::move(request.sequences),
+      [this, node, ticket](bridge::Outcome outcome, std::vector<bridge::ScoredSequence> results) {
+        try {
+          tell(node, told::Scores{ticket, std::move(outcome), std::move(results)});
+        } catch (const Error& error) {
+          tell(node, told::Scores{ticket, error.info, {}});  // no frame holds them
+        }
+      });
+}
+
+void NodeDesk::on_request(int32_t node, asked::FindWeights& request) {
+  tell(node, told::Weights{request.ticket, dispatcher_.weights_in_use()});
+}
+
+void NodeDesk::on_request(int32_t node, asked::FindStats& request) {
+  told::Stats stats{request.ticket, dispatcher_.stats()};
+  for (auto& number : numbers()) stats.values.push_back(std::move(number));
+  tell(node, stats);
+}
+
+void NodeDesk::on_request(int32_t, asked::Shutdown&) {
+  dispatcher_.shutdown();
+}
+
+void NodeDesk::on_request(int32_t number, asked::Received& request) {
+  const std::lock_guard lock(mutex_);
+  Node& node = nodes_.at(number);
+  node.num_bytes_under_way -= std::min<size_t>(node.num_bytes_under_way, request.num_bytes);
+  pump(node);
+}
+
+bridge::RolloutService::Numbers NodeDesk::numbers() const {
+  const std::lock_guard lock(mutex_);
+  const auto num_open = std::ranges::count_if(
+      nodes_, [](const auto& each) { return each.second.is_open && !each.second.is_gone; });
+  size_t num_waiting = 0;
+  for (const auto& [number, node] : nodes_) num_waiting += node.waiting.size();
+  return {{"num_node_bridges", static_cast<double>(num_open)},
+          {"num_samples_sent_to_nodes", static_cast<double>(num_samples_sent_)},
+          {"num_samples_kept_on_nodes", static_cast<double>(num_samples_kept_)},
+          {"num_samples_waiting_for_nodes", static_cast<double>(num_waiting)},
+          {"num_samples_undeliverable", static_cast<double>(num_undeliverable_)}};
+}
+
+}  // namespace rollpack::rollout
