@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import rollpack
@@ -28,13 +28,15 @@ def prompts_of(count: int) -> list[dict[str, Any]]:
 
 def write_server_config(folder: pathlib.Path, tmp_path: pathlib.Path, *, n: int,
                         response_length: int, lease_s: float = LEASE_S,
+                        bridge: Mapping[str, Any] | None = None,
                         **engine: str | int) -> pathlib.Path:
     """Writes the configuration of a server of `folder`'s model, whose socket is under tmp_path."""
     layers: Config = {
         "model": {"path": folder},
         "rollout": {"n": n, "response_length": response_length, "ignore_eos": True},
         "engine": {"kv_cache_memory": "64MiB", "num_threads": 1, "max_num_seqs": 32, **engine},
-        "bridge": {"slots": 2, "slot_bytes": "16MiB", "socket": socket_of(tmp_path)},
+        "bridge": {"slots": 2, "slot_bytes": "16MiB", "socket": socket_of(tmp_path),
+                   **(bridge or {})},
         "cluster": {"lease_s": lease_s}}
     return write_config(tmp_path / "config.yaml", layers)
 

@@ -1,0 +1,155 @@
+// Two nodes as threads: rank 0 on node 0, ranks 1 and 2 on node 1, whose bridge rank 1 holds.
+// Frames and messages between the nodes go through their codecs, each way on a thread of its own.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "rollout/cluster/message_codec.h"
+#include "rollout/node_bridge/node_bridge.h"
+#include "rollout/node_bridge/node_desk.h"
+#include "rollout/node_bridge/sample_frame.h"
+#include "rollout/node_bridge/sample_way.h"
+#include "rollout/node_bridge/server_options.h"
+#include "tests/rollout/cluster/thread_ranks.h"
+#include "tests/rollout/temporary_folder.h"
+#include "tests/trainer_bridge/server/test_client.h"
+
+namespace rollpack::rollout {
+
+class ThreadNodes {
+ public:
+  static constexpr int32_t kHolder = 1, kOther = 2;
+
+  explicit ThreadNodes(RecoveryOptions recovery = {.is_on = true})
+      : config_(config_in(folder_.path())) {
+    for (int rank = 0; rank < 3; ++rank) replicas_.push_back(tiny_replica(config_));
+    Replica& first = *replicas_[0];
+    dispatcher_ = std::make_unique<Dispatcher>(
+        config_, first.model(), first.limits(), first.backend().info().fingerprint,
+        first.backend().weights_hash(), /*shares_weights=*/false, recovery);
+    desk_ = std::make_unique<NodeDesk>(
+        *dispatcher_, sink, std::vector<int32_t>{kHolder},
+        NodeDesk::Ways{
+            .send = [this](int32_t, std::vector<uint8_t> frame) { to_node(std::move(frame)); },
+            .later =
+                [this](std::function<void()> task) { bridge::asio::post(hub_, std::move(task)); }});
+    dispatcher_->set_sink(*desk_);
+    dispatcher_->set_kept_samples(*desk_);
+    dispatcher_->set_on_change([this] { desk_->tell_state(); });
+    bridge_ = std::make_unique<NodeBridge>(
+        config_, first.model().written_pad_id(),
+        NodeBridge::Place{
+            .job = folder_.path(), .rank = kHolder, .weights_place = "node 0's bridge"},
+        [this](std::vector<uint8_t> frame) { to_rank_0(std::move(frame)); });
+    const auto tell = [this](int32_t rank) {
+      return [this, rank](const Event& event) {
+        if (rank == kOther && std::holds_alternative<SampleKept>(event) && other_is_mute) return;
+        dispatcher_->handle(rank, decode_event(encode(event)));
+      };
+    };
+    ways_.emplace_back(1, *bridge_, tell(kHolder));
+    ways_.emplace_back(
+        1, kOther, std::make_unique<SampleOutlet>(folder_.path(), kHolder, std::chrono::seconds(5)),
+        tell(kOther));
+    for (int32_t rank = 0; rank < 3; ++rank) {
+      workers_.push_back(std::make_shared<Worker>(*replicas_[rank], [this, rank](Event event) {
+        if (rank == 0) return dispatcher_->handle(0, std::move(event));
+        ways_[rank - 1].send(std::move(event));
+      }));
+      if (rank == 0) {
+        dispatcher_->add_worker(workers_[0]);
+      } else {
+        dispatcher_->add_worker(std::make_shared<Link>(workers_[rank]));
+      }
+    }
+    for (const auto& worker : workers_) worker->start();
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+    dispatcher_->wait_ready(deadline);
+    desk_->open(deadline);
+  }
+  ~ThreadNodes() {
+    dispatcher_->stop(false, std::chrono::steady_clock::now() + std::chrono::seconds(30));
+    for (const auto& worker : workers_) worker->stop();
+    bridge_->stop();
+    for (bridge::asio::thread_pool* pool : {&hub_, &node_}) {
+      pool->stop();
+      pool->join();
+    }
+  }
+
+  static Config config_in(const std::string& folder) {
+    Config config = tiny_config();
+    config.bridge.endpoints = "per_node";
+    config.bridge.socket = folder + "/bridge.sock";
+    config.bridge.slot_bytes = 1 << 20;
+    return config;
+  }
+
+  Dispatcher& dispatcher() { return *dispatcher_; }
+  NodeDesk& desk() { return *desk_; }
+  NodeBridge& node_bridge() { return *bridge_; }
+  const Config& config() const { return config_; }
+  bridge::TestClient trainer() { return bridge::TestClient(config_.bridge.socket); }
+  double number(const std::string& name) {
+    for (const auto& [known, value] : desk_->numbers()) {
+      if (known == name) return value;
+    }
+    for (const auto& [known, value] : dispatcher_->stats()) {
+      if (known == name) return value;
+    }
+    ADD_FAILURE() << "no number " << name;
+    return -1;
+  }
+
+  KeepingSink sink;                         // of node 0
+  std::atomic<bool> other_is_mute = false;  // rank 2 dies before it says what it has handed over
+  std::atomic<int64_t> num_sample_bytes_to_node = 0;
+
+ private:
+  class Link : public WorkerLink {
+   public:
+    explicit Link(std::shared_ptr<Worker> worker) : worker_(std::move(worker)) {}
+    void send(Command command) override { worker_->send(decode_command(encode(command))); }
+    bool is_own_process() const override { return true; }
+    int node() const override { return 1; }
+
+   private:
+    std::shared_ptr<Worker> worker_;
+  };
+
+  void to_node(std::vector<uint8_t> frame) {
+    if (is_sample_frame(frame)) num_sample_bytes_to_node += static_cast<int64_t>(frame.size());
+    bridge::asio::post(
+        node_, [this, frame = std::move(frame)]() mutable { bridge_->handle(std::move(frame)); });
+  }
+  void to_rank_0(std::vector<uint8_t> frame) {
+    bridge::asio::post(hub_, [this, frame = std::move(frame)]() mutable {
+      desk_->handle(kHolder, std::move(frame));
+    });
+  }
+
+  testing::TemporaryFolder folder_;
+  const Config config_;
+  std::vector<std::unique_ptr<Replica>> replicas_;
+  std::unique_ptr<Dispatcher> dispatcher_;
+  std::unique_ptr<NodeDesk> desk_;
+  bridge::asio::thread_pool hub_{1}, node_{1};
+  std::unique_ptr<NodeBridge> bridge_;
+  std::deque<SampleWay> ways_;
+  std::vector<std::shared_ptr<Worker>> workers_;
+};
+
+}  // namespace rollpack::rollout
