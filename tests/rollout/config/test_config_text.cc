@@ -40,6 +40,7 @@ Config unusual() {
                    .num_speculative_tokens = 64,
                    .share_weights = "off"};
   config.bridge = {.socket = "on",
+                   .endpoints = "per_node",
                    .slots = 253,
                    .slot_bytes = 1536 << 10,
                    .layout = "padded",
@@ -94,9 +95,10 @@ TEST(ConfigText, JsonHoldsEveryFieldWithItsType) {
             R"("speculation":"auto","num_speculative_tokens":5,)"
             R"("share_weights":"auto","tensor_model_parallel_size":1},)"
             R"("reference_model":{"path":"","kv_cache_memory":536870912},)"
-            R"("bridge":{"socket":"run/rollpack.sock","slots":4,"slot_bytes":67108864,)"
-            R"("layout":"packed","max_tokens_per_row":16384,"prompt_width":0,"response_width":0,)"
-            R"("pad_to_multiple_of":1,"max_version_lag":-1,"columns":["entropy"]},)"
+            R"("bridge":{"socket":"run/rollpack.sock","endpoints":"rank0","slots":4,)"
+            R"("slot_bytes":67108864,"layout":"packed","max_tokens_per_row":16384,)"
+            R"("prompt_width":0,"response_width":0,"pad_to_multiple_of":1,)"
+            R"("max_version_lag":-1,"columns":["entropy"]},)"
             R"("cluster":{"lease_s":30.0,"replace_lost":true,"journal":"","interface":"",)"
             R"("port":0,"num_ports":64},)"
             R"("metrics":{"port":-1},"log":{"level":"info","format":"text"}})");
