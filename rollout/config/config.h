@@ -155,10 +155,9 @@ struct BridgeSection {
   template <class Self, class Field>
   static void fields(Self& self, Field&& field) {
     // sockaddr_un holds 108 bytes, the final NUL included.
-    field(
-        "socket", self.socket, Text{.max_bytes = 107},
-        "Unix socket that the trainer connects to, relative to the working directory; {host} in it "
-        "is the host's name");
+    field("socket", self.socket, Text{.max_bytes = 107},
+          "Unix socket for trainers, relative to the working directory; {host} in it: the host's "
+          "name");
     field(
         "endpoints", self.endpoints, OneOf{{"rank0", "per_node"}},
         "where there is such a socket: on rank 0's node, or on every node for the trainers there");

@@ -115,6 +115,16 @@ def test_each_host_gets_what_it_asked_for(hosts: Hosts, folder: pathlib.Path,
             assert len(slots[0]) == len(slots[2]) == 2
             assert not slots[0] & slots[2], "each host has its own"
             assert not slots[1] and not slots[3]
+            there.submit(PROMPTS[:4])
+            path = _sockets(hosts, tmp_path)[1]
+            with (rollpack.connect(path, dp_rank=0, dp_size=2) as first,
+                  rollpack.connect(path, dp_rank=1, dp_size=2) as second):
+                shares = [rank.next_batch(num_groups=4, timeout_s=60) for rank in (first, second)]
+                assert [share.num_samples for share in shares] == [2 * NUM_SAMPLES] * 2
+                samples: Samples = {}
+                for share in shares:
+                    take(share, samples)
+                assert samples == {key: undisturbed[key] for key in samples}
             with pytest.raises(rollpack.FailedPrecondition) as refused:
                 there.update_weights({}, version=1)
             assert f"{hosts.names[0]}.sock, on {hosts.names[0]}" in str(refused.value)

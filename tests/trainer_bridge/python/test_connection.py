@@ -74,6 +74,13 @@ def test_connect_finds_the_socket_by_environment(
         assert client.info.num_slots == 2
 
 
+def test_host_in_a_path_is_this_hosts_name(tmp_path: Path) -> None:
+    server = FakeServer(str(tmp_path / f"{socket.gethostname()}.s"))
+    with rollpack.connect(tmp_path / "{host}.s") as client:
+        assert client.socket_path == server.path
+    server.close()
+
+
 def test_connect_waits_for_a_server_that_starts_later(tmp_path: Path) -> None:
     started: list[FakeServer] = []
     path = str(tmp_path / "s")

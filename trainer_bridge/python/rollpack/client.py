@@ -33,7 +33,8 @@ def connect(
     """Connect to a running server.
 
     Args:
-        socket: path of its socket; None takes ROLLPACK_SOCKET, else run/rollpack.sock.
+        socket: path of its socket, {host} in it standing for this host's name; None takes
+            ROLLPACK_SOCKET, else run/rollpack.sock.
         timeout_s: longest wait for the server to listen and to answer, seconds.
         dp_rank: this process's rank in a data-parallel trainer. Each step is then split over the
             ranks, balanced by what samples cost the model, and this client gets its rank's share.

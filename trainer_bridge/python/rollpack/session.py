@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from socket import gethostname
 from typing import Any, Literal, TypeVar
 
 from rollpack.batch import Batch
@@ -75,6 +76,8 @@ def opening(
             the size; `resume` is not what state_dict() returned.
     """
     path = os.fspath(socket or os.environ.get("ROLLPACK_SOCKET") or DEFAULT_SOCKET)
+    # As bridge.socket has it, so that trainers of every host may name it alike.
+    path = path.replace("{host}", gethostname())
     dp = DpRank.checked(dp_rank, dp_size, whole_groups)
     states = [resume] if isinstance(resume, Mapping) else list(resume or ())
     for state in states:
