@@ -1,0 +1,20 @@
+// The kernel set of the compiler that compiles this file.
+#include "kernels/cuda/kernel_set.h"
+#include "kernels/cuda/launchers.h"
+#include "kernels/cuda/simt.h"
+
+namespace rollpack::kernels::cuda::inline ROLLPACK_SIMT {
+
+const KernelSet& kernel_set() {
+  static constexpr KernelSet kSet = {.begin_step = begin_step,
+                                     .embed = embed,
+                                     .rms_norm = rms_norm,
+                                     .linear = linear,
+                                     .rope_append = rope_append,
+                                     .attention = attention,
+                                     .gather_rows = gather_rows,
+                                     .lm_head = lm_head};
+  return kSet;
+}
+
+}  // namespace rollpack::kernels::cuda::inline ROLLPACK_SIMT
