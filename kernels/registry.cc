@@ -8,6 +8,10 @@
 #include "kernels/base/error.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/reference/reference_backend.h"
+#ifdef ROLLPACK_HAS_CUDA
+#include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/cudart_device.h"
+#endif
 
 namespace rollpack::kernels {
 namespace {
@@ -15,11 +19,25 @@ namespace {
 struct Entry {
   std::string_view name;
   std::unique_ptr<Backend> (*make)(const ModelShape&, const BackendOptions&);
+  std::string (*why_not)();  // why this machine cannot run it; empty where it can
 };
 
+std::string runs_anywhere() {
+  return "";
+}
+
+#ifdef ROLLPACK_HAS_CUDA
+std::unique_ptr<Backend> make_cuda(const ModelShape& shape, const BackendOptions& options) {
+  return make_cuda_backend(cuda::make_cudart_device(), shape, options);
+}
+#endif
+
 constexpr std::array kEntries = {
-    Entry{"cpu", make_cpu_backend},
-    Entry{"reference", make_reference_backend},
+#ifdef ROLLPACK_HAS_CUDA
+    Entry{"cuda", make_cuda, cuda::why_no_device},
+#endif
+    Entry{"cpu", make_cpu_backend, runs_anywhere},
+    Entry{"reference", make_reference_backend, runs_anywhere},
 };
 
 // Levenshtein's distance; names are a few letters long.
@@ -39,6 +57,14 @@ size_t edit_distance(std::string_view a, std::string_view b) {
 }
 
 [[noreturn]] void refuse_name(std::string_view name) {
+  if (name == "cuda") {
+    throw Error({.code = ErrorCode::kUnsupported,
+                 .field = "engine.backend",
+                 .value = "cuda",
+                 .allowed = fmt::format("{}", fmt::join(backend_names(), ", ")),
+                 .message = "this program was built without CUDA: configure with "
+                            "-DROLLPACK_CUDA=ON where nvcc is found"});
+  }
   std::vector<std::string> allowed = backend_names();
   allowed.insert(allowed.begin(), "auto");
   const auto nearest = std::min_element(allowed.begin(), allowed.end(),
@@ -60,13 +86,29 @@ std::vector<std::string> backend_names() {
   return names;
 }
 
-std::unique_ptr<Backend> make_backend(std::string_view name, const ModelShape& shape,
-                                      const BackendOptions& options) {
-  if (name == "auto") return kEntries.front().make(shape, options);
+BackendChoice choose_backend(std::string_view name) {
+  BackendChoice choice;
   for (const Entry& entry : kEntries) {
-    if (entry.name == name) return entry.make(shape, options);
+    if (entry.name == name) return {.name = std::string(name)};
+    if (name != "auto") continue;
+    const std::string reason = entry.why_not();
+    if (reason.empty()) {
+      choice.name = entry.name;
+      return choice;
+    }
+    choice.passed_over +=
+        fmt::format("{}{}: {}", choice.passed_over.empty() ? "" : "; ", entry.name, reason);
   }
   refuse_name(name);
+}
+
+std::unique_ptr<Backend> make_backend(std::string_view name, const ModelShape& shape,
+                                      const BackendOptions& options) {
+  const std::string chosen = choose_backend(name).name;
+  const auto* const entry =
+      std::find_if(kEntries.begin(), kEntries.end(),
+                   [&](const Entry& candidate) { return candidate.name == chosen; });
+  return entry->make(shape, options);
 }
 
 }  // namespace rollpack::kernels

@@ -13,6 +13,15 @@ namespace rollpack::kernels {
 // Names make_backend accepts besides "auto", best first.
 std::vector<std::string> backend_names();
 
+// What a name stands for on this machine.
+struct BackendChoice {
+  std::string name;         // of a backend; `auto` is the first that can run
+  std::string passed_over;  // what "auto" could not take, and why; empty if nothing
+};
+
+// Errors: invalid_argument for a name that is not built in.
+BackendChoice choose_backend(std::string_view name);
+
 // "auto" takes the best backend this machine can run. Allocates KV pages and slots.
 // Errors: invalid_argument for a name that is not built in; unsupported, with the reason, for a
 // model the backend cannot run; resource_exhausted with the bytes needed.

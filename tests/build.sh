@@ -9,6 +9,7 @@ shift
 export CMAKE_GENERATOR=${CMAKE_GENERATOR:-Ninja}
 if command -v ccache >/dev/null; then
   export CMAKE_CXX_COMPILER_LAUNCHER=${CMAKE_CXX_COMPILER_LAUNCHER:-ccache}
+  export CMAKE_CUDA_COMPILER_LAUNCHER=${CMAKE_CUDA_COMPILER_LAUNCHER:-ccache}
   # Another clone of the same sources finds what this one compiled.
   export CCACHE_BASEDIR=$PWD CCACHE_NOHASHDIR=1
   # What ccache asks for before it caches files that use precompiled headers. Nothing here expands

@@ -3,7 +3,8 @@
 #include "kernels/cuda/launchers.h"
 #include "kernels/cuda/simt.h"
 
-namespace rollpack::kernels::cuda::inline ROLLPACK_SIMT {
+namespace rollpack::kernels::cuda {
+inline namespace ROLLPACK_SIMT {
 
 const KernelSet& kernel_set() {
   static constexpr KernelSet kSet = {.begin_step = begin_step,
@@ -17,4 +18,24 @@ const KernelSet& kernel_set() {
   return kSet;
 }
 
-}  // namespace rollpack::kernels::cuda::inline ROLLPACK_SIMT
+}  // namespace ROLLPACK_SIMT
+
+#ifndef ROLLPACK_SIMT_EMULATION
+
+const KernelSet& compiled_kernel_set() {
+  return kernel_set();
+}
+
+namespace {
+__global__ void probe() {}
+}  // namespace
+
+// A cudaError_t: whether some image of this program runs on the current device.
+int probe_image() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(probe));
+}
+
+#endif
+
+}  // namespace rollpack::kernels::cuda

@@ -36,6 +36,24 @@ ROLLPACK_HOST_DEVICE inline SliceRule slice_rule(int64_t N, int64_t K_in) {
   return {.count = count, .length = length_of(count)};
 }
 
+// Rows of a weight in memory: those of gate and up lie in whole groups of 8 each.
+ROLLPACK_HOST_DEVICE inline int64_t packed_rows(const DeviceMatrix& weight) {
+  return weight.is_gated ? (weight.N + 7) / 8 * 16 : weight.N;
+}
+// The packed row of row n of a gated weight's gate (part 0) or up (part 1).
+ROLLPACK_HOST_DEVICE inline int64_t gated_row(int64_t n, int part) {
+  return n / 8 * 16 + n % 8 + part * 8;
+}
+
+// Rows of the step that one block takes, bf16. Any gives the same bits.
+ROLLPACK_HOST_DEVICE inline int64_t tokens_per_tile(int64_t num_rows) {
+  return num_rows <= 8 ? 8 : num_rows <= 32 ? 32 : 64;
+}
+
+// Partial sums are kept only while blocks are fewer than kWantedBlocks, of 64 tokens at most.
+inline constexpr int64_t kLinearWorkspaceBytes =
+    kWantedBlocks * kTileColumns * 64 * kMaxSlices * int64_t{4};
+
 struct LinearInputs {
   DeviceMatrix weight;
   SliceRule slices;
@@ -45,7 +63,7 @@ struct LinearInputs {
   const float* bias = nullptr;  // [N] (gated: gate's, then up's), or null
   const void* in = nullptr;     // [num_rows, K_in] dtype, rows not padded
   void* out = nullptr;          // as in LinearArgs
-  float* partials = nullptr;    // workspace of linear_workspace_bytes()
+  float* partials = nullptr;    // workspace of kLinearWorkspaceBytes
 };
 
 }  // namespace rollpack::kernels::cuda

@@ -31,6 +31,17 @@
 #error "simt.h is for .cu files: compile with nvcc, or with -DROLLPACK_SIMT_EMULATION=1"
 #endif
 
+// Before a loop: how often its body is repeated, 1 for not at all. Registers are what it costs.
+// Loops over arrays that are to stay in registers are unrolled wholly.
+#define ROLLPACK_PRAGMA(text) _Pragma(#text)
+#if defined(ROLLPACK_SIMT_EMULATION)
+#define ROLLPACK_UNROLL(count) ROLLPACK_PRAGMA(GCC unroll count)
+#define ROLLPACK_UNROLL_WHOLLY
+#else
+#define ROLLPACK_UNROLL(count) ROLLPACK_PRAGMA(unroll count)
+#define ROLLPACK_UNROLL_WHOLLY ROLLPACK_PRAGMA(unroll)
+#endif
+
 namespace rollpack::kernels::cuda {
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;

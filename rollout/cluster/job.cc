@@ -15,6 +15,7 @@
 #include "kernels/base/error.h"
 #include "kernels/base/fault_point.h"
 #include "kernels/machine_limits.h"
+#include "kernels/registry.h"
 #include "rollout/cluster/meeting.h"
 #include "rollout/cluster/rank_acceptor.h"
 #include "rollout/cluster/weight_sharing.h"
@@ -115,9 +116,15 @@ Job::Job(const Config& config, Launch& launch, const JobOptions& options)
       num_threads_(threads_per_rank(config.engine, launch.placement())),
       launch_(launch) {
   const ModelConfig model = read_model_config(config.model.path);
+  const kernels::BackendChoice backend = kernels::choose_backend(config.engine.backend);
+  if (!backend.passed_over.empty()) {
+    spdlog::info("engine.backend auto takes {}; {}", backend.name, backend.passed_over);
+  }
   const WeightSharing sharing =
-      decide_weight_sharing(config.engine.share_weights, placement_.most_ranks_on_a_node(),
-                            weight_bytes(model, compute_dtype(config)));
+      backend.name == "cuda" && config.engine.share_weights == "auto"
+          ? WeightSharing{false, "each rank's lie in the memory of its device"}
+          : decide_weight_sharing(config.engine.share_weights, placement_.most_ranks_on_a_node(),
+                                  weight_bytes(model, compute_dtype(config)));
   shares_weights_ = sharing.is_shared && num_ranks() > 1;
   meet_ranks();
   replica_ = std::make_unique<Replica>(config, model,

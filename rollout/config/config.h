@@ -92,7 +92,7 @@ struct EngineSection {
 
   template <class Self, class Field>
   static void fields(Self& self, Field&& field) {
-    field("backend", self.backend, OneOf{{"auto", "cpu", "reference"}},
+    field("backend", self.backend, OneOf{{"auto", "cuda", "cpu", "reference"}},
           "what computes; auto takes the best this machine runs");
     field("batching", self.batching,
           OneOf{{"continuous", "prepacked", "left_padded", "length_sorted"}},

@@ -5,6 +5,9 @@
 #include <utility>
 
 #include "kernels/base/error.h"
+#include "kernels/cuda/attention.h"
+#include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/emulation/emulated_device.h"
 
 namespace rollpack::kernels::testing {
 namespace {
@@ -19,6 +22,23 @@ class OpsProgram final : public StepProgram {
 };
 
 }  // namespace
+
+std::vector<std::string> tested_backends() {
+  std::vector<std::string> names = backend_names();
+  if (choose_backend("auto").name != "cuda") std::erase(names, "cuda");  // built, but no device
+  names.emplace_back(kEmulatedCuda);
+  return names;
+}
+
+std::unique_ptr<Backend> make_tested_backend(std::string_view name, const ModelShape& shape,
+                                             const BackendOptions& options) {
+  if (name != kEmulatedCuda) return make_backend(name, shape, options);
+  return make_cuda_backend(cuda::make_emulated_device(), shape, options);
+}
+
+int64_t max_head_width(std::string_view name) {
+  return name == kEmulatedCuda || name == "cuda" ? cuda::kMaxHeadWidth : 258;
+}
 
 uint64_t Numbers::next() {
   uint64_t z = state_ += 0x9E3779B97F4A7C15ull;
@@ -67,9 +87,9 @@ Rig::Rig(const std::string& name, const ModelShape& shape, RigOptions options) :
                        .max_num_seqs = options.max_num_seqs,
                        .max_num_batched_tokens = options.max_num_batched_tokens};
   // A page's size is the backend's own: ask a small one, then take as many pages as are wanted.
-  const int64_t page_bytes = make_backend(name, shape, given)->info().kv.page_bytes;
+  const int64_t page_bytes = make_tested_backend(name, shape, given)->info().kv.page_bytes;
   given.kv_cache_bytes = page_bytes * options.num_pages;
-  backend_ = make_backend(name, shape, given);
+  backend_ = make_tested_backend(name, shape, given);
 }
 
 Rig::~Rig() {

@@ -8,6 +8,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "kernels/backend.h"
@@ -120,9 +121,20 @@ void expect_same_result(const HeadResult& got, const HeadResult& want, const std
 // Text of the rollpack::Error that `call` throws; fails where it throws none.
 std::string error_text(const std::function<void()>& call);
 
-// Every backend of this build, for INSTANTIATE_TEST_SUITE_P.
+// The CUDA backend with its kernels emulated on the host.
+inline constexpr std::string_view kEmulatedCuda = "cuda_emulated";
+
+// The backends of this build and the emulated one.
+std::vector<std::string> tested_backends();
+std::unique_ptr<Backend> make_tested_backend(std::string_view name, const ModelShape& shape,
+                                             const BackendOptions& options);
+
+// The widest head that a backend takes.
+int64_t max_head_width(std::string_view name);
+
+// All of them, for INSTANTIATE_TEST_SUITE_P.
 inline auto all_backends() {
-  return ::testing::ValuesIn(backend_names());
+  return ::testing::ValuesIn(tested_backends());
 }
 
 class BackendTest : public ::testing::TestWithParam<std::string> {};

@@ -112,7 +112,7 @@ class WeightErrors : public BackendTest {
   }
 
   std::unique_ptr<Backend> backend_ =
-      make_backend(GetParam(), small_shape(DType::kBF16), {.kv_cache_bytes = 1 << 20});
+      make_tested_backend(GetParam(), small_shape(DType::kBF16), {.kv_cache_bytes = 1 << 20});
 };
 
 TEST_P(WeightErrors, AMissingPartIsNamedAndMayStillBeLoaded) {

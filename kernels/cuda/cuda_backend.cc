@@ -1,0 +1,413 @@
+#include "kernels/cuda/cuda_backend.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels/base/error.h"
+#include "kernels/cuda/attention.h"
+#include "kernels/cuda/linear.h"
+#include "kernels/cuda/lm_head.h"
+#include "kernels/cuda/memory_plan.h"
+#include "kernels/cuda/step_context.h"
+#include "kernels/cuda/weight_store.h"
+#include "kernels/step/step_queue.h"
+
+namespace rollpack::kernels {
+namespace cuda {
+namespace {
+
+// A step takes milliseconds; one that takes this long never ends.
+constexpr std::chrono::minutes kStepLimit{2};
+
+Deadline step_deadline() {
+  return std::chrono::steady_clock::now() + kStepLimit;
+}
+
+void check_shape(const ModelShape& shape, const BackendOptions& options) {
+  if (shape.dtype != DType::kBF16 && shape.dtype != DType::kF32) {
+    throw Error({.code = ErrorCode::kUnsupported,
+                 .field = "model.dtype",
+                 .value = std::string(dtype_name(shape.dtype)),
+                 .allowed = "bfloat16 or float32"});
+  }
+  if (shape.K <= 0 || shape.K % 2 != 0 || shape.K > kMaxHeadWidth) {
+    throw Error({.code = ErrorCode::kUnsupported,
+                 .field = "head_dim",
+                 .value = std::to_string(shape.K),
+                 .allowed = fmt::format("an even number up to {}", kMaxHeadWidth),
+                 .message = "rotation pairs elements k and k + head_dim / 2"});
+  }
+  if (shape.D <= 0 || shape.H <= 0 || shape.G <= 0 || shape.F <= 0 || shape.V <= 0 ||
+      shape.L <= 0 || shape.H % shape.G != 0) {
+    throw Error({.code = ErrorCode::kInvalidArgument,
+                 .field = "model shape",
+                 .value = fmt::format("D {} H {} G {} F {} V {} L {}", shape.D, shape.H, shape.G,
+                                      shape.F, shape.V, shape.L),
+                 .allowed = "positive numbers, G dividing H"});
+  }
+  if (options.max_num_seqs <= 0 || options.max_num_batched_tokens <= 0) {
+    throw Error(
+        {.code = ErrorCode::kInvalidArgument,
+         .field = "engine.max_num_seqs, max_num_batched_tokens",
+         .value = fmt::format("{}, {}", options.max_num_seqs, options.max_num_batched_tokens),
+         .allowed = "positive numbers"});
+  }
+}
+
+void expect_shape(const Tensor& tensor, int64_t rows, int64_t cols, const char* what) {
+  if (tensor.rows() == rows && tensor.cols() == cols) return;
+  throw Error({.code = ErrorCode::kInvalidArgument,
+               .field = what,
+               .value = fmt::format("[{}, {}]", tensor.rows(), tensor.cols()),
+               .allowed = fmt::format("[{}, {}]", rows, cols)});
+}
+
+[[noreturn]] void refuse(std::string call, std::string reason) {
+  throw Error(
+      {.code = ErrorCode::kUnsupported, .field = std::move(call), .message = std::move(reason)});
+}
+
+class CudaBackend final : public Backend {
+ public:
+  CudaBackend(std::unique_ptr<Device> device, const ModelShape& shape,
+              const BackendOptions& options)
+      : shape_(shape),
+        options_(options),
+        device_(std::move(device)),
+        kernels_(device_->kernels()),
+        memory_(plan_memory(shape, options, estimated_weight_bytes(shape),
+                            {device_->info().total_bytes, device_->free_bytes()})),
+        stream_(*device_),
+        copies_(*device_),
+        weights_(*device_, shape.dtype, memory_.staging > 0),
+        pages_(*device_, memory_.kv_cache, "engine.kv_cache_memory"),
+        cache_{.data = pages_.as<>(),
+               .num_pages = memory_.num_pages,
+               .G = static_cast<int32_t>(shape.G),
+               .K = static_cast<int32_t>(shape.K),
+               .row_stride = kv_row_stride(shape)},
+        step_(*device_, shape, options, cache_),
+        partials_(*device_, kLinearWorkspaceBytes, "partial sums"),
+        attention_workspace_(*device_, attention_workspace_bytes(shape), "attention"),
+        head_workspace_(*device_, lm_head_workspace_bytes(shape, options), "the head"),
+        queue_([this](const StepPlan& plan, StepProgram& program) { return run(plan, program); }) {
+    describe();
+  }
+
+  ~CudaBackend() override {
+    queue_.close();
+    program_.reset();  // while this is whole: a program may free its buffers here
+  }
+
+  const BackendInfo& info() const override { return info_; }
+
+  Buffer alloc(int64_t bytes) override {
+    device_->bind_thread();
+    return {device_->alloc(bytes, "alloc"), bytes};
+  }
+  void free(Buffer buffer) override {
+    queue_.drain();  // a step in flight may still use it
+    device_->bind_thread();
+    device_->free(buffer.data);
+  }
+  void upload(Buffer target, const void* source, int64_t bytes) override {
+    queue_.drain();
+    if (bytes > target.bytes) fail_invariant("upload: more bytes than the buffer has");
+    device_->bind_thread();
+    device_->copy_to_device(copies_, target.data, source, bytes);
+    device_->wait(copies_, step_deadline());
+  }
+  void download(void* target, Buffer source, int64_t bytes) override {
+    queue_.drain();
+    if (bytes > source.bytes) fail_invariant("download: more bytes than the buffer has");
+    device_->bind_thread();
+    device_->copy_to_host(copies_, target, source.data, bytes);
+    device_->wait(copies_, step_deadline());
+  }
+  void sync() override { queue_.drain(); }
+
+  WeightId declare_weight(const WeightSpec& spec) override {
+    const WeightId id = weights_.declare(spec);
+    info_.memory.weight_bytes = weights_.set_bytes();
+    info_.memory.staging_bytes = weights_.set_bytes();
+    return id;
+  }
+  void begin_staging() override {
+    device_->bind_thread();
+    weights_.begin_staging();
+  }
+  void load_weight(WeightId id, int32_t part, const WeightSource& source,
+                   ShardRange shard) override {
+    device_->bind_thread();
+    weights_.load(id, part, source, shard);
+  }
+  void copy_committed_to_staged() override {
+    device_->bind_thread();
+    weights_.copy_committed_to_staged();
+  }
+  void commit_weights() override {
+    weights_.require_complete();
+    queue_.drain();  // steps keep the weights they were submitted under
+    device_->bind_thread();
+    weights_.commit();
+  }
+  void discard_weights() override { weights_.discard(); }
+  uint64_t weights_hash() override {
+    device_->bind_thread();
+    return weights_.committed_hash();
+  }
+  uint64_t staged_weights_hash() override {
+    device_->bind_thread();
+    return weights_.staged_hash();
+  }
+  int export_staged_weights() override {
+    refuse("engine.share_weights", "the cuda backend keeps its weights in its device's memory");
+  }
+  void adopt_staged_weights(int) override {
+    refuse("engine.share_weights", "the cuda backend keeps its weights in its device's memory");
+  }
+
+  void sleep(const std::vector<std::string>&) override {
+    refuse("sleep", "the cuda backend does not give its memory back yet; restart the process");
+  }
+  void wake_up(const std::vector<std::string>&) override {
+    refuse("wake_up", "the cuda backend does not give its memory back yet");
+  }
+
+  void set_program(std::shared_ptr<StepProgram> program) override { program_ = std::move(program); }
+  StepHandle submit(StepPlan plan) override {
+    if (!program_) {
+      throw Error({.code = ErrorCode::kFailedPrecondition,
+                   .field = "submit",
+                   .message = "no program is set; call set_program first"});
+    }
+    return queue_.submit(std::move(plan), program_);
+  }
+  bool poll(StepHandle handle) override { return queue_.poll(handle); }
+  StepResult wait(StepHandle handle, Deadline deadline) override {
+    return queue_.wait(handle, deadline);
+  }
+
+  void embed(const EmbedArgs& args) override;
+  void rms_norm(const RmsNormArgs& args) override;
+  void linear(const LinearArgs& args) override;
+  void rope_append(const RopeAppendArgs& args) override;
+  void attention(const AttentionArgs& args) override;
+  void gather_head_rows(const GatherHeadRowsArgs& args) override;
+  void lm_head(const LmHeadArgs& args) override;
+
+ private:
+  void describe();
+  StepResult run(const StepPlan& plan, StepProgram& program);
+  void check_layer(int32_t layer, const char* op) const;
+  const float* optional_vector(WeightId id, int64_t size, const char* op) const {
+    return id == kNoWeight ? nullptr : weights_.vector(id, size, op);
+  }
+
+  // A matrix with a row for every token: ids of a step are checked against V, not against it.
+  DeviceMatrix vocabulary(WeightId id, const char* op) const {
+    const DeviceMatrix matrix = weights_.matrix(id, op);
+    if (matrix.is_gated || matrix.N != shape_.V) {
+      throw Error({.code = ErrorCode::kInvalidArgument,
+                   .field = fmt::format("{} weight", op),
+                   .value = fmt::format("{} rows", matrix.N),
+                   .allowed = fmt::format("a plain matrix of {} rows", shape_.V)});
+    }
+    return matrix;
+  }
+
+  const ModelShape shape_;
+  const BackendOptions options_;
+  std::unique_ptr<Device> device_;
+  const KernelSet& kernels_;
+  BackendInfo info_;
+  const DeviceMemoryPlan memory_;
+  OwnStream stream_;  // of steps
+  OwnStream copies_;  // of upload and download
+  WeightStore weights_;
+  DeviceMemory pages_;
+  const KvCache cache_;
+  StepContext step_;
+  DeviceMemory partials_, attention_workspace_, head_workspace_;
+  bool has_head_results_ = false;
+  uint64_t step_number_ = 0;
+  std::shared_ptr<StepProgram> program_;
+  StepQueue queue_;  // last: its thread uses all of the above
+};
+
+void CudaBackend::describe() {
+  info_.name = "cuda";
+  info_.description = fmt::format("cuda: {}, weights are staged {}", device_->info().description,
+                                  memory_.staging > 0 ? "on the device" : "on the host");
+  info_.fingerprint =
+      fmt::format("cuda-v1 {} {}", device_->info().fingerprint, dtype_name(shape_.dtype));
+  info_.kv = {.dtype = shape_.dtype,
+              .page_tokens = kPageTokens,
+              .page_bytes = kv_page_bytes(shape_),
+              .num_pages = memory_.num_pages};
+  info_.memory = {.weight_bytes = memory_.weights,
+                  .staging_bytes = memory_.weights,
+                  .kv_bytes = memory_.kv_cache,
+                  .activation_bytes = memory_.activations + memory_.workspaces + memory_.steps};
+}
+
+StepResult CudaBackend::run(const StepPlan& plan, StepProgram& program) {
+  ++step_number_;
+  if (!weights_.has_committed()) {
+    throw Error({.code = ErrorCode::kFailedPrecondition,
+                 .field = "step",
+                 .message = "no weights are committed yet"});
+  }
+  device_->bind_thread();
+  has_head_results_ = false;
+  StepResult result;
+  try {
+    step_.begin(stream_, plan);
+    program.run(*this, plan.num_rows(), step_.head().num_rows);
+    if (step_.head().num_rows > 0 && !has_head_results_) {
+      fail_invariant("the step's program did not run lm_head, though rows are sampled or scored");
+    }
+    result = step_.finish(stream_, step_deadline());
+  } catch (const Error& error) {
+    step_.end();
+    if (error.info.field.rfind("device", 0) != 0) throw;
+    ErrorInfo info = error.info;  // of the device: which step's kernels it was
+    info.field = fmt::format("step {}, {}", step_number_, info.field);
+    throw Error(std::move(info));
+  } catch (...) {
+    step_.end();
+    throw;
+  }
+  step_.end();
+  return result;
+}
+
+void CudaBackend::check_layer(int32_t layer, const char* op) const {
+  if (layer < 0 || layer >= shape_.L) fail_invariant(fmt::format("{}: no layer {}", op, layer));
+}
+
+void CudaBackend::embed(const EmbedArgs& args) {
+  const DeviceMatrix matrix = vocabulary(args.weight, "embed");
+  expect_shape(args.out, step_.plan().num_rows(), matrix.K_in, "embed out");
+  kernels_.embed(stream_, {.rows = step_.rows(),
+                           .slots = step_.slots(),
+                           .weight = matrix,
+                           .dtype = shape_.dtype,
+                           .out = args.out.as<float>()});
+}
+
+void CudaBackend::rms_norm(const RmsNormArgs& args) {
+  step_.plan();
+  expect_shape(args.out, args.in.rows(), args.in.cols(), "rms_norm out");
+  kernels_.rms_norm(stream_, {.num_rows = args.in.rows(),
+                              .width = args.in.cols(),
+                              .epsilon = args.epsilon,
+                              .weight = weights_.vector(args.weight, args.in.cols(), "rms_norm"),
+                              .in = args.in.as<float>(),
+                              .out = args.out.data,
+                              .dtype = shape_.dtype});
+}
+
+void CudaBackend::linear(const LinearArgs& args) {
+  step_.plan();
+  const DeviceMatrix matrix = weights_.matrix(args.weight, "linear");
+  if (matrix.is_gated != (args.epilogue == Epilogue::kGated)) {
+    fail_invariant("linear: a gated weight and the gated epilogue go together");
+  }
+  expect_shape(args.in, args.in.rows(), matrix.K_in, "linear in");
+  expect_shape(args.out, args.in.rows(), matrix.N, "linear out");
+  const int64_t bias_size = matrix.N * (matrix.is_gated ? 2 : 1);
+  kernels_.linear(stream_, {.weight = matrix,
+                            .slices = weights_.slices(args.weight),
+                            .epilogue = args.epilogue,
+                            .dtype = shape_.dtype,
+                            .num_rows = args.in.rows(),
+                            .bias = optional_vector(args.bias, bias_size, "linear"),
+                            .in = args.in.data,
+                            .out = args.out.data,
+                            .partials = partials_.as<float>()});
+}
+
+void CudaBackend::rope_append(const RopeAppendArgs& args) {
+  const int64_t rows = step_.plan().num_rows();
+  check_layer(args.layer, "rope_append");
+  expect_shape(args.qkv, rows, (shape_.H + 2 * shape_.G) * shape_.K, "rope_append qkv");
+  expect_shape(args.q, rows, shape_.H * shape_.K, "rope_append q");
+  expect_shape(args.rope_table, args.rope_table.rows(), shape_.K, "rope_append rope_table");
+  if (step_.highest_position() >= args.rope_table.rows()) {
+    throw Error(
+        {.code = ErrorCode::kInvalidArgument,
+         .field = "plan.positions",
+         .value = std::to_string(step_.highest_position()),
+         .allowed = fmt::format("below {}, the rows of the rope table", args.rope_table.rows())});
+  }
+  kernels_.rope_append(stream_, {.rows = step_.rows(),
+                                 .cache = cache_,
+                                 .layer = args.layer,
+                                 .H = static_cast<int32_t>(shape_.H),
+                                 .qkv = args.qkv.as<float>(),
+                                 .rope_table = args.rope_table.as<float>(),
+                                 .q_norm = optional_vector(args.q_norm, shape_.K, "rope_append"),
+                                 .k_norm = optional_vector(args.k_norm, shape_.K, "rope_append"),
+                                 .norm_epsilon = args.norm_epsilon,
+                                 .q = args.q.data,
+                                 .dtype = shape_.dtype});
+}
+
+void CudaBackend::attention(const AttentionArgs& args) {
+  check_layer(args.layer, "attention");
+  expect_shape(args.q, step_.plan().num_rows(), shape_.H * shape_.K, "attention q");
+  expect_shape(args.out, step_.plan().num_rows(), shape_.H * shape_.K, "attention out");
+  kernels_.attention(stream_, {.rows = step_.rows(),
+                               .cache = cache_,
+                               .work = step_.attention_work(),
+                               .layer = args.layer,
+                               .window = args.window,
+                               .H = static_cast<int32_t>(shape_.H),
+                               .dtype = shape_.dtype,
+                               .q = args.q.data,
+                               .out = args.out.data,
+                               .workspace = attention_workspace_.as<>(),
+                               .max_shared_bytes = device_->info().max_shared_bytes});
+}
+
+void CudaBackend::gather_head_rows(const GatherHeadRowsArgs& args) {
+  expect_shape(args.in, step_.plan().num_rows(), args.in.cols(), "gather_head_rows in");
+  expect_shape(args.out, step_.head().num_rows, args.in.cols(), "gather_head_rows out");
+  kernels_.gather_rows(stream_, {.head = step_.head(),
+                                 .width = args.in.cols(),
+                                 .in = args.in.as<float>(),
+                                 .out = args.out.as<float>()});
+}
+
+void CudaBackend::lm_head(const LmHeadArgs& args) {
+  const DeviceMatrix matrix = vocabulary(args.weight, "lm_head");
+  step_.plan();  // an op outside of a step is an error
+  expect_shape(args.in, step_.head().num_rows, matrix.K_in, "lm_head in");
+  kernels_.lm_head(stream_, {.rows = step_.rows(),
+                             .head = step_.head(),
+                             .slots = step_.slots(),
+                             .weight = matrix,
+                             .dtype = shape_.dtype,
+                             .in = args.in.data,
+                             .workspace = head_workspace_.as<>(),
+                             .max_rows = lm_head_group_rows(options_),
+                             .queries = step_.head_queries(),
+                             .groups = step_.head_groups()});
+  has_head_results_ = true;
+}
+
+}  // namespace
+}  // namespace cuda
+
+std::unique_ptr<Backend> make_cuda_backend(std::unique_ptr<cuda::Device> device,
+                                           const ModelShape& shape, const BackendOptions& options) {
+  cuda::check_shape(shape, options);
+  return std::make_unique<cuda::CudaBackend>(std::move(device), shape, options);
+}
+
+}  // namespace rollpack::kernels

@@ -1,0 +1,134 @@
+// What the backend asks of a device besides kernels: memory, copies, streams, waits. One
+// implementation over the CUDA runtime, one on the host for tests (emulation/).
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "kernels/cuda/kernel_set.h"
+#include "kernels/cuda/launch_shape.h"
+
+namespace rollpack::kernels::cuda {
+
+struct DeviceInfo {
+  std::string name;         // "NVIDIA H100 80GB HBM3"
+  std::string description;  // with compute capability, driver and the image in use
+  std::string fingerprint;  // what of device and build decides bits
+  int64_t total_bytes = 0;
+  int64_t max_shared_bytes = 48 * 1024;  // that a block may ask for
+  int32_t num_multiprocessors = 1;
+};
+
+// Every error names the call and what CUDA said of it: resource_exhausted for memory, unavailable
+// for a device that is lost, internal for the rest.
+class Device {
+ public:
+  virtual ~Device() = default;
+
+  virtual const DeviceInfo& info() const = 0;
+  virtual const KernelSet& kernels() const = 0;
+  // Before a thread's first other call.
+  virtual void bind_thread() = 0;
+  virtual int64_t free_bytes() = 0;
+
+  // Zero-filled, aligned to 256 bytes. `what` goes into the error.
+  virtual void* alloc(int64_t bytes, const char* what) = 0;
+  virtual void free(void* memory) noexcept = 0;
+  // Host memory that copies reach without a detour.
+  virtual void* alloc_host(int64_t bytes, const char* what) = 0;
+  virtual void free_host(void* memory) noexcept = 0;
+
+  virtual Stream make_stream() = 0;
+  virtual void free_stream(Stream stream) noexcept = 0;
+
+  // Enqueued on the stream; host memory must last until it is waited for.
+  virtual void copy_to_device(Stream stream, void* target, const void* source, int64_t bytes) = 0;
+  virtual void copy_to_host(Stream stream, void* target, const void* source, int64_t bytes) = 0;
+  virtual void copy_on_device(Stream stream, void* target, const void* source, int64_t bytes) = 0;
+  virtual void clear(Stream stream, void* target, int64_t bytes) = 0;
+  // `num_rows` rows of `width` bytes each, their starts `pitch` bytes apart in the target and close
+  // together in the source.
+  virtual void copy_rows_to_device(Stream stream, void* target, int64_t pitch, const void* source,
+                                   int64_t width, int64_t num_rows) = 0;
+
+  // Returns when all of the stream's work is done.
+  // Errors: those of the work; deadline_exceeded with the work still running.
+  virtual void wait(Stream stream, std::chrono::steady_clock::time_point deadline) = 0;
+};
+
+// Device memory that frees itself.
+class DeviceMemory {
+ public:
+  DeviceMemory() = default;
+  DeviceMemory(Device& device, int64_t bytes, const char* what)
+      : device_(&device), data_(device.alloc(bytes, what)), bytes_(bytes) {}
+  DeviceMemory(DeviceMemory&& other) noexcept { *this = std::move(other); }
+  DeviceMemory& operator=(DeviceMemory&& other) noexcept {
+    std::swap(device_, other.device_);
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  ~DeviceMemory() {
+    if (data_ != nullptr) device_->free(data_);
+  }
+
+  template <class T = std::byte>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  Device* device_ = nullptr;
+  void* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+// The same of pinned host memory.
+class HostMemory {
+ public:
+  HostMemory() = default;
+  HostMemory(Device& device, int64_t bytes, const char* what)
+      : device_(&device), data_(device.alloc_host(bytes, what)), bytes_(bytes) {}
+  HostMemory(HostMemory&& other) noexcept { *this = std::move(other); }
+  HostMemory& operator=(HostMemory&& other) noexcept {
+    std::swap(device_, other.device_);
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  ~HostMemory() {
+    if (data_ != nullptr) device_->free_host(data_);
+  }
+
+  template <class T = std::byte>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  Device* device_ = nullptr;
+  void* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+// A stream that frees itself.
+class OwnStream {
+ public:
+  explicit OwnStream(Device& device) : device_(device), stream_(device.make_stream()) {}
+  ~OwnStream() { device_.free_stream(stream_); }
+  OwnStream(const OwnStream&) = delete;
+  OwnStream& operator=(const OwnStream&) = delete;
+  operator Stream() const { return stream_; }
+
+ private:
+  Device& device_;
+  Stream stream_;
+};
+
+}  // namespace rollpack::kernels::cuda

@@ -1,0 +1,380 @@
+#include "kernels/cuda/weight_store.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstring>
+#include <span>
+#include <utility>
+
+#include "kernels/base/checksum.h"
+#include "kernels/base/error.h"
+#include "kernels/cuda/rounded_rows.h"
+
+namespace rollpack::kernels::cuda {
+namespace {
+
+constexpr int64_t kAlignment = 256;
+constexpr int64_t kBounceBytes = int64_t{8} << 20;
+constexpr int64_t kHashBlock = 1 << 20;
+// A copy of all weights over PCIe takes seconds; one that takes this long never ends.
+constexpr std::chrono::minutes kCopyLimit{2};
+
+std::chrono::steady_clock::time_point copy_deadline() {
+  return std::chrono::steady_clock::now() + kCopyLimit;
+}
+
+bool is_float(DType dtype) {
+  return dtype == DType::kF32 || dtype == DType::kBF16 || dtype == DType::kF16;
+}
+
+int64_t total_rows(const WeightSpec& spec) {
+  int64_t rows = 0;
+  for (const int64_t part : spec.part_rows) rows += part;
+  return rows;
+}
+
+[[noreturn]] void fail_state(std::string field, std::string value, std::string message) {
+  throw Error({.code = ErrorCode::kFailedPrecondition,
+               .field = std::move(field),
+               .value = std::move(value),
+               .message = std::move(message)});
+}
+
+[[noreturn]] void fail_argument(std::string field, std::string value, std::string allowed) {
+  throw Error({.code = ErrorCode::kInvalidArgument,
+               .field = std::move(field),
+               .value = std::move(value),
+               .allowed = std::move(allowed)});
+}
+
+}  // namespace
+
+WeightId WeightStore::declare(const WeightSpec& spec) {
+  if (has_committed_ || staged_) {
+    fail_state("weight", spec.name, "declare all weights before the first is staged");
+  }
+  const bool is_vector = spec.kind == WeightKind::kVector;
+  bool is_valid = !spec.part_rows.empty() && spec.cols > 0 && (!is_vector || spec.cols == 1);
+  for (const int64_t rows : spec.part_rows) is_valid = is_valid && rows > 0;
+  if (spec.kind == WeightKind::kGated) {
+    is_valid = is_valid && spec.part_rows.size() == 2 && spec.part_rows[0] == spec.part_rows[1];
+  }
+  if (!is_valid) {
+    fail_argument(spec.name,
+                  fmt::format("{} parts, {} rows, {} columns", spec.part_rows.size(),
+                              total_rows(spec), spec.cols),
+                  "parts of positive size; two equal ones where gated; one column in a vector");
+  }
+  Declared weight{.spec = spec, .offset = next_offset_};
+  weight.local_rows.resize(spec.part_rows.size());
+  next_offset_ += (bytes_of(weight) + kAlignment - 1) / kAlignment * kAlignment;
+  weights_.push_back(std::move(weight));
+  return static_cast<WeightId>(weights_.size()) - 1;
+}
+
+int64_t WeightStore::bytes_of(const Declared& weight) const {
+  if (weight.spec.kind == WeightKind::kVector) return total_rows(weight.spec) * 4;
+  const DeviceMatrix matrix = view(weight, nullptr);
+  return packed_rows(matrix) * matrix.row_stride * dtype_bytes(compute_);
+}
+
+std::vector<std::vector<bool>> WeightStore::loaded_flags(bool value) const {
+  std::vector<std::vector<bool>> flags;
+  for (const Declared& weight : weights_) {
+    flags.emplace_back(weight.spec.part_rows.size(), value);
+  }
+  return flags;
+}
+
+void WeightStore::begin_staging() {
+  if (staged_) fail_state("weights", "staged", "commit or discard the staged set first");
+  if (weights_.empty()) fail_state("weights", "none", "declare the weights before staging them");
+  if (committed_.bytes() == 0) committed_ = DeviceMemory(device_, next_offset_, "weights");
+  if (bounce_.bytes() == 0) bounce_ = HostMemory(device_, kBounceBytes, "weights on their way");
+  Staged set{.is_loaded = loaded_flags(false)};
+  if (stages_on_device_) {
+    set.on_device = DeviceMemory(device_, next_offset_, "staged weights");
+  } else {
+    set.on_host = HostMemory(device_, next_offset_, "staged weights");
+    std::memset(set.on_host.as<>(), 0, static_cast<size_t>(next_offset_));
+  }
+  staged_ = std::move(set);
+}
+
+WeightStore::Staged& WeightStore::staged() {
+  if (!staged_) fail_state("weights", "not staged", "call begin_staging() first");
+  return *staged_;
+}
+
+void WeightStore::check_load(const Declared& weight, int32_t part, const WeightSource& source,
+                             ShardRange shard) const {
+  const WeightSpec& spec = weight.spec;
+  if (part < 0 || part >= static_cast<int32_t>(spec.part_rows.size())) {
+    fail_argument(spec.name + " part", std::to_string(part),
+                  fmt::format("0 to {}", spec.part_rows.size() - 1));
+  }
+  const int64_t rows = spec.part_rows[static_cast<size_t>(part)];
+  const bool is_vector = spec.kind == WeightKind::kVector;
+  const bool fits =
+      is_vector ? source.num_elements() == rows : source.rows == rows && source.cols == spec.cols;
+  const std::string name = fmt::format("{} part {}", spec.name, part);
+  if (!fits) {
+    fail_argument(
+        name, fmt::format("[{}, {}]", source.rows, source.cols),
+        is_vector ? fmt::format("{} elements", rows) : fmt::format("[{}, {}]", rows, spec.cols));
+  }
+  if (!is_float(source.dtype)) {
+    fail_argument(name + " dtype", std::string(dtype_name(source.dtype)),
+                  "float32, bfloat16 or float16");
+  }
+  if (shard.begin < 0 || shard.begin >= shard.end || shard.end > rows) {
+    fail_argument(name + " shard", fmt::format("[{}, {})", shard.begin, shard.end),
+                  fmt::format("a range of rows in [0, {})", rows));
+  }
+}
+
+void WeightStore::fix_local_rows(Declared& weight, int32_t part, ShardRange shard) {
+  const auto index = static_cast<size_t>(part);
+  const int64_t rows = shard.end - shard.begin;
+  std::optional<int64_t>& local = weight.local_rows[index];
+  if (local && *local != rows) {
+    fail_argument(fmt::format("{} part {} shard", weight.spec.name, part),
+                  fmt::format("{} rows", rows), fmt::format("{} rows, as loaded before", *local));
+  }
+  // Parts lie one after the other, so a shard moves what follows it.
+  const bool moves_others = !local && rows != weight.spec.part_rows[index];
+  for (size_t later = index + 1; moves_others && later < weight.local_rows.size(); ++later) {
+    if (weight.local_rows[later] && weight.spec.kind != WeightKind::kGated) {
+      fail_state(fmt::format("{} part {}", weight.spec.name, part), "loaded after a later part",
+                 "load the parts of a sharded weight in order");
+    }
+  }
+  if (!local) local = rows;
+}
+
+int64_t WeightStore::first_row(const Declared& weight, int32_t part) const {
+  int64_t row = 0;
+  for (size_t i = 0; i < static_cast<size_t>(part); ++i) {
+    row += weight.local_rows[i].value_or(weight.spec.part_rows[i]);
+  }
+  return row;
+}
+
+DeviceMatrix WeightStore::view(const Declared& weight, const void* base) const {
+  const bool is_gated = weight.spec.kind == WeightKind::kGated;
+  const auto parts = static_cast<int32_t>(weight.spec.part_rows.size());
+  const int64_t per_piece = 16 / dtype_bytes(compute_);
+  const auto* const bytes = static_cast<const std::byte*>(base);
+  return {.data = bytes == nullptr ? nullptr : bytes + weight.offset,
+          .N = first_row(weight, is_gated ? 1 : parts),
+          .K_in = weight.spec.cols,
+          .row_stride = (weight.spec.cols + per_piece - 1) / per_piece * per_piece,
+          .is_gated = is_gated};
+}
+
+void WeightStore::load(WeightId id, int32_t part, const WeightSource& source, ShardRange shard) {
+  Staged& set = staged();
+  declared(id, "load_weight");  // checks the id
+  Declared& weight = weights_[static_cast<size_t>(id)];
+  check_load(weight, part, source, shard);
+  fix_local_rows(weight, part, shard);
+  std::vector<bool>::reference is_loaded =
+      set.is_loaded[static_cast<size_t>(id)][static_cast<size_t>(part)];
+  is_loaded = false;  // until all of it has been read
+  set.hash.reset();
+  const int64_t first = first_row(weight, part);
+  if (weight.spec.kind == WeightKind::kVector)
+    load_vector(weight, first, source, shard);
+  else
+    load_matrix(weight, part, first, source, shard);
+  is_loaded = true;
+}
+
+void WeightStore::load_vector(const Declared& weight, int64_t first, const WeightSource& source,
+                              ShardRange shard) {
+  std::vector<std::byte> scratch;
+  const std::byte* all = source.read_rows(0, source.rows, scratch);
+  std::vector<float> values(static_cast<size_t>(shard.end - shard.begin));
+  read_f32(all + shard.begin * dtype_bytes(source.dtype), source.dtype, values);
+  if (compute_ == DType::kBF16) {
+    for (float& value : values) value = bf16_to_f32(f32_to_bf16(value));
+  }
+  const auto bytes = static_cast<int64_t>(values.size()) * 4;
+  write(weight.offset + first * 4, bytes, values.data(), bytes, 1);
+  finish_copies();
+}
+
+// Rows go through the bounce buffer, as many at a time as it holds; of gate and up in groups of 8,
+// which are far apart in the set by as much again.
+void WeightStore::load_matrix(const Declared& weight, int32_t part, int64_t first,
+                              const WeightSource& source, ShardRange shard) {
+  const DeviceMatrix matrix = view(weight, nullptr);
+  const int64_t row_bytes = matrix.row_stride * dtype_bytes(compute_);
+  const int64_t at_once = std::max<int64_t>(8, kBounceBytes / row_bytes / 8 * 8);
+  if (at_once * row_bytes > bounce_.bytes()) {
+    bounce_ = HostMemory(device_, at_once * row_bytes, "weights on their way");
+  }
+  std::vector<std::byte> scratch;
+  std::byte* const packed = bounce_.as<>();
+  for (int64_t begin = shard.begin; begin < shard.end; begin += at_once) {
+    const int64_t count = std::min(at_once, shard.end - begin);
+    const std::byte* rows = source.read_rows(begin, begin + count, scratch);
+    round_rows(rows, source, count, matrix.row_stride, compute_, packed);
+    if (!matrix.is_gated) {
+      const int64_t bytes = count * row_bytes;
+      write(weight.offset + (first + begin - shard.begin) * row_bytes, bytes, packed, bytes, 1);
+    } else {
+      // begin - shard.begin is a multiple of 8.
+      const int64_t at = weight.offset + gated_row(begin - shard.begin, part) * row_bytes;
+      const int64_t groups = count / 8;
+      write(at, 16 * row_bytes, packed, 8 * row_bytes, groups);
+      write(at + groups * 16 * row_bytes, 16 * row_bytes, packed + groups * 8 * row_bytes,
+            count % 8 * row_bytes, count % 8 > 0 ? 1 : 0);
+    }
+    finish_copies();  // before the bounce buffer is filled again
+  }
+}
+
+void WeightStore::write(int64_t offset, int64_t pitch, const void* source, int64_t width,
+                        int64_t num_rows) {
+  if (num_rows == 0) return;
+  if (stages_on_device_) {
+    device_.copy_rows_to_device(stream_, staged_->on_device.as<>() + offset, pitch, source, width,
+                                num_rows);
+    return;
+  }
+  for (int64_t row = 0; row < num_rows; ++row) {
+    std::memcpy(staged_->on_host.as<>() + offset + row * pitch,
+                static_cast<const std::byte*>(source) + row * width, static_cast<size_t>(width));
+  }
+}
+
+void WeightStore::finish_copies() {
+  device_.wait(stream_, copy_deadline());
+}
+
+void WeightStore::copy_committed_to_staged() {
+  Staged& set = staged();
+  if (!has_committed_) fail_state("weights", "none committed", "there is nothing to copy");
+  if (stages_on_device_) {
+    device_.copy_on_device(stream_, set.on_device.as<>(), committed_.as<>(), next_offset_);
+  } else {
+    device_.copy_to_host(stream_, set.on_host.as<>(), committed_.as<>(), next_offset_);
+  }
+  finish_copies();
+  set.is_loaded = loaded_flags(true);
+  set.hash.reset();
+}
+
+void WeightStore::require_complete() const {
+  if (!staged_) fail_state("weights", "not staged", "call begin_staging() first");
+  for (size_t id = 0; id < weights_.size(); ++id) {
+    for (size_t part = 0; part < staged_->is_loaded[id].size(); ++part) {
+      if (staged_->is_loaded[id][part]) continue;
+      fail_state(fmt::format("{} part {}", weights_[id].spec.name, part), "not loaded",
+                 "every part is loaded before a commit");
+    }
+  }
+}
+
+void WeightStore::commit() {
+  require_complete();
+  if (stages_on_device_) {
+    device_.copy_on_device(stream_, committed_.as<>(), staged_->on_device.as<>(), next_offset_);
+  } else {
+    device_.copy_to_device(stream_, committed_.as<>(), staged_->on_host.as<>(), next_offset_);
+  }
+  finish_copies();
+  committed_hash_ = staged_->hash;
+  has_committed_ = true;
+  staged_.reset();
+}
+
+void WeightStore::discard() {
+  staged_.reset();
+}
+
+uint64_t WeightStore::committed_hash() {
+  if (!has_committed_)
+    fail_state("weights", "none committed", "commit weights before hashing them");
+  if (!committed_hash_) committed_hash_ = hash_of(committed_.as<>(), true);
+  return *committed_hash_;
+}
+
+uint64_t WeightStore::staged_hash() {
+  require_complete();
+  Staged& set = *staged_;
+  if (!set.hash) {
+    set.hash =
+        hash_of(stages_on_device_ ? set.on_device.as<>() : set.on_host.as<>(), stages_on_device_);
+  }
+  return *set.hash;
+}
+
+uint64_t WeightStore::hash_of(const std::byte* set, bool is_on_device) {
+  device_.bind_thread();
+  std::vector<uint64_t> hashes;
+  for (int64_t begin = 0; begin < next_offset_; begin += kBounceBytes) {
+    const int64_t bytes = std::min(kBounceBytes, next_offset_ - begin);
+    const std::byte* block = set + begin;
+    if (is_on_device) {
+      device_.copy_to_host(stream_, bounce_.as<>(), block, bytes);
+      finish_copies();
+      block = bounce_.as<>();
+    }
+    for (int64_t at = 0; at < bytes; at += kHashBlock) {
+      hashes.push_back(hash64({block + at, static_cast<size_t>(std::min(kHashBlock, bytes - at))}));
+    }
+  }
+  return hash64(std::as_bytes(std::span(hashes)), layout_hash());
+}
+
+uint64_t WeightStore::layout_hash() const {
+  std::string text = fmt::format("cuda-v1 {} {}", dtype_name(compute_), next_offset_);
+  for (const Declared& weight : weights_) {
+    text += fmt::format("|{} {} {}", weight.spec.name, static_cast<int>(weight.spec.kind),
+                        weight.spec.cols);
+    for (size_t part = 0; part < weight.spec.part_rows.size(); ++part) {
+      text += fmt::format(" {}", weight.local_rows[part].value_or(weight.spec.part_rows[part]));
+    }
+  }
+  return fnv1a64(text);
+}
+
+const WeightStore::Declared& WeightStore::declared(WeightId id, const char* op) const {
+  if (id < 0 || id >= static_cast<WeightId>(weights_.size())) {
+    fail_argument(fmt::format("{} weight", op), std::to_string(id),
+                  fmt::format("a declared weight, 0 to {}", weights_.size() - 1));
+  }
+  return weights_[static_cast<size_t>(id)];
+}
+
+DeviceMatrix WeightStore::matrix(WeightId id, const char* op) const {
+  const Declared& weight = declared(id, op);
+  if (!has_committed_)
+    fail_state(weight.spec.name, "not committed", "commit weights before a step");
+  if (weight.spec.kind == WeightKind::kVector) {
+    fail_argument(fmt::format("{} weight", op), weight.spec.name, "a matrix");
+  }
+  return view(weight, committed_.as<>());
+}
+
+SliceRule WeightStore::slices(WeightId id) const {
+  const WeightSpec& spec = declared(id, "linear").spec;
+  return slice_rule(total_rows(spec), spec.cols);
+}
+
+const float* WeightStore::vector(WeightId id, int64_t expected, const char* op) const {
+  const Declared& weight = declared(id, op);
+  if (!has_committed_)
+    fail_state(weight.spec.name, "not committed", "commit weights before a step");
+  const auto parts = static_cast<int32_t>(weight.spec.part_rows.size());
+  if (weight.spec.kind != WeightKind::kVector || first_row(weight, parts) != expected) {
+    fail_argument(fmt::format("{} weight", op), weight.spec.name,
+                  fmt::format("a vector of {} elements", expected));
+  }
+  return reinterpret_cast<const float*>(committed_.as<>() + weight.offset);
+}
+
+}  // namespace rollpack::kernels::cuda

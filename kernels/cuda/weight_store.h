@@ -1,0 +1,92 @@
+// The weights: what was declared, the committed set that kernels read, at addresses that never
+// change, and the staged set that the next commit copies over it. A set is one block of memory with
+// every weight in the order of declaration.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels/backend.h"
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/linear.h"
+#include "kernels/cuda/step_memory.h"
+
+namespace rollpack::kernels::cuda {
+
+class WeightStore {
+ public:
+  // stages_on_device: whether the staged set lies on the device or in host memory.
+  WeightStore(Device& device, DType compute, bool stages_on_device)
+      : device_(device), compute_(compute), stages_on_device_(stages_on_device), stream_(device) {}
+
+  // The calls of backend.h, with its errors.
+  WeightId declare(const WeightSpec& spec);
+  void begin_staging();
+  void load(WeightId id, int32_t part, const WeightSource& source, ShardRange shard);
+  void copy_committed_to_staged();
+  // Errors: failed_precondition naming the first part that was not loaded.
+  void require_complete() const;
+  // No step may run meanwhile.
+  void commit();
+  void discard();
+  uint64_t committed_hash();
+  uint64_t staged_hash();
+
+  int64_t set_bytes() const { return next_offset_; }
+  bool has_committed() const { return has_committed_; }
+
+  // Views of the committed set. Errors: failed_precondition before the first commit,
+  // invalid_argument for an id or a kind that does not fit the op.
+  DeviceMatrix matrix(WeightId id, const char* op) const;
+  SliceRule slices(WeightId id) const;
+  const float* vector(WeightId id, int64_t expected, const char* op) const;
+
+ private:
+  struct Declared {
+    WeightSpec spec;
+    int64_t offset = 0;
+    // Rows of each part that this process holds: fixed by the first load of the part.
+    std::vector<std::optional<int64_t>> local_rows;
+  };
+  struct Staged {
+    DeviceMemory on_device;
+    HostMemory on_host;
+    std::vector<std::vector<bool>> is_loaded;  // [weight][part]
+    std::optional<uint64_t> hash;              // once asked for, and nothing loaded since
+  };
+
+  const Declared& declared(WeightId id, const char* op) const;
+  int64_t first_row(const Declared& weight, int32_t part) const;
+  DeviceMatrix view(const Declared& weight, const void* base) const;
+  int64_t bytes_of(const Declared& weight) const;
+  void check_load(const Declared& weight, int32_t part, const WeightSource& source,
+                  ShardRange shard) const;
+  void fix_local_rows(Declared& weight, int32_t part, ShardRange shard);
+  Staged& staged();
+  void load_vector(const Declared& weight, int64_t first, const WeightSource& source,
+                   ShardRange shard);
+  void load_matrix(const Declared& weight, int32_t part, int64_t first, const WeightSource& source,
+                   ShardRange shard);
+  // Copies rows of `width` bytes, close together in host memory, to the staged set.
+  void write(int64_t offset, int64_t pitch, const void* source, int64_t width, int64_t num_rows);
+  void finish_copies();
+  std::vector<std::vector<bool>> loaded_flags(bool value) const;
+  uint64_t hash_of(const std::byte* set, bool is_on_device);
+  uint64_t layout_hash() const;
+
+  Device& device_;
+  const DType compute_;
+  const bool stages_on_device_;
+  OwnStream stream_;  // of copies; never the one that steps run on
+  std::vector<Declared> weights_;
+  int64_t next_offset_ = 0;
+  DeviceMemory committed_;
+  bool has_committed_ = false;
+  std::optional<uint64_t> committed_hash_;
+  std::optional<Staged> staged_;
+  HostMemory bounce_;  // what was packed and is on its way
+};
+
+}  // namespace rollpack::kernels::cuda
