@@ -1,40 +1,47 @@
-// Causal attention of a step's rows over their pages.
+// Causal attention of a step's rows over their pages: what its kernels get.
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "kernels/backend.h"
-#include "kernels/cuda/launch_shape.h"
+#include "kernels/cuda/attention_plan.h"
 #include "kernels/cuda/step_memory.h"
 
 namespace rollpack::kernels::cuda {
 
-// One unit of work, derived from the plan on the host and uploaded with the step's rows.
-struct AttentionItem {
-  int32_t sequence = 0;
-  int32_t first_row = 0;  // of the step
-  int32_t num_rows = 0;
+// Widest head that the kernels hold in registers and shared memory.
+inline constexpr int64_t kMaxHeadWidth = 128;
+
+// An AttentionPlan in device memory.
+struct AttentionWork {
+  const AttentionItem* items = nullptr;    // [num_items]
+  const int32_t* item_rows = nullptr;      // rows of the items
+  const int32_t* row_states = nullptr;     // [T]
+  const AttentionMerge* merges = nullptr;  // [num_merges]
+  int32_t num_items = 0;
+  int32_t num_merges = 0;
+  int32_t max_states = 0;  // of attention_limits(), for which the workspace was sized
 };
-
-// The work of a step, in the order in which blocks should take it.
-std::vector<AttentionItem> attention_items(const StepPlan& plan, const ModelShape& shape);
-
-// Bytes of the workspace that any step within `options` needs.
-int64_t attention_workspace_bytes(const ModelShape& shape, const BackendOptions& options);
 
 struct AttentionInputs {
   StepRows rows;
   KvCache cache;
-  const AttentionItem* items = nullptr;  // [num_items]
-  int32_t num_items = 0;
+  AttentionWork work;
   int32_t layer = 0;
   int32_t window = 0;  // key j is visible to row i iff i - j < window; 0: all keys up to i
   int32_t H = 0;       // query heads; G and K are the cache's
   DType dtype = DType::kBF16;
-  const void* q = nullptr;    // [T, H K] dtype, rows not padded
-  void* out = nullptr;        // [T, H K] dtype; a pad row's is 0
-  void* workspace = nullptr;  // attention_workspace_bytes()
+  const void* q = nullptr;       // [T, H K] dtype, rows not padded
+  void* out = nullptr;           // [T, H K] dtype; a pad row's is 0
+  void* workspace = nullptr;     // attention_workspace_bytes()
+  int64_t max_shared_bytes = 0;  // that a block of this device may have
 };
+
+// What a plan of this shape may ask for; wanted_blocks are left to the caller, who knows the
+// device.
+AttentionLimits attention_limits(const ModelShape& shape);
+
+// Bytes of the states that plans within those limits store.
+int64_t attention_workspace_bytes(const ModelShape& shape);
 
 }  // namespace rollpack::kernels::cuda

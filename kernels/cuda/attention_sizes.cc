@@ -1,0 +1,35 @@
+#include <algorithm>
+
+#include "kernels/cuda/attention.h"
+
+namespace rollpack::kernels::cuda {
+namespace {
+
+// 64 MiB hold 4,000 states of 32 heads of 128: chunks of 256 keys for a million cached tokens that
+// are attended to by few rows. Where there are many rows, they fill the device uncut.
+constexpr int64_t kStateBytes = int64_t{64} << 20;
+constexpr int64_t kMaxStates = 8192;
+
+// Sums of K (rows are padded to 16, as those of the cache), maximum and weight, of every head.
+int64_t state_bytes(const ModelShape& shape) {
+  return shape.H * ((shape.K + 15) / 16 * 16 + 2) * static_cast<int64_t>(sizeof(float));
+}
+
+int64_t max_states(const ModelShape& shape) {
+  return std::clamp<int64_t>(kStateBytes / state_bytes(shape), 1, kMaxStates);
+}
+
+}  // namespace
+
+AttentionLimits attention_limits(const ModelShape& shape) {
+  return {.group = static_cast<int32_t>(shape.H / shape.G),
+          .num_kv_heads = static_cast<int32_t>(shape.G),
+          .page_tokens = kPageTokens,
+          .max_states = static_cast<int32_t>(max_states(shape))};
+}
+
+int64_t attention_workspace_bytes(const ModelShape& shape) {
+  return max_states(shape) * state_bytes(shape);
+}
+
+}  // namespace rollpack::kernels::cuda
