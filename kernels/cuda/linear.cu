@@ -118,14 +118,17 @@ __device__ __forceinline__ int piece_at(int row, int chunk) {
 }
 
 // Asks for rows [first_row, first_row + kRows) and k [first_k, first_k + kTileK) of an operand,
-// zeros beyond its ends. Rows that are no multiple of 16 bytes are read element by element.
+// zeros beyond its ends and from end_k on. Rows that are no multiple of 16 bytes are read element
+// by element.
 template <int kRows>
 __device__ __forceinline__ void load_tile(const Operand& operand, bool is_aligned,
-                                          int64_t first_row, int64_t first_k, uint16_t* tile) {
+                                          int64_t first_row, int64_t first_k, int64_t end_k,
+                                          uint16_t* tile) {
+  if (end_k > operand.width) end_k = operand.width;
   for (int i = static_cast<int>(threadIdx.x); i < kRows * kChunks; i += kThreads) {
     const int row = i / kChunks, chunk = i % kChunks;
     const int64_t k = first_k + chunk * 8;
-    const bool is_inside = first_row + row < operand.rows && k < operand.width;
+    const bool is_inside = first_row + row < operand.rows && k < end_k;
     const uint16_t* const source =
         operand.data + (is_inside ? (first_row + row) * operand.row_stride + k : 0);
     uint16_t* const target = tile + piece_at(row, chunk);
@@ -133,7 +136,7 @@ __device__ __forceinline__ void load_tile(const Operand& operand, bool is_aligne
       cp_async_16(target, source, is_inside);
     } else {
       ROLLPACK_UNROLL_WHOLLY
-      for (int j = 0; j < 8; ++j) target[j] = is_inside && k + j < operand.width ? source[j] : 0;
+      for (int j = 0; j < 8; ++j) target[j] = is_inside && k + j < end_k ? source[j] : 0;
     }
   }
 }
@@ -150,17 +153,23 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first_column = static_cast<int64_t>(blockIdx.x) * kTileColumns;
   const int64_t first_token = static_cast<int64_t>(blockIdx.y) * kTokens;
   const int64_t first_slice = target.is_partial ? blockIdx.z : 0;
-  const int64_t first_k = first_slice * slices.length;
-  const int64_t end_k =
-      target.is_partial && first_k + slices.length < in.width ? first_k + slices.length : in.width;
-  const int num_tiles = static_cast<int>((end_k - first_k + kTileK - 1) / kTileK);
-  const int tiles_a_slice = static_cast<int>(slices.length / kTileK);
+  const int64_t num_slices = target.is_partial ? 1 : slices.count;
+  // Slices are whole steps of 16, not whole tiles: the last tile of each may be filled up with
+  // zeros.
+  const int tiles_a_slice = static_cast<int>((slices.length + kTileK - 1) / kTileK);
+  const int64_t last_begin = (first_slice + num_slices - 1) * slices.length;
+  const int64_t last_length =
+      in.width - last_begin < slices.length ? in.width - last_begin : slices.length;
+  const int num_tiles =
+      static_cast<int>((num_slices - 1) * tiles_a_slice + (last_length + kTileK - 1) / kTileK);
 
   const auto load_stage = [&](int index) {
     uint16_t* const stage = ring + index % kStages * kStageElements;
-    const int64_t k = first_k + static_cast<int64_t>(index) * kTileK;
-    load_tile<static_cast<int>(kTileColumns)>(weight, true, first_column, k, stage);
-    load_tile<kTokens>(in, is_in_aligned, first_token, k, stage + kTileColumns * kTileK);
+    const int64_t slice = first_slice + index / tiles_a_slice;
+    const int64_t k = slice * slices.length + static_cast<int64_t>(index % tiles_a_slice) * kTileK;
+    const int64_t end_k = (slice + 1) * slices.length;
+    load_tile<static_cast<int>(kTileColumns)>(weight, true, first_column, k, end_k, stage);
+    load_tile<kTokens>(in, is_in_aligned, first_token, k, end_k, stage + kTileColumns * kTileK);
   };
   // A group a stage, empty at the end, so that counting them is enough.
   for (int i = 0; i < kStages - 1; ++i) {
@@ -181,8 +190,10 @@ __global__ void __launch_bounds__(kThreads)
     cp_async_commit();
     const uint16_t* const columns = ring + index % kStages * kStageElements;
     const uint16_t* const tokens = columns + kTileColumns * kTileK;
+    const int left_of_slice = static_cast<int>(slices.length) - index % tiles_a_slice * kTileK;
     ROLLPACK_UNROLL_WHOLLY
     for (int k = 0; k < kTileK / 16; k += 2) {
+      if (k * 16 >= left_of_slice) break;
       uint32_t a[2][4];
       ROLLPACK_UNROLL_WHOLLY
       for (int i = 0; i < 2; ++i) {

@@ -10,7 +10,7 @@
 namespace rollpack::kernels::cuda {
 
 inline constexpr int64_t kTileColumns = 64;    // output columns (rows of the weight) of a block
-inline constexpr int64_t kSliceMultiple = 64;  // k; a slice is whole tiles of k
+inline constexpr int64_t kSliceMultiple = 16;  // k; a slice is whole products of the tensor core
 inline constexpr int64_t kWantedBlocks = 128;  // about the multiprocessors of a large device
 inline constexpr int64_t kMaxSlices = 8;
 
