@@ -24,8 +24,11 @@ constexpr std::chrono::seconds kOpenTimeout{30};
 
 // What decides a sample's bits, besides the request: the backend and the checkpoint.
 std::string maker_of(const Job& job) {
-  return fmt::format("{}, checkpoint {:08x}", job.replica().backend_info().fingerprint,
-                     checkpoint_digest(*open_checkpoint(job.config().model.path)));
+  const ModelSection& model = job.config().model;
+  const std::string& backend = job.replica().backend_info().fingerprint;
+  if (model.load_format == "dummy") return fmt::format("{}, dummy weights", backend);
+  return fmt::format("{}, checkpoint {:08x}", backend,
+                     checkpoint_digest(*open_checkpoint(model.path)));
 }
 
 std::unique_ptr<Journal> open_journal(const Job& job) {

@@ -20,6 +20,7 @@ using Aliases = std::initializer_list<std::string_view>;
 struct ModelSection {
   std::string path;
   std::string dtype = "bfloat16";
+  std::string load_format = "auto";
 
   bool operator==(const ModelSection&) const = default;
 
@@ -28,6 +29,8 @@ struct ModelSection {
     field("path", self.path, Text{}, "a Hugging Face folder: config.json and *.safetensors");
     field("dtype", self.dtype, ComputeDType{},
           "of weights, matrix products and KV cache; float32 keeps everything in 32 bits");
+    field("load_format", self.load_format, OneOf{{"auto", "dummy"}},
+          "auto reads the folder's weights; dummy makes random ones, for benchmarks");
   }
 };
 

@@ -77,7 +77,11 @@ kernels::StepProfile Replica::take_profile() {
 }
 
 void Replica::load_checkpoint() {
-  weights_->load(*open_checkpoint(config_.model.path));
+  if (config_.model.load_format == "dummy") {
+    weights_->load_dummy();
+  } else {
+    weights_->load(*open_checkpoint(config_.model.path));
+  }
 }
 
 }  // namespace rollpack::rollout

@@ -9,6 +9,7 @@
 
 #include "kernels/base/checksum.h"
 #include "kernels/base/error.h"
+#include "rollout/model/dummy_weights.h"
 #include "rollout/model/finite_source.h"
 
 namespace rollpack::rollout {
@@ -239,6 +240,16 @@ void ModelWeights::load(const Checkpoint& checkpoint) {
     check_tensor(tensor.name, tensor.shape);
     const auto [rows, cols] = matrix_shape(tensor.shape);
     stage(tensor.name, FileSource(checkpoint, i, rows, cols));
+  }
+  finish_staging();
+}
+
+void ModelWeights::load_dummy() {
+  begin_staging();
+  head_may_come_ = false;
+  for (const auto& [name, place] : places_) {
+    const auto [rows, cols] = matrix_shape(place.shape);
+    stage(name, DummySource(name, rows, cols));
   }
   finish_staging();
 }

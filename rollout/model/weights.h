@@ -49,6 +49,9 @@ class ModelWeights {
   // Stages all tensors of a folder and checks that nothing is missing.
   void load(const Checkpoint& checkpoint);
 
+  // Stages made tensors (dummy_weights.h) instead.
+  void load_dummy();
+
   kernels::WeightId embedding = kernels::kNoWeight;   // [V, D]
   kernels::WeightId lm_head = kernels::kNoWeight;     // [V, D]; the embedding where tied
   kernels::WeightId final_norm = kernels::kNoWeight;  // [D]
