@@ -31,6 +31,7 @@ class Fiber {
   static void run();  // the first frame of every fiber's stack
 
   std::byte* stack_ = nullptr;  // lowest page: no access
+  std::byte* top_ = nullptr;    // where frames begin
   void* stack_pointer_ = nullptr;
   void* resumer_ = nullptr;  // stack pointer of who called resume()
   void (*body_)(void*) = nullptr;
