@@ -6,8 +6,10 @@
 
 #include "kernels/base/error.h"
 #include "kernels/cuda/attention.h"
+#ifdef ROLLPACK_EMULATES_CUDA
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/emulation/emulated_device.h"
+#endif
 
 namespace rollpack::kernels::testing {
 namespace {
@@ -26,14 +28,20 @@ class OpsProgram final : public StepProgram {
 std::vector<std::string> tested_backends() {
   std::vector<std::string> names = backend_names();
   if (choose_backend("auto").name != "cuda") std::erase(names, "cuda");  // built, but no device
+#ifdef ROLLPACK_EMULATES_CUDA
   names.emplace_back(kEmulatedCuda);
+#endif
   return names;
 }
 
 std::unique_ptr<Backend> make_tested_backend(std::string_view name, const ModelShape& shape,
                                              const BackendOptions& options) {
-  if (name != kEmulatedCuda) return make_backend(name, shape, options);
-  return make_cuda_backend(cuda::make_emulated_device(), shape, options);
+#ifdef ROLLPACK_EMULATES_CUDA
+  if (name == kEmulatedCuda) {
+    return make_cuda_backend(cuda::make_emulated_device(), shape, options);
+  }
+#endif
+  return make_backend(name, shape, options);
 }
 
 int64_t max_head_width(std::string_view name) {
