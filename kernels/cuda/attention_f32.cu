@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "kernels/cuda/attention_rows.h"
+#include "kernels/cuda/reduce.h"
 
 namespace rollpack::kernels::cuda::inline ROLLPACK_SIMT {
 namespace {
@@ -17,16 +18,6 @@ struct Shared {
   float warp_max[kWarps];
   float warp_sum[kWarps];
 };
-
-__device__ __forceinline__ float warp_max(float x) {
-  for (int lanes = 16; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lanes));
-  return x;
-}
-
-__device__ __forceinline__ float warp_sum(float x) {
-  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
-  return x;
-}
 
 // Keys or values of one token.
 __device__ __forceinline__ const float* token_row(const AttentionInputs& in,

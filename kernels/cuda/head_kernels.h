@@ -1,9 +1,9 @@
-// What the files of the head's kernels call of each other, and the reductions they share. Included
-// by .cu files.
+// What the files of the head's kernels call of each other. Included by .cu files.
 #pragma once
 
 #include "kernels/cuda/head_memory.h"
 #include "kernels/cuda/numbers.h"
+#include "kernels/cuda/reduce.h"
 #include "kernels/cuda/simt.h"
 
 namespace rollpack::kernels::cuda::inline ROLLPACK_SIMT {
@@ -17,19 +17,6 @@ struct HeadWork {
 
   ROLLPACK_HOST_DEVICE int64_t V() const { return in.weight.N; }
 };
-
-// Lanes by halves: a fixed tree.
-__device__ __forceinline__ float warp_max(float x) {
-  ROLLPACK_UNROLL_WHOLLY
-  for (int lanes = 16; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lanes));
-  return x;
-}
-template <class Value>
-__device__ __forceinline__ Value warp_sum(Value x) {
-  ROLLPACK_UNROLL_WHOLLY
-  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
-  return x;
-}
 
 // Statistics of all panels of the group's rows, in every distribution that a query asks for; logits
 // of scored tokens and of rows that keep them.

@@ -2,15 +2,27 @@
 // the numbers and the place of each. Included by .cu files only.
 #pragma once
 
+#include <cmath>
+
 #include "kernels/cuda/simt.h"
 
 namespace rollpack::kernels::cuda::inline ROLLPACK_SIMT {
 
 // Sum over the lanes, in every lane: at each of five levels the sums of two halves are added.
 // x + y is y + x, so all lanes have the same bits.
-__device__ __forceinline__ float warp_sum(float value) {
+template <class Value>
+__device__ __forceinline__ Value warp_sum(Value value) {
   ROLLPACK_UNROLL_WHOLLY
   for (int half = 16; half > 0; half /= 2) value += __shfl_xor_sync(kAllLanes, value, half);
+  return value;
+}
+
+// The largest of the lanes' numbers, in every lane.
+__device__ __forceinline__ float warp_max(float value) {
+  ROLLPACK_UNROLL_WHOLLY
+  for (int half = 16; half > 0; half /= 2) {
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, half));
+  }
   return value;
 }
 

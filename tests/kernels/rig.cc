@@ -1,6 +1,7 @@
 #include "tests/kernels/rig.h"
 
 #include <bit>
+#include <cstdlib>
 #include <numeric>
 #include <utility>
 
@@ -46,6 +47,18 @@ std::unique_ptr<Backend> make_tested_backend(std::string_view name, const ModelS
 
 int64_t max_head_width(std::string_view name) {
   return name == kEmulatedCuda || name == "cuda" ? cuda::kMaxHeadWidth : 258;
+}
+
+bool takes_all_cases(std::string_view backend) {
+  if (backend != kEmulatedCuda) return true;
+  const char* const full = std::getenv("ROLLPACK_FULL");
+  return full != nullptr && std::string_view(full) == "1";
+}
+
+std::vector<int32_t> numbers_of(std::string_view backend, int32_t first, int32_t last, size_t few) {
+  std::vector<int32_t> all(static_cast<size_t>(last - first + 1));
+  std::iota(all.begin(), all.end(), first);
+  return cases_of(backend, std::move(all), few);
 }
 
 uint64_t Numbers::next() {

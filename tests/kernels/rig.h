@@ -137,6 +137,20 @@ inline auto all_backends() {
   return ::testing::ValuesIn(tested_backends());
 }
 
+// Emulated kernels take a thousand times longer than compiled ones: their tests take few of many
+// cases, all of them with ROLLPACK_FULL=1.
+bool takes_all_cases(std::string_view backend);
+// All cases, or `few` of them at even distances, the last among them.
+template <class Case>
+std::vector<Case> cases_of(std::string_view backend, std::vector<Case> all, size_t few) {
+  if (takes_all_cases(backend) || few >= all.size()) return all;
+  std::vector<Case> taken;
+  for (size_t i = 1; i <= few; ++i) taken.push_back(all[all.size() * i / few - 1]);
+  return taken;
+}
+// The same of the numbers from `first` to `last`.
+std::vector<int32_t> numbers_of(std::string_view backend, int32_t first, int32_t last, size_t few);
+
 class BackendTest : public ::testing::TestWithParam<std::string> {};
 
 }  // namespace rollpack::kernels::testing

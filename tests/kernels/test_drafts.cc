@@ -86,7 +86,7 @@ void expect_same_with_drafts(const std::string& backend, DType dtype, const Slot
                              const Ids& prompt, const Results& want, const std::string& what) {
   TinyModel model(backend, dtype);
   int32_t num_rejected = 0;
-  for (const int32_t num_right : {0, 4, 7, 8}) {
+  for (const int32_t num_right : cases_of<int32_t>(backend, {0, 7, 8, 4}, 1)) {
     const Guess guess = guess_of(want, num_right, static_cast<uint64_t>(num_right), model.V());
     expect_same_results(decode(model, prompt, init, guess, &num_rejected), want,
                         what + ", " + std::to_string(num_right) + " of 8 right");
@@ -95,7 +95,7 @@ void expect_same_with_drafts(const std::string& backend, DType dtype, const Slot
 }
 
 TEST_P(Drafts, GuessesRightOrWrongChangeNoBit) {
-  for (const DType dtype : kDTypes) {
+  for (const DType dtype : cases_of<DType>(GetParam(), {DType::kF32, DType::kBF16}, 1)) {
     TinyModel model(GetParam(), dtype);
     const Ids prompt = Numbers(6).ids(11, model.V());
     const std::vector<SamplingParams> all = {{.temperature = 0},
@@ -119,7 +119,7 @@ TEST_P(Drafts, AStopInsideADraftEndsTheSampleThere) {
     const Ids prompt = Numbers(8).ids(9, model.V());
     SlotInit init = init_of(prompt, {.temperature = temperature});
     const Results endless = decode(model, prompt, init, no_guess);
-    for (const size_t stop_at : {6, 7, 8, 9}) {
+    for (const size_t stop_at : cases_of<size_t>(GetParam(), {6, 7, 8, 9}, 1)) {
       init.stop_token_ids = {endless[stop_at].token};
       const Results want = decode(model, prompt, init, no_guess);
       ASSERT_LE(want.size(), stop_at + 1);
@@ -141,7 +141,7 @@ TEST_P(Drafts, MinTokensEndsInsideADraft) {
     for (const HeadResult& token : endless) init.stop_token_ids.push_back(token.token);
     std::ranges::sort(init.stop_token_ids);
     bool was_cut = false;
-    for (int32_t min_tokens = 5; min_tokens < 9; ++min_tokens) {
+    for (const int32_t min_tokens : numbers_of(GetParam(), 5, 8, 1)) {
       init.min_position = init.next_position + min_tokens;
       const Results want = decode(model, prompt, init, no_guess);
       ASSERT_GE(want.size(), static_cast<size_t>(min_tokens));
@@ -157,7 +157,7 @@ TEST_P(Drafts, TheLastTokenInsideADraftEndsTheSampleByLength) {
   TinyModel model(GetParam(), DType::kBF16);
   const Ids prompt = Numbers(10).ids(14, model.V());
   const Results whole = decode(model, prompt, init_of(prompt, {}), no_guess);
-  for (const int32_t limit : {2, 3, 4, 7}) {
+  for (const int32_t limit : cases_of<int32_t>(GetParam(), {2, 3, 4, 7}, 2)) {
     SlotInit init = init_of(prompt, {});
     init.end_position = init.next_position + limit;
     const Results want = decode(model, prompt, init, no_guess);

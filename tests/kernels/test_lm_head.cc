@@ -135,8 +135,8 @@ void expect_head_conforms(const std::string& backend, const HeadCase& c) {
 
 TEST_P(LmHead, ScoresOfRandomRowsConformToTheReference) {
   for (const DType dtype : {DType::kBF16, DType::kF32}) {
-    for (const int64_t V : {1000, 1024, 1025, 2500}) {
-      for (const int64_t D : {1, 17, 32, 65}) {
+    for (const int64_t V : cases_of<int64_t>(GetParam(), {1000, 1024, 1025, 2500}, 2)) {
+      for (const int64_t D : cases_of<int64_t>(GetParam(), {1, 32, 17, 65}, 2)) {
         expect_head_conforms(GetParam(), {.dtype = dtype, .V = V, .D = D});
       }
     }
@@ -146,18 +146,22 @@ TEST_P(LmHead, ScoresOfRandomRowsConformToTheReference) {
 // Around lanes, panels of 64 columns and blocks of 1,024; pairs and steps of D; tiles of rows.
 TEST_P(LmHead, EveryEdgeOfVocabularyWidthAndRowsConformsToTheReference) {
   for (const DType dtype : {DType::kBF16, DType::kF32}) {
-    for (const int64_t V :
-         {1,  2,  15, 16,  17,  31,  32,  33,  47,   48,   49,   63,   64,   65,
-          79, 80, 81, 127, 128, 129, 191, 193, 1087, 1088, 1089, 2047, 2048, 2049}) {
+    const std::vector<int64_t> vocabularies = {
+        1,  2,  15, 16,  17,  31,  32,  33,  47,   48,   49,   63,   64,   65,
+        79, 80, 81, 127, 128, 129, 191, 193, 1087, 1088, 1089, 2047, 2048, 2049};
+    for (const int64_t V : cases_of(GetParam(), vocabularies, 7)) {
       expect_head_conforms(GetParam(), {.dtype = dtype, .V = V});
     }
-    for (const int64_t D : {2, 3, 15, 16, 31, 33, 63, 64, 127, 128, 129, 255, 256, 257}) {
+    const std::vector<int64_t> widths = {2,  3,   15,  16,  31,  33,  63,
+                                         64, 127, 128, 129, 255, 256, 257};
+    for (const int64_t D : cases_of(GetParam(), widths, 5)) {
       expect_head_conforms(GetParam(), {.dtype = dtype, .D = D});
     }
-    for (int64_t rows = 1; rows <= 34; ++rows) {
+    for (const int32_t rows : numbers_of(GetParam(), 1, 34, 5)) {
       expect_head_conforms(GetParam(), {.dtype = dtype, .rows = rows});
     }
-    for (const int64_t rows : {47, 48, 49, 63, 64, 65, 127, 128, 129, 256, 513}) {
+    const std::vector<int64_t> many = {47, 48, 49, 63, 64, 65, 127, 128, 129, 256, 513};
+    for (const int64_t rows : cases_of(GetParam(), many, 3)) {
       expect_head_conforms(GetParam(), {.dtype = dtype, .V = 70, .rows = rows});
     }
   }
@@ -313,7 +317,7 @@ TEST_P(LmHead, RowsDoNotInfluenceEachOther) {
     };
     std::vector<HeadResult> alone;
     for (int32_t row = 0; row < kRows; ++row) alone.push_back(run({row}, 2).samples[0]);
-    for (const int32_t threads : {1, 2, 3}) {
+    for (const int32_t threads : numbers_of(GetParam(), 1, 3, 1)) {
       const auto order = Numbers(static_cast<uint64_t>(threads)).permutation(kRows);
       const StepResult batch = run(order, threads);
       for (size_t i = 0; i < order.size(); ++i) {

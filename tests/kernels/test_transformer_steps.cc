@@ -10,7 +10,7 @@ namespace {
 
 using TransformerSteps = BackendTest;
 
-constexpr DType kDTypes[] = {DType::kBF16, DType::kF32};
+const std::vector<DType> kDTypes = {DType::kF32, DType::kBF16};
 
 using Ids = std::vector<int32_t>;
 using Results = std::vector<HeadResult>;
@@ -42,11 +42,11 @@ Results in_two(TinyModel& model, const Ids& ids, int64_t cut, const Ids& pages) 
 }
 
 TEST_P(TransformerSteps, PrefillCutAnywhereGivesTheBitsOfOnePass) {
-  for (const DType dtype : kDTypes) {
+  for (const DType dtype : cases_of(GetParam(), kDTypes, 1)) {
     TinyModel model(GetParam(), dtype);
     const Ids ids = Numbers(1).ids(51, model.V());
     const Results want = one_pass(model, ids, page_range(0, 4));
-    for (int64_t cut = 1; cut < 50; ++cut) {
+    for (const int32_t cut : numbers_of(GetParam(), 1, 49, 5)) {
       expect_same_results(in_two(model, ids, cut, page_range(8, 4)), want,
                           "cut " + std::to_string(cut));
     }
@@ -54,11 +54,11 @@ TEST_P(TransformerSteps, PrefillCutAnywhereGivesTheBitsOfOnePass) {
 }
 
 TEST_P(TransformerSteps, PrefillCutAroundAttentionChunksGivesTheBitsOfOnePass) {
-  for (const DType dtype : kDTypes) {
+  for (const DType dtype : cases_of(GetParam(), kDTypes, 1)) {
     TinyModel model(GetParam(), dtype);
     const Ids ids = Numbers(2).ids(291, model.V());
     const Results want = one_pass(model, ids, page_range(0, 19));
-    for (const int64_t cut : {1, 31, 64, 255, 256, 257, 289}) {
+    for (const int64_t cut : cases_of<int64_t>(GetParam(), {1, 31, 64, 255, 289, 257, 256}, 1)) {
       expect_same_results(in_two(model, ids, cut, page_range(20, 19)), want,
                           "cut " + std::to_string(cut));
     }
@@ -66,7 +66,7 @@ TEST_P(TransformerSteps, PrefillCutAroundAttentionChunksGivesTheBitsOfOnePass) {
 }
 
 TEST_P(TransformerSteps, SharedPrefixPagesGiveTheBitsOfPrivateOnes) {
-  for (const DType dtype : kDTypes) {
+  for (const DType dtype : cases_of(GetParam(), kDTypes, 1)) {
     TinyModel model(GetParam(), dtype);
     for (const int32_t shared : {32, 37}) {  // whole pages; five tokens more on a copied one
       const Ids prefix = Numbers(3).ids(shared, model.V());
@@ -104,7 +104,7 @@ TEST_P(TransformerSteps, SequencesGiveTheSameBitsAloneInABatchAndPermuted) {
       texts.push_back(Numbers(static_cast<uint64_t>(length)).ids(length + 1, single.V()));
       alone.push_back(one_pass(single, texts.back(), page_range(0, pages_for(length))));
     }
-    for (const int32_t threads : {1, 2, 3}) {
+    for (const int32_t threads : numbers_of(GetParam(), 1, 3, 1)) {
       TinyModel model(GetParam(), dtype, {.num_threads = threads});
       const Ids order = Numbers(static_cast<uint64_t>(threads)).permutation(8);
       const Ids pages = Numbers(static_cast<uint64_t>(threads + 9)).permutation(96);
@@ -159,7 +159,7 @@ Results decode(TinyModel& model, const Ids& prompt, int32_t slot, float temperat
 TEST_P(TransformerSteps, DecodedTokensScoreWithTheBitsTheyWereSampledWith) {
   for (const DType dtype : kDTypes) {
     TinyModel model(GetParam(), dtype);
-    for (const float temperature : {1.0f, 0.7f, 0.0f}) {
+    for (const float temperature : cases_of<float>(GetParam(), {1.0f, 0.0f, 0.7f}, 1)) {
       Ids text = Numbers(6).ids(11, model.V());
       const Results sampled = decode(model, text, 0, temperature, 40, page_range(0, 4));
       for (const HeadResult& token : sampled) text.push_back(token.token);
@@ -176,7 +176,7 @@ TEST_P(TransformerSteps, DecodedTokensScoreWithTheBitsTheyWereSampledWith) {
 
 TEST_P(TransformerSteps, DecodingInABatchGivesTheBitsOfDecodingAlone) {
   constexpr int32_t kSequences = 5, kTokens = 20;
-  for (const DType dtype : kDTypes) {
+  for (const DType dtype : cases_of(GetParam(), kDTypes, 1)) {
     TinyModel model(GetParam(), dtype);
     std::vector<Ids> prompts;
     std::vector<Results> alone;
