@@ -16,9 +16,13 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
+#include "kernels/base/error.h"
+#include "kernels/communicator/communicator.h"
+#include "kernels/shards.h"
 #include "kernels/step_plan.h"
 #include "kernels/tensor.h"
 #include "kernels/weight_source.h"
@@ -41,6 +45,9 @@ struct BackendOptions {
   int32_t max_num_seqs = 256;             // sequence slots
   int32_t max_num_batched_tokens = 2048;  // token rows of one step
   bool shared_weights = false;  // stage weights in memory that other processes can map
+  // Of the ranks that hold one model together (kernels/shards.h), all of which are given the same
+  // plans; none: this backend holds a whole one.
+  std::shared_ptr<Communicator> communicator;
 };
 
 // The backend's own layout of KV pages; the engine only counts them.
@@ -90,19 +97,16 @@ struct WeightSpec {
   WeightKind kind = WeightKind::kLinear;
   std::vector<int64_t> part_rows;  // rows (kVector: elements) of each part, full and unsharded
   int64_t cols = 0;                // 1 for kVector
+  std::vector<ShardRange> shards;  // rows of each part that this rank holds; empty: all of them
 };
 
 using WeightId = int32_t;
 inline constexpr WeightId kNoWeight = -1;
 
-// Rows [begin, end) of a part that this rank holds; {0, part_rows} on a single rank.
-struct ShardRange {
-  int64_t begin = 0, end = 0;
-};
-
 // ---- ops ----------------------------------------------------------------------------------------
 
-// out[t] = row input_ids[t] of the embedding (the slot's token where it is pending).
+// out[t] = row input_ids[t] of the embedding (the slot's token where it is pending), from
+// whichever rank holds it.
 struct EmbedArgs {
   WeightId weight = kNoWeight;
   Tensor out;  // [T, D] f32, the residual stream
@@ -124,16 +128,18 @@ enum class Epilogue : uint8_t {
   kResidual,  // out += acc (+ bias)
 };
 
-// acc[t][n] = sum over k ascending of in[t][k] * weight[n][k], one f32 chain an element.
+// acc[t][n] = sum over k ascending of in[t][k] * weight[n][k], one f32 chain an element. N counts
+// the rows of the weight that this rank holds; out may be wider: gather_columns() fills the rest.
 struct LinearArgs {
   WeightId weight = kNoWeight;
   WeightId bias = kNoWeight;  // kVector [N]; added to the finished sum, before the epilogue
   Epilogue epilogue = Epilogue::kNone;
   Tensor in;   // [rows, K_in] compute dtype
   Tensor out;  // [rows, N] f32 for kNone and kResidual; [rows, N / 2] compute dtype for kGated
+  int64_t out_begin = 0;  // column of out that the first of the weight goes to
 };
 
-// Splits qkv into heads, normalises Q and K heads where asked (Qwen3), rotates Q and K by position,
+// H and G are this rank's. Splits qkv into heads, normalises Q and K heads where asked (Qwen3), rotates Q and K by position,
 // writes K and V into the step's pages and Q out. Rotation pairs are (i, i + K / 2).
 // Errors: a non-finite K or V row marks its sequence failed and writes zeros.
 // Source: Su et al., "RoFormer", arXiv:2104.09864, in the half-split form of Llama.
@@ -154,7 +160,14 @@ struct AttentionArgs {
   int32_t layer = 0;
   int32_t window = 0;  // key j is visible to row i iff i - j < window; 0: all keys
   Tensor q;            // [T, H K] compute dtype
-  Tensor out;          // [T, H K] compute dtype
+  Tensor out;          // [T, H K] compute dtype; on several ranks as wide as the heads of all
+  int64_t out_begin = 0;  // column of out that this rank's first head goes to
+};
+
+// Completes a tensor of which each rank of the replica has written its own columns.
+struct GatherColumnsOpArgs {
+  Tensor tensor;                    // [rows, cols]
+  std::span<const int64_t> starts;  // [ranks + 1] columns: of each rank, and the end
 };
 
 // Copies the distinct rows that the plan samples or scores, ascending, to the front of out.
@@ -206,7 +219,8 @@ class Backend {
   virtual WeightId declare_weight(const WeightSpec& spec) = 0;
   virtual void begin_staging() = 0;
   // Packs `source` ([part_rows, cols], any float dtype, the full part) into the staged set,
-  // rounding to the compute dtype; only rows `shard` of it are read and kept.
+  // rounding to the compute dtype; only rows `shard` of it are read and kept, which are those of
+  // the weight's spec where that names some.
   // Errors: those of the source; the part counts as not loaded then.
   virtual void load_weight(WeightId id, int32_t part, const WeightSource& source,
                            ShardRange shard) = 0;
@@ -251,6 +265,12 @@ class Backend {
   virtual void attention(const AttentionArgs& args) = 0;
   virtual void gather_head_rows(const GatherHeadRowsArgs& args) = 0;
   virtual void lm_head(const LmHeadArgs& args) = 0;
+  // Where the model is held by several ranks only.
+  virtual void gather_columns(const GatherColumnsOpArgs&) {
+    throw Error({.code = ErrorCode::kUnsupported,
+                 .field = "engine.tensor_model_parallel_size",
+                 .message = "this backend does not share a model with other ranks"});
+  }
 };
 
 }  // namespace rollpack::kernels

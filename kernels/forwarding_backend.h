@@ -61,6 +61,7 @@ class ForwardingBackend : public Backend {
   void attention(const AttentionArgs& args) override { inner_->attention(args); }
   void gather_head_rows(const GatherHeadRowsArgs& args) override { inner_->gather_head_rows(args); }
   void lm_head(const LmHeadArgs& args) override { inner_->lm_head(args); }
+  void gather_columns(const GatherColumnsOpArgs& args) override { inner_->gather_columns(args); }
 
  protected:
   Backend& inner() { return *inner_; }

@@ -46,9 +46,9 @@ int64_t Attention<Element>::workspace_bytes() const {
 
 template <class Element>
 void Attention<Element>::run(ThreadPool& pool, const StepContext& step, const AttentionArgs& args) {
-  const int64_t row_width = shape_.H * shape_.K;
+  const int64_t row_width = shape_.H * shape_.K, stride = args.out.cols();
   for (const int32_t row : step.pad_rows) {
-    std::fill_n(args.out.as<Element>() + row * row_width, row_width, Element{});
+    std::fill_n(args.out.as<Element>() + row * stride + args.out_begin, row_width, Element{});
   }
   PanelShares shares(static_cast<int64_t>(step.tiles.size()) * shape_.G, pool.num_threads());
   shares.run(pool, [&](int64_t item, int64_t next_item, int thread) {
@@ -336,7 +336,8 @@ void Attention<Element>::store(const Tile& tile, Workspace& work) const {
       const int32_t token_row =
           tile.step->live_rows[static_cast<size_t>(part.rows->begin + row / group_)];
       const int64_t head = tile.head * group_ + row % group_;
-      Element* out = tile.args->out.template as<Element>() + (token_row * shape_.H + head) * K;
+      Element* out = tile.args->out.template as<Element>() + token_row * tile.args->out.cols() +
+                     tile.args->out_begin + head * K;
       const int own_row = part.first_row + row;
       of_.divide(work.o.data() + own_row * pages_.value_columns(),
                  work.states[static_cast<size_t>(own_row)].sum, K, out);

@@ -6,7 +6,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <span>
 #include <utility>
+#include <vector>
 
 #include "kernels/base/error.h"
 #include "kernels/cpu/attention.h"
@@ -59,6 +61,23 @@ void check_shape(const ModelShape& shape, const BackendOptions& options) {
   }
 }
 
+// What this rank holds of a model: some of its heads; of the rest shapes say the whole.
+ModelShape held_shape(ModelShape shape, const BackendOptions& options) {
+  if (options.communicator == nullptr) return shape;
+  const ReplicaRank at = options.communicator->at();
+  if (at.size > shape.H) {
+    throw Error({.code = ErrorCode::kUnsupported,
+                 .field = "engine.tensor_model_parallel_size",
+                 .value = std::to_string(at.size),
+                 .allowed = fmt::format("at most {}, the model's query heads", shape.H),
+                 .message = "every rank of a replica computes some heads"});
+  }
+  const HeadShard heads = head_shard(shape.H, shape.G, at);
+  shape.H = heads.query.size();
+  shape.G = heads.kv.size();
+  return shape;
+}
+
 // The best path, or the one asked for, that keeps to the numerics contract on this machine.
 PathChoice choose_kernels(const CpuOptions& cpu_options) {
   std::vector<Isa> isas = supported_isas();
@@ -109,18 +128,21 @@ class CpuBackend final : public Backend {
  public:
   CpuBackend(const ModelShape& shape, const BackendOptions& options, const PathChoice& path,
              const CpuOptions& cpu_options)
-      : shape_(shape),
+      : shape_(held_shape(shape, options)),
         options_(options),
+        communicator_(options.communicator),
+        vocabulary_(communicator_ ? vocabulary_shard(shape.V, communicator_->at())
+                                  : ShardRange{0, shape.V}),
         cpu_options_(cpu_options),
         kernels_(*path.kernels),
         pool_(make_pool(options)),
         weights_(kernels_, shape.dtype, options.shared_weights),
-        pages_(shape, options.kv_cache_bytes),
-        step_(shape, options, pages_.num_pages()),
+        pages_(shape_, options.kv_cache_bytes),
+        step_(shape_, options, pages_.num_pages()),
         products_(kernels_, pool_.num_threads(), widens_products(kernels_, shape, cpu_options)),
-        attention_(kernels_, pair_kernels(kernels_, products_.widens()), shape, pages_,
+        attention_(kernels_, pair_kernels(kernels_, products_.widens()), shape_, pages_,
                    pool_.num_threads()),
-        head_(kernels_, products_, pool_.num_threads()),
+        head_(kernels_, products_, pool_.num_threads(), VocabExchange(communicator_, shape.V)),
         queue_([this](const StepPlan& plan, StepProgram& program) { return run(plan, program); }) {
     describe(path);
   }
@@ -212,7 +234,11 @@ class CpuBackend final : public Backend {
   void embed(const EmbedArgs& args) override {
     const PackedMatrix matrix = vocabulary(args.weight, "embed");
     expect_shape(args.out, step_.plan().num_rows(), matrix.K_in, "embed out");
-    embed_rows(pool_, step_, matrix, args.out);
+    embed_rows(pool_, step_, matrix, vocabulary_, args.out);
+    if (communicator_ == nullptr) return;
+    // One rank has each row, all others have zeros: the sum of their bits is the row.
+    const auto count = static_cast<size_t>(args.out.num_elements());
+    communicator_->all_reduce<Reduction::kSum>(std::span(args.out.as<uint32_t>(), count));
   }
   void rms_norm(const RmsNormArgs& args) override {
     expect_shape(args.out, args.in.rows(), args.in.cols(), "rms_norm out");
@@ -224,11 +250,13 @@ class CpuBackend final : public Backend {
   void rope_append(const RopeAppendArgs& args) override;
   void attention(const AttentionArgs& args) override {
     expect_shape(args.q, step_.plan().num_rows(), shape_.H * shape_.K, "attention q");
-    expect_shape(args.out, step_.plan().num_rows(), shape_.H * shape_.K, "attention out");
+    expect_columns(args.out, step_.plan().num_rows(), args.out_begin, shape_.H * shape_.K,
+                   "attention out");
     attention_.run(pool_, step_, args);
   }
   void gather_head_rows(const GatherHeadRowsArgs& args) override;
   void lm_head(const LmHeadArgs& args) override;
+  void gather_columns(const GatherColumnsOpArgs& args) override;
 
  private:
   void describe(const PathChoice& path);
@@ -238,14 +266,26 @@ class CpuBackend final : public Backend {
     return id == kNoWeight ? nullptr : weights_.vector(id, size, op);
   }
 
-  // A matrix with a row for every token: ids of a step are checked against V, not against it.
+  // Columns [begin, begin + cols) of a tensor: all of it where this rank is alone.
+  void expect_columns(const Tensor& tensor, int64_t rows, int64_t begin, int64_t cols,
+                      const char* what) const {
+    if (communicator_ == nullptr && begin == 0) return expect_shape(tensor, rows, cols, what);
+    if (tensor.rows() == rows && begin >= 0 && begin + cols <= tensor.cols()) return;
+    throw Error(
+        {.code = ErrorCode::kInvalidArgument,
+         .field = what,
+         .value = fmt::format("[{}, {}] from column {}", tensor.rows(), tensor.cols(), begin),
+         .allowed = fmt::format("[{}, {}] or wider", rows, cols)});
+  }
+
+  // A matrix with a row for every token held: ids of a step are checked against V, not against it.
   PackedMatrix vocabulary(WeightId id, const char* op) const {
     const PackedMatrix matrix = weights_.matrix(id, op);
-    if (matrix.is_gated || matrix.columns != shape_.V) {
+    if (matrix.is_gated || matrix.columns != vocabulary_.size()) {
       throw Error({.code = ErrorCode::kInvalidArgument,
                    .field = fmt::format("{} weight", op),
                    .value = fmt::format("{} rows", matrix.columns),
-                   .allowed = fmt::format("a plain matrix of {} rows", shape_.V)});
+                   .allowed = fmt::format("a plain matrix of {} rows", vocabulary_.size())});
     }
     return matrix;
   }
@@ -259,8 +299,10 @@ class CpuBackend final : public Backend {
     work(lock.owns_lock() ? &pool_ : nullptr);
   }
 
-  const ModelShape shape_;
+  const ModelShape shape_;  // H and G are this rank's
   const BackendOptions options_;
+  const std::shared_ptr<Communicator> communicator_;  // none: the model is this rank's alone
+  const ShardRange vocabulary_;                       // held here
   const CpuOptions cpu_options_;
   const KernelTable& kernels_;
   BackendInfo info_;
@@ -298,7 +340,9 @@ void CpuBackend<Element>::describe(const PathChoice& path) {
   const ModelShape& s = shape_;
   // Until weights are declared: a model with a tied head and no biases.
   const int64_t layer = (s.H + 2 * s.G) * s.K * s.D + s.H * s.K * s.D + 3 * s.D * s.F;
-  info_.memory.weight_bytes = (s.V * s.D + s.L * layer) * element + (2 * s.L + 1) * s.D * 4;
+  const int64_t num_ranks = communicator_ ? communicator_->size() : 1;
+  info_.memory.weight_bytes =
+      (s.V * s.D + s.L * layer) * element / num_ranks + (2 * s.L + 1) * s.D * 4;
   info_.memory.staging_bytes = info_.memory.weight_bytes;
   info_.memory.kv_bytes = pages_.page_bytes() * pages_.num_pages();
   // A row: residual, its norm, Q K V in f32, rotated Q and attention output, gated F; an input in
@@ -337,8 +381,13 @@ StepResult CpuBackend<Element>::run(const StepPlan& plan, StepProgram& program) 
   if (cpu_options_.before_rows) cpu_options_.before_rows(plan, pages_);
   try {
     program.run(*this, plan.num_rows(), static_cast<int64_t>(step_.head_rows.size()));
+    // Keys and values of a row fail where some rank's heads do.
+    if (communicator_ && !step_.row_failed.empty()) {
+      communicator_->all_reduce<Reduction::kMax>(std::span(step_.row_failed));
+    }
   } catch (...) {
     step_.end();
+    if (communicator_) communicator_->abandon();  // others wait for this rank's part
     throw;
   }
   step_.end();
@@ -356,13 +405,14 @@ void CpuBackend<Element>::linear(const LinearArgs& args) {
     fail_invariant("linear: a gated weight and the gated epilogue go together");
   }
   expect_shape(args.in, args.in.rows(), matrix.K_in, "linear in");
-  expect_shape(args.out, args.in.rows(), matrix.columns, "linear out");
+  expect_columns(args.out, args.in.rows(), args.out_begin, matrix.columns, "linear out");
   const int64_t bias_size = matrix.columns * (matrix.is_gated ? 2 : 1);
   gemm<Element>(kernels_, pool_, products_, whole_steps<Element>(args.in, padded_rows_),
                 {.weight = matrix,
                  .epilogue = args.epilogue,
                  .bias = optional_vector(args.bias, bias_size, "linear"),
-                 .out = args.out.data});
+                 .out = args.out.as<std::byte>() + args.out_begin * dtype_bytes(args.out.dtype),
+                 .out_stride = args.out.cols()});
 }
 
 template <class Element>
@@ -396,6 +446,25 @@ void CpuBackend<Element>::lm_head(const LmHeadArgs& args) {
   expect_shape(args.in, static_cast<int64_t>(step_.head_rows.size()), matrix.K_in, "lm_head in");
   head_.run(pool_, step_, matrix, whole_steps<Element>(args.in, padded_rows_));
   has_head_results_ = true;
+}
+
+template <class Element>
+void CpuBackend<Element>::gather_columns(const GatherColumnsOpArgs& args) {
+  if (communicator_ == nullptr) return Backend::gather_columns(args);
+  const int64_t element = dtype_bytes(args.tensor.dtype);
+  const int64_t stride = args.tensor.cols() * element;
+  std::vector<int64_t> starts;
+  for (const int64_t start : args.starts) starts.push_back(start * element);
+  const auto rank = static_cast<size_t>(communicator_->rank());
+  if (starts.size() <= rank || starts.back() != stride) {
+    fail_invariant("gather_columns: starts cover the tensor's columns");
+  }
+  communicator_->gather_columns({.in = args.tensor.as<std::byte>() + starts[rank],
+                                 .in_stride = stride,
+                                 .out = args.tensor.data,
+                                 .out_stride = stride,
+                                 .rows = args.tensor.rows(),
+                                 .starts = starts});
 }
 
 }  // namespace

@@ -38,8 +38,8 @@ template <class Element>
 TileOutput tile_output(const GemmArgs& args, int64_t row, int64_t panel) {
   const int64_t per_panel = args.weight.columns_per_panel();
   const int64_t column = panel * per_panel;
-  const int64_t offset = row * args.weight.columns + column;
-  TileOutput output{.stride = args.weight.columns,
+  const int64_t offset = row * args.out_stride + column;
+  TileOutput output{.stride = args.out_stride,
                     .columns = static_cast<int>(std::min(per_panel, args.weight.columns - column))};
   output.out = args.epilogue == Epilogue::kGated
                    ? static_cast<void*>(static_cast<Element*>(args.out) + offset)
@@ -110,7 +110,7 @@ InputRows<Element> whole_steps(const Tensor& in, std::vector<Element>& scratch) 
 template <class Element>
 void gemm(const KernelTable& kernels, ThreadPool& pool, PanelProducts<Element>& products,
           const InputRows<Element>& in, const GemmArgs& args) {
-  if (in.rows == 0) return;
+  if (in.rows == 0 || args.weight.columns == 0) return;
   products.begin(pool, in);
   const ElementKernels<Element>& of = kernels.of<Element>();
   const auto store = args.epilogue == Epilogue::kGated      ? of.store_gated

@@ -30,6 +30,7 @@ struct GemmArgs {
   Epilogue epilogue = Epilogue::kNone;
   const float* bias = nullptr;  // [N], or none
   void* out = nullptr;          // [rows, N] f32, gated: [rows, N] compute dtype
+  int64_t out_stride = 0;       // elements from row to row of out
 };
 
 template <class Element>

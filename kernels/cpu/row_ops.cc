@@ -122,9 +122,15 @@ class RopeRow {
 }  // namespace
 
 void embed_rows(ThreadPool& pool, const StepContext& step, const PackedMatrix& embedding,
-                const Tensor& out) {
+                ShardRange held, const Tensor& out) {
   for_rows(pool, out.rows(), [&](int64_t row) {
-    gather_column(embedding, step.token(row), out.as<float>() + row * out.cols());
+    const int32_t token = step.token(row);
+    float* const values = out.as<float>() + row * out.cols();
+    if (token >= held.begin && token < held.end) {
+      gather_column(embedding, token - held.begin, values);
+    } else {
+      std::fill_n(values, out.cols(), 0.0f);
+    }
   });
 }
 

@@ -13,9 +13,10 @@
 
 namespace rollpack::kernels::cpu {
 
-// out[t] = packed column token(t), as f32.
+// out[t] = packed column token(t), as f32; 0 where token(t) is not one of `held`, whose columns
+// `embedding` has.
 void embed_rows(ThreadPool& pool, const StepContext& step, const PackedMatrix& embedding,
-                const Tensor& out);
+                ShardRange held, const Tensor& out);
 
 template <class Element>
 void rms_norm_rows(const KernelTable& kernels, ThreadPool& pool, const float* weight, float epsilon,

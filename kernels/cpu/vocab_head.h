@@ -3,6 +3,9 @@
 // is computed a second time for its logit (one panel of 64 columns), so logits are never kept;
 // only those of rows with a sample that top-p, min-p or a large top-k truncates are, 32 rows at a
 // time.
+//
+// Where several ranks hold the vocabulary, each computes its own blocks, all exchange statistics,
+// and the one that holds a drawn token's panel says its logit; all end with the same results.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +20,7 @@
 #include "kernels/cpu/step_context.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/cpu/truncation.h"
+#include "kernels/cpu/vocab_exchange.h"
 #include "kernels/cpu/vocab_stats.h"
 
 namespace rollpack::kernels::cpu {
@@ -24,7 +28,8 @@ namespace rollpack::kernels::cpu {
 template <class Element>
 class VocabHead {
  public:
-  VocabHead(const KernelTable& kernels, PanelProducts<Element>& products, int num_threads);
+  VocabHead(const KernelTable& kernels, PanelProducts<Element>& products, int num_threads,
+            VocabExchange exchange);
 
   // Fills step.result and advances the slots. `in` has the step's head rows.
   void run(ThreadPool& pool, StepContext& step, const PackedMatrix& weight,
@@ -42,6 +47,8 @@ class VocabHead {
     int32_t num_candidates = 0;  // of a top-k and the ids that min_tokens takes out of it
     bool needs_logits = false;   // truncated by more than that
     bool wants_entropy = false;
+    bool is_void = false;  // some logit is not finite
+    std::span<const int32_t> banned;
     HeadResult* result = nullptr;
   };
   // Rows whose logits are computed together, and the queries they serve.
@@ -50,37 +57,49 @@ class VocabHead {
     std::vector<int32_t> queries;
     bool keeps_logits = false;
   };
-  using Token = typename VocabStats<Element>::Drawn;
   // One thread's memory.
   struct Workspace {
     std::vector<float> unit_factors, scaled_factors;  // [blocks]
     TruncatedSampler sampler;
     std::vector<float> panel_max;  // [panels]
-    Exclusion left;
+  };
+  // What a query reads of a row that is kept.
+  struct KeptRow {
+    const float* logits = nullptr;
+    std::span<const float> panel_max;
   };
 
   void collect_queries(StepContext& step);
   std::vector<Distribution> collect_distributions(int64_t num_head_rows, int64_t num_blocks);
   void make_groups(int64_t num_head_rows);
   void run_group(ThreadPool& pool, const StepContext& step, const Group& group);
-  void finish_query(const StepContext& step, const Query& query, const float* logits,
-                    Workspace& work) const;
-  Token sample(const StepContext& step, const Query& query, const RowStats& row,
-               const float* logits, Workspace& work) const;
-  TruncatedDraw draw_truncated(const Query& query, const SamplingParams& sampling,
-                               const RowStats& row, std::span<const int32_t> banned, double u,
-                               const float* logits, Workspace& work) const;
+  template <class Task>
+  void for_queries(ThreadPool& pool, const Group& group, const Task& task);
+  void exchange_group(ThreadPool& pool, const Group& group);
+  void prepare(size_t index);
+  Choice choose(const StepContext& step, size_t index, const KeptRow& kept, Workspace& work) const;
+  Choice sample(const StepContext& step, size_t index, const KeptRow& kept, Workspace& work) const;
+  TruncatedDraw draw_truncated(size_t index, const SamplingParams& sampling, const RowStats& row,
+                               double u, const KeptRow& kept, Workspace& work) const;
+  void conclude(size_t index, const Choice& choice, Workspace& work) const;
+  KeptRow kept_row(const Group& group, const Query& query, int64_t index, Workspace& work) const;
   void advance_slots(StepContext& step);
 
   const KernelTable& kernels_;
+  VocabExchange exchange_;
   VocabStats<Element> stats_;
   std::vector<Workspace> workspaces_;
 
   // Of the step at hand.
   int64_t V_ = 0;
   std::vector<Query> queries_;
+  std::vector<Exclusion> left_;        // of queries with banned ids
+  std::vector<CandidateList> listed_;  // of queries with candidates, where ranks exchange them
+  std::vector<Choice> choices_;        // likewise, of all queries of a group
   std::vector<Group> groups_;
   std::vector<float> logits_;  // [rows of a group that keeps them][panels x 64]
+  // The same of all ranks: [rows][panels of V x 64], [queries of the group][panels of V].
+  std::vector<float> all_logits_, all_panel_max_;
 };
 
 extern template class VocabHead<uint16_t>;

@@ -29,12 +29,16 @@ VocabStats<Element>::VocabStats(const KernelTable& kernels, PanelProducts<Elemen
 }
 
 template <class Element>
-void VocabStats<Element>::begin(const PackedMatrix& weight, const InputRows<Element>& in,
+void VocabStats<Element>::begin(const PackedMatrix& weight, const VocabularyPart& part,
+                                const InputRows<Element>& in,
                                 std::vector<Distribution> distributions, bool with_entropy) {
   weight_ = weight;
   in_ = in;
   with_entropy_ = with_entropy;
-  num_blocks_ = (weight.columns + kBlockColumns - 1) / kBlockColumns;
+  V_ = part.V;
+  num_blocks_ = (part.V + kBlockColumns - 1) / kBlockColumns;
+  first_block_ = part.first_block;
+  num_held_blocks_ = (weight.columns + kBlockColumns - 1) / kBlockColumns;
   distributions_ = std::move(distributions);
   first_distribution_.assign(static_cast<size_t>(in.rows) + 1, 0);
   candidate_counts_.clear();
@@ -42,7 +46,7 @@ void VocabStats<Element>::begin(const PackedMatrix& weight, const InputRows<Elem
   for (const Distribution& distribution : distributions_) {
     candidate_counts_.push_back(distribution.num_candidates);
     ++first_distribution_[static_cast<size_t>(distribution.head_row) + 1];
-    if (distribution.first_block >= 0) num_kept += num_blocks_;
+    if (distribution.first_block >= 0) num_kept += num_held_blocks_;
   }
   for (size_t row = 1; row < first_distribution_.size(); ++row) {
     first_distribution_[row] += first_distribution_[row - 1];
@@ -74,28 +78,48 @@ void VocabStats<Element>::gather(std::span<const int32_t> head_rows) {
 template <class Element>
 void VocabStats<Element>::compute(ThreadPool& pool, std::span<const int32_t> head_rows,
                                   float* logits) {
-  if (head_rows.empty()) return;
+  if (head_rows.empty() || num_held_blocks_ == 0) return;
   gather(head_rows);
   products_.begin(pool, group_);
   // A chunk's activations (512 KiB of bf16 at D = 1024) stay in L2 beside the panel at hand and the
   // next one, and a panel is read from memory once a chunk.
   const int64_t num_chunks = (group_.rows + products_.chunk_rows() - 1) / products_.chunk_rows();
-  PanelShares shares(num_chunks * num_blocks_, pool.num_threads());
+  PanelShares shares(num_chunks * num_held_blocks_, pool.num_threads());
   shares.run(pool, [&](int64_t item, int64_t next, int thread) {
-    const int64_t chunk = item / num_blocks_;
+    const int64_t chunk = item / num_held_blocks_;
     compute_block(head_rows, group_.rows * chunk / num_chunks,
-                  group_.rows * (chunk + 1) / num_chunks, item % num_blocks_, next >= 0, logits,
-                  workspaces_[static_cast<size_t>(thread)]);
+                  group_.rows * (chunk + 1) / num_chunks, item % num_held_blocks_, next >= 0,
+                  logits, workspaces_[static_cast<size_t>(thread)]);
   });
 }
 
 template <class Element>
-int VocabStats<Element>::panel_columns(int64_t panel) const {
-  return static_cast<int>(
-      std::clamp<int64_t>(weight_.columns - panel * kPanelColumns, 0, kPanelColumns));
+void VocabStats<Element>::share(Communicator& communicator, std::span<const int64_t> block_starts) {
+  communicator.all_reduce<Reduction::kMax>(std::span(row_not_finite_));
+  const auto share_columns = [&](auto& values) {
+    constexpr auto kBytes = static_cast<int64_t>(sizeof(values[0]));
+    std::vector<int64_t> starts;
+    for (const int64_t start : block_starts) starts.push_back(start * kBytes);
+    communicator.gather_columns({.in = values.data() + first_block_,
+                                 .in_stride = num_blocks_ * kBytes,
+                                 .out = values.data(),
+                                 .out_stride = num_blocks_ * kBytes,
+                                 .rows = static_cast<int64_t>(distributions_.size()),
+                                 .starts = starts});
+  };
+  share_columns(block_max_);
+  share_columns(block_sum_);
+  if (with_entropy_) share_columns(block_weighted_);
 }
 
-// Rows [first, last) of the call against the 16 panels of a block.
+template <class Element>
+int VocabStats<Element>::panel_columns(int64_t held_panel) const {
+  return static_cast<int>(
+      std::clamp<int64_t>(weight_.columns - held_panel * kPanelColumns, 0, kPanelColumns));
+}
+
+// Rows [first, last) of the call against the 16 panels of a block, which is counted among those
+// held here; so are its panels.
 template <class Element>
 void VocabStats<Element>::compute_block(std::span<const int32_t> head_rows, int64_t first,
                                         int64_t last, int64_t block, bool has_next, float* logits,
@@ -202,7 +226,7 @@ void VocabStats<Element>::reduce_tile(std::span<const int32_t> tile_rows, const 
     const LogitsRow& row = work.rows[static_cast<size_t>(at.row)];
     if (!candidates_.may_hold(at.index, row.block->max[lane])) continue;
     candidates_.add(work.thread, at.index, row.logits, columns, row.scale,
-                    static_cast<int32_t>(panel * kPanelColumns));
+                    static_cast<int32_t>((first_block_ * kBlockPanels + panel) * kPanelColumns));
   }
 }
 
@@ -210,12 +234,18 @@ template <class Element>
 void VocabStats<Element>::finish_block(int32_t distribution, int64_t block,
                                        const BlockPanels& panels) {
   const BlockStats stats = kernels_.merge_panels(panels, with_entropy_);
-  const auto index = static_cast<size_t>(distribution * num_blocks_ + block);
+  const auto index = static_cast<size_t>(distribution * num_blocks_ + first_block_ + block);
   block_max_[index] = stats.max;
   block_sum_[index] = stats.sum;
   block_weighted_[index] = stats.weighted;
   const int64_t kept = distributions_[static_cast<size_t>(distribution)].first_block;
   if (kept >= 0) panels_[static_cast<size_t>(kept + block)] = panels;
+}
+
+template <class Element>
+float VocabStats<Element>::max_of(int32_t distribution) const {
+  const float* const first = block_max_.data() + distribution * num_blocks_;
+  return *std::max_element(first, first + num_blocks_);
 }
 
 template <class Element>
@@ -239,13 +269,14 @@ const BlockPanels& VocabStats<Element>::kept_panels(int32_t distribution, int64_
     }
   }
   return panels_[static_cast<size_t>(distributions_[static_cast<size_t>(distribution)].first_block +
-                                     block)];
+                                     block - first_block_)];
 }
 
 template <class Element>
 void VocabStats<Element>::panel_logits(int32_t head_row, int64_t panel, float* logits) const {
-  of_.panel_product(in_.data + head_row * in_.stride, in_.stride, 1, weight_.panel<Element>(panel),
-                    weight_.steps(), logits, {});
+  of_.panel_product(in_.data + head_row * in_.stride, in_.stride, 1,
+                    weight_.panel<Element>(panel - first_block_ * kBlockPanels), weight_.steps(),
+                    logits, {});
 }
 
 // -infinity for tokens that are taken out.
@@ -277,29 +308,36 @@ void VocabStats<Element>::exclude(int32_t distribution, std::span<const int32_t>
   int64_t last_panel = -1;
   for (const int32_t id : ids) {
     const int64_t panel = id / kPanelColumns, block = panel / kBlockPanels;
-    if (panel == last_panel || id >= weight_.columns) continue;
+    if (panel == last_panel || id >= V_) continue;
     last_panel = panel;
     if (out.changed.empty() || out.changed.back().block != block) {
-      out.changed.push_back({.block = block, .panels = kept_panels(distribution, block, nullptr)});
+      out.changed.push_back({.block = block, .panels = {}});
+      if (holds(block)) out.changed.back().panels = kept_panels(distribution, block, nullptr);
     }
+    if (!holds(block)) continue;
     BlockPanels& panels = out.changed.back().panels;
     alignas(64) float logits[kPanelColumns];
     panel_logits_left(distribution, panel, &out, logits);
     const LogitsRow row = {.logits = logits,
                            .scale = distributions_[static_cast<size_t>(distribution)].scale,
                            .block = &panels};
-    const int columns = panel_columns(panel), lane = static_cast<int>(panel % kBlockPanels);
+    const int columns = panel_columns(panel - first_block_ * kBlockPanels);
+    const auto lane = static_cast<int>(panel % kBlockPanels);
     kernels_.panel_stats(&row, 1, columns, lane, false);
     if (panels.max[lane] == kNoMass) panels.sum[lane] = 0;  // infinity - infinity was NaN
   }
   for (const Exclusion::Changed& changed : out.changed) {
     const bool is_left =
         std::ranges::any_of(changed.panels.max, [](float m) { return m > kNoMass; });
-    const BlockStats stats =
-        is_left ? kernels_.merge_panels(changed.panels, false) : BlockStats{.max = kNoMass};
+    BlockStats stats = is_left ? BlockStats{} : BlockStats{.max = kNoMass};
+    if (is_left && holds(changed.block)) stats = kernels_.merge_panels(changed.panels, false);
     out.block_max[static_cast<size_t>(changed.block)] = stats.max;
     out.block_sum[static_cast<size_t>(changed.block)] = stats.sum;
   }
+}
+
+template <class Element>
+void VocabStats<Element>::finish_exclusion(Exclusion& out) const {
   out.row = {.max = *std::ranges::max_element(out.block_max)};
   if (out.row.max == kNoMass) return;
   out.factors.resize(out.block_max.size());
@@ -310,9 +348,9 @@ void VocabStats<Element>::exclude(int32_t distribution, std::span<const int32_t>
 template <class Element>
 void VocabStats<Element>::panel_maxima(int32_t distribution, const Exclusion* left,
                                        std::vector<float>& out) const {
-  out.resize(static_cast<size_t>(num_blocks_ * kBlockPanels));
-  for (int64_t block = 0; block < num_blocks_; ++block) {
-    std::copy_n(kept_panels(distribution, block, left).max, kBlockPanels,
+  out.resize(static_cast<size_t>(num_held_blocks_ * kBlockPanels));
+  for (int64_t block = 0; block < num_held_blocks_; ++block) {
+    std::copy_n(kept_panels(distribution, first_block_ + block, left).max, kBlockPanels,
                 out.begin() + block * kBlockPanels);
   }
   out.resize(static_cast<size_t>(weight_.num_panels()));
@@ -327,6 +365,7 @@ typename VocabStats<Element>::Drawn VocabStats<Element>::draw_from(int32_t distr
   const Pick block = pick_item(num_blocks_, 0, target, [&](int64_t i) {
     return masses.block_sum[i] * static_cast<double>(masses.factors[i]);
   });
+  if (!holds(block.item)) return {};
   const BlockPanels& panels = kept_panels(distribution, block.item, masses.left);
   float panel_factors[kBlockPanels];
   kernels_.shifted_exp(panels.max, kBlockPanels, 1.0f, masses.row.max, panel_factors);
@@ -337,7 +376,7 @@ typename VocabStats<Element>::Drawn VocabStats<Element>::draw_from(int32_t distr
   alignas(64) float logits[kPanelColumns];
   alignas(64) float mass[kPanelColumns];
   panel_logits_left(distribution, index, masses.left, logits);
-  const int columns = panel_columns(index);
+  const int columns = panel_columns(index - first_block_ * kBlockPanels);
   kernels_.shifted_exp(logits, columns, distributions_[static_cast<size_t>(distribution)].scale,
                        masses.row.max, mass);
   const Pick token = pick_item(columns, panel.before, target,
@@ -352,6 +391,7 @@ typename VocabStats<Element>::Drawn VocabStats<Element>::greedy_from(int32_t dis
   const float max = masses.row.max;
   const int64_t block =
       std::find(masses.block_max, masses.block_max + num_blocks_, max) - masses.block_max;
+  if (!holds(block)) return {};
   const BlockPanels& panels = kept_panels(distribution, block, masses.left);
   const int64_t panel = std::find(panels.max, panels.max + kBlockPanels, max) - panels.max;
   const int64_t index = block * kBlockPanels + panel;

@@ -1,12 +1,15 @@
 // Logits of head rows against the vocabulary, reduced as they are computed to the statistics of
 // their softmax: a block of 1024 columns at a time, by panels of 64. The logits themselves are not
-// kept, unless the caller asks for them.
+// kept, unless the caller asks for them. Where several ranks hold the vocabulary, each computes its
+// own blocks; share() then gives all of them the statistics of all blocks, while panels and logits
+// stay with their owner.
 #pragma once
 
 #include <cstdint>
 #include <span>
 #include <vector>
 
+#include "kernels/communicator/communicator.h"
 #include "kernels/cpu/candidates.h"
 #include "kernels/cpu/distribution.h"
 #include "kernels/cpu/gemm.h"
@@ -32,9 +35,15 @@ struct Exclusion {
   std::vector<double> block_sum;
   struct Changed {
     int64_t block = 0;
-    BlockPanels panels;
+    BlockPanels panels;  // where this rank holds the block
   };
   std::vector<Changed> changed;  // blocks that lost a token
+};
+
+// Which part of the vocabulary's V tokens a packed matrix has: whole blocks, from first_block on.
+struct VocabularyPart {
+  int64_t V = 0;
+  int64_t first_block = 0;
 };
 
 template <class Element>
@@ -44,15 +53,20 @@ class VocabStats {
 
   // Starts a step. `distributions` ascend by head row, each row's first has scale 1; every row of
   // `in` has one. with_entropy: the weighted sums as well.
-  void begin(const PackedMatrix& weight, const InputRows<Element>& in,
+  void begin(const PackedMatrix& weight, const VocabularyPart& part, const InputRows<Element>& in,
              std::vector<Distribution> distributions, bool with_entropy);
   // Computes the statistics of these rows, ascending. logits: [head_rows.size()][logits_stride()]
   // f32, unscaled, columns past V of no meaning; or null.
   void compute(ThreadPool& pool, std::span<const int32_t> head_rows, float* logits);
+  // Exchanges what compute() found. Without it the calls below know the blocks held here alone.
+  //   block_starts  [ranks + 1] the blocks that each rank holds
+  void share(Communicator& communicator, std::span<const int64_t> block_starts);
 
-  // V, rounded up to whole panels.
+  // The tokens held here, rounded up to whole panels.
   int64_t logits_stride() const { return weight_.num_panels() * kPanelColumns; }
+  // Of the whole vocabulary.
   int64_t num_blocks() const { return num_blocks_; }
+  bool holds_token(int32_t token) const { return holds(token / kBlockColumns); }
   // Index of the row's distribution of scale 1; those of the next row begin where its own end.
   int32_t first_distribution(int32_t head_row) const {
     return first_distribution_[static_cast<size_t>(head_row)];
@@ -60,11 +74,14 @@ class VocabStats {
   bool is_finite(int32_t head_row) const {
     return row_not_finite_[static_cast<size_t>(head_row)] == 0;
   }
+  // The row's largest x.
+  float max_of(int32_t distribution) const;
   // Sums of the whole row. factors: [num_blocks()], exp(block max - row max) of each block.
   RowStats merge(int32_t distribution, std::span<float> factors) const;
-  // Inverse CDF at u, with what merge() gave: the token, and its logit before scaling.
+  // Inverse CDF at u, with what merge() gave: the token, and its logit before scaling; token -1
+  // where another rank holds it.
   struct Drawn {
-    int32_t token = 0;
+    int32_t token = -1;
     float logit = 0;
   };
   Drawn draw(int32_t distribution, const RowStats& row, std::span<const float> factors,
@@ -72,12 +89,14 @@ class VocabStats {
   // The lowest id of the row's largest logit.
   Drawn greedy(int32_t distribution, const RowStats& row) const;
   // Takes tokens out of a row: their panels are computed once more without them, so they have no
-  // mass at all. ids ascend; those past V mean nothing.
+  // mass at all. ids ascend; those past V mean nothing. The statistics of changed blocks that
+  // another rank holds are 0 until the caller has them; then finish_exclusion() sums up.
   void exclude(int32_t distribution, std::span<const int32_t> ids, Exclusion& out) const;
+  void finish_exclusion(Exclusion& out) const;
   // The same draws from what an exclusion left, which is not nothing.
   Drawn draw(int32_t distribution, const Exclusion& left, double u) const;
   Drawn greedy(int32_t distribution, const Exclusion& left) const;
-  // The largest value of each panel, of all tokens or of those that are left.
+  // The largest value of each panel held here, of all tokens or of those that are left.
   void panel_maxima(int32_t distribution, const Exclusion* left, std::vector<float>& out) const;
   // The row's collected candidates, in no particular order: the num_candidates largest by
   // (x descending, id ascending), and some more.
@@ -85,7 +104,7 @@ class VocabStats {
                           std::vector<int32_t>& ids) const {
     candidates_.collect(distribution, x, ids);
   }
-  // One logit, computed once more.
+  // One logit, of a token held here, computed once more.
   float logit(int32_t head_row, int32_t token) const;
 
  private:
@@ -125,8 +144,12 @@ class VocabStats {
   void reduce_tile(std::span<const int32_t> tile_rows, const float* tile, int64_t panel,
                    const TileRows& listed, Workspace& work);
   void finish_block(int32_t distribution, int64_t block, const BlockPanels& panels);
+  // Panels below are numbered over the whole vocabulary, where not said otherwise.
+  bool holds(int64_t block) const {
+    return block >= first_block_ && block < first_block_ + num_held_blocks_;
+  }
   void panel_logits(int32_t head_row, int64_t panel, float* logits) const;
-  int panel_columns(int64_t panel) const;
+  int panel_columns(int64_t held_panel) const;
   const BlockPanels& kept_panels(int32_t distribution, int64_t block, const Exclusion* left) const;
   void panel_logits_left(int32_t distribution, int64_t panel, const Exclusion* left,
                          float* logits) const;
@@ -143,11 +166,12 @@ class VocabStats {
   PackedMatrix weight_;
   InputRows<Element> in_;
   bool with_entropy_ = false;
-  int64_t num_blocks_ = 0;
+  int64_t V_ = 0, num_blocks_ = 0;
+  int64_t first_block_ = 0, num_held_blocks_ = 0;
   std::vector<Distribution> distributions_;
   std::vector<int32_t> first_distribution_;  // [head rows + 1]
   std::vector<int32_t> candidate_counts_;    // [distributions]
-  std::vector<BlockPanels> panels_;          // [drawn distributions][blocks]
+  std::vector<BlockPanels> panels_;          // [drawn distributions][blocks held]
   std::vector<float> block_max_;             // [distributions][blocks]
   std::vector<double> block_sum_, block_weighted_;
   std::vector<uint8_t> row_not_finite_;  // [head rows]

@@ -70,6 +70,11 @@ WeightId WeightStore::declare(const WeightSpec& spec) {
   const bool is_vector = spec.kind == WeightKind::kVector;
   bool is_valid = !spec.part_rows.empty() && spec.cols > 0 && (!is_vector || spec.cols == 1);
   for (const int64_t rows : spec.part_rows) is_valid = is_valid && rows > 0;
+  is_valid = is_valid && (spec.shards.empty() || spec.shards.size() == spec.part_rows.size());
+  for (size_t part = 0; is_valid && part < spec.shards.size(); ++part) {
+    const ShardRange& shard = spec.shards[part];
+    is_valid = shard.begin >= 0 && shard.begin <= shard.end && shard.end <= spec.part_rows[part];
+  }
   if (spec.kind == WeightKind::kGated) {
     is_valid = is_valid && spec.part_rows.size() == 2 && spec.part_rows[0] == spec.part_rows[1];
   }
@@ -77,11 +82,16 @@ WeightId WeightStore::declare(const WeightSpec& spec) {
     fail_argument(spec.name,
                   fmt::format("{} parts, {} rows, {} columns", spec.part_rows.size(),
                               total_rows(spec), spec.cols),
-                  "parts of positive size; two equal ones where gated; one column in a vector");
+                  "parts of positive size; two equal ones where gated; one column in a vector; a "
+                  "shard within each part or none");
   }
   Declared weight{.spec = spec, .offset = next_offset_};
   weight.local_rows.resize(spec.part_rows.size());
-  weight.bytes = is_vector ? total_rows(spec) * 4 : view(weight, nullptr).bytes();
+  for (size_t part = 0; part < spec.shards.size(); ++part) {
+    weight.local_rows[part] = spec.shards[part].size();
+  }
+  const auto num_parts = static_cast<int32_t>(spec.part_rows.size());
+  weight.bytes = is_vector ? first_row(weight, num_parts) * 4 : view(weight, nullptr).bytes();
   next_offset_ += (weight.bytes + kAlignment - 1) / kAlignment * kAlignment;
   weights_.push_back(std::move(weight));
   return static_cast<WeightId>(weights_.size()) - 1;
@@ -162,7 +172,14 @@ void WeightStore::check_load(const Declared& weight, int32_t part, const WeightS
     fail_argument(fmt::format("{} part {} dtype", spec.name, part),
                   std::string(dtype_name(source.dtype)), "float32, bfloat16 or float16");
   }
-  if (shard.begin < 0 || shard.begin >= shard.end || shard.end > rows) {
+  const bool is_declared = !spec.shards.empty();
+  if (is_declared && shard != spec.shards[static_cast<size_t>(part)]) {
+    const ShardRange& wanted = spec.shards[static_cast<size_t>(part)];
+    fail_argument(fmt::format("{} part {} shard", spec.name, part),
+                  fmt::format("[{}, {})", shard.begin, shard.end),
+                  fmt::format("[{}, {}), as declared", wanted.begin, wanted.end));
+  }
+  if (!is_declared && (shard.begin < 0 || shard.begin >= shard.end || shard.end > rows)) {
     fail_argument(fmt::format("{} part {} shard", spec.name, part),
                   fmt::format("[{}, {})", shard.begin, shard.end),
                   fmt::format("a range of rows in [0, {})", rows));

@@ -52,7 +52,7 @@ class WeightStore {
     WeightSpec spec;
     int64_t offset = 0;
     int64_t bytes = 0;
-    // Rows of each part that this process holds: fixed by the first load of the part.
+    // Rows of each part that this process holds: as declared, or fixed by the part's first load.
     std::vector<std::optional<int64_t>> local_rows;
   };
   struct Set {

@@ -74,7 +74,9 @@ StepProfile ProfiledBackend::take() {
 WeightId ProfiledBackend::declare_weight(const WeightSpec& spec) {
   const WeightId id = inner().declare_weight(spec);
   if (static_cast<size_t>(id) >= weights_.size()) weights_.resize(static_cast<size_t>(id) + 1);
-  const int64_t rows = std::accumulate(spec.part_rows.begin(), spec.part_rows.end(), int64_t{0});
+  int64_t rows = std::accumulate(spec.part_rows.begin(), spec.part_rows.end(), int64_t{0});
+  if (!spec.shards.empty()) rows = 0;
+  for (const ShardRange& shard : spec.shards) rows += shard.size();
   weights_[static_cast<size_t>(id)] = {.name = without_layer(spec.name),
                                        .num_elements = static_cast<double>(rows * spec.cols)};
   return id;
@@ -186,6 +188,12 @@ void ProfiledBackend::lm_head(const LmHeadArgs& args) {
          .flops = 2 * elements * static_cast<double>(args.in.rows()),
          .bytes = elements * element_bytes()},
         [&] { inner().lm_head(args); });
+}
+
+void ProfiledBackend::gather_columns(const GatherColumnsOpArgs& args) {
+  timed("gather_columns",
+        {.num_rows = args.tensor.rows(), .bytes = static_cast<double>(args.tensor.bytes())},
+        [&] { inner().gather_columns(args); });
 }
 
 }  // namespace rollpack::kernels

@@ -35,6 +35,7 @@ class ProfiledBackend final : public ForwardingBackend {
   void attention(const AttentionArgs& args) override;
   void gather_head_rows(const GatherHeadRowsArgs& args) override;
   void lm_head(const LmHeadArgs& args) override;
+  void gather_columns(const GatherColumnsOpArgs& args) override;
 
  private:
   class ProfiledProgram;

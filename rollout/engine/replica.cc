@@ -13,6 +13,13 @@ DType compute_dtype(const Config& config) {
   return config.model.dtype == "float32" ? DType::kF32 : DType::kBF16;
 }
 
+Speculation speculation_of(const EngineSection& engine) {
+  if (engine.speculation == "off") return Speculation::kOff;
+  return engine.speculation == "on" ? Speculation::kOn : Speculation::kAuto;
+}
+
+}  // namespace
+
 std::unique_ptr<kernels::Backend> configured_backend(const Config& config, const ModelConfig& model,
                                                      const ReplicaOptions& options) {
   const EngineSection& engine = config.engine;
@@ -24,23 +31,18 @@ std::unique_ptr<kernels::Backend> configured_backend(const Config& config, const
                                         .kv_cache_bytes = engine.kv_cache_memory,
                                         .max_num_seqs = engine.max_num_seqs,
                                         .max_num_batched_tokens = engine.max_num_batched_tokens,
-                                        .shared_weights = options.shared_weights});
+                                        .shared_weights = options.shared_weights,
+                                        .communicator = options.communicator});
   if (!options.profiles) return backend;
   return std::make_unique<kernels::ProfiledBackend>(std::move(backend), shape);
 }
 
-Speculation speculation_of(const EngineSection& engine) {
-  if (engine.speculation == "off") return Speculation::kOff;
-  return engine.speculation == "on" ? Speculation::kOn : Speculation::kAuto;
-}
-
-}  // namespace
-
 Replica::Replica(const Config& config, const ModelConfig& model, const ReplicaOptions& options)
-    : Replica(config, model, configured_backend(config, model, options)) {}
+    : Replica(config, model, configured_backend(config, model, options),
+              options.communicator ? options.communicator->at() : kernels::ReplicaRank{}) {}
 
 Replica::Replica(const Config& config, const ModelConfig& model,
-                 std::unique_ptr<kernels::Backend> backend)
+                 std::unique_ptr<kernels::Backend> backend, kernels::ReplicaRank at)
     : config_(config),
       model_(model),
       backend_(std::move(backend)),
@@ -59,12 +61,12 @@ Replica::Replica(const Config& config, const ModelConfig& model,
              .wants_entropy = std::ranges::find(columns, "entropy") != columns.end(),
              .speculation = speculation_of(engine),
              .num_speculative_tokens = engine.num_speculative_tokens};
-  weights_ = std::make_unique<ModelWeights>(model_, *backend_);
+  weights_ = std::make_unique<ModelWeights>(model_, *backend_, at);
   // No sequence is longer than the pages there are.
   const int64_t num_positions =
       std::min(model.max_position_embeddings, static_cast<int64_t>(kv.num_pages) * kv.page_tokens);
   transformer_ = std::make_shared<Transformer>(model_, *weights_, *backend_, compute_dtype(config),
-                                               engine.max_num_batched_tokens, num_positions);
+                                               engine.max_num_batched_tokens, num_positions, at);
   backend_->set_program(transformer_);
 }
 

@@ -22,15 +22,21 @@ struct ReplicaOptions {
   kernels::CpuSharing cpus;  // the processes that compute on the same CPUs
   bool shared_weights = false;
   bool profiles = false;  // times every op; see take_profile()
+  // Of the ranks that hold the model together; none: this one holds it alone.
+  std::shared_ptr<kernels::Communicator> communicator;
 };
+
+// The backend that engine.backend names, for this rank of a replica.
+std::unique_ptr<kernels::Backend> configured_backend(const Config& config, const ModelConfig& model,
+                                                     const ReplicaOptions& options);
 
 class Replica {
  public:
   // Allocates KV and activations; weights are staged by load_checkpoint() or adopted from a peer.
   Replica(const Config& config, const ModelConfig& model, const ReplicaOptions& options);
   // The same over a backend that the caller has made, whatever engine.backend says.
-  Replica(const Config& config, const ModelConfig& model,
-          std::unique_ptr<kernels::Backend> backend);
+  Replica(const Config& config, const ModelConfig& model, std::unique_ptr<kernels::Backend> backend,
+          kernels::ReplicaRank at = {});
 
   // Stages the tensors of model.path; the caller commits.
   void load_checkpoint();

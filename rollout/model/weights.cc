@@ -73,64 +73,84 @@ bool is_derived(const std::string& name) {
 
 }  // namespace
 
-ModelWeights::ModelWeights(const ModelConfig& config, kernels::Backend& backend)
+ModelWeights::ModelWeights(const ModelConfig& config, kernels::Backend& backend,
+                           kernels::ReplicaRank at)
     : backend_(backend), is_tied_(config.tie_word_embeddings) {
   const int64_t D = config.hidden_size, F = config.intermediate_size, V = config.vocab_size;
   const int64_t K = config.head_dim;
   const int64_t q_rows = config.num_attention_heads * K, kv_rows = config.num_key_value_heads * K;
-  embedding = declare("embed_tokens", WeightKind::kEmbedding, D, {{kEmbeddingName, V}});
-  lm_head = is_tied_ ? embedding : declare("lm_head", WeightKind::kLmHead, D, {{kHeadName, V}});
-  final_norm = declare("norm", WeightKind::kVector, 1, {{"model.norm.weight", D}});
+  const kernels::HeadShard heads =
+      kernels::head_shard(config.num_attention_heads, config.num_key_value_heads, at);
+  const kernels::ShardRange q{heads.query.begin * K, heads.query.end * K};
+  const kernels::ShardRange kv{heads.kv.begin * K, heads.kv.end * K};
+  const kernels::ShardRange d = kernels::column_shard(D, at), f = kernels::column_shard(F, at);
+  const kernels::ShardRange v = kernels::vocabulary_shard(V, at);
+  const auto whole = [](const std::string& tensor, int64_t rows) {
+    return std::vector<Part>{{tensor, rows, {0, rows}}};
+  };
+  embedding = declare("embed_tokens", WeightKind::kEmbedding, D, {{kEmbeddingName, V, v}});
+  lm_head = is_tied_ ? embedding : declare("lm_head", WeightKind::kLmHead, D, {{kHeadName, V, v}});
+  final_norm = declare("norm", WeightKind::kVector, 1, whole("model.norm.weight", D));
   for (int64_t l = 0; l < config.num_hidden_layers; ++l) {
-    const std::string at = fmt::format("model.layers.{}.", l);
+    const std::string at_layer = fmt::format("model.layers.{}.", l);
     const std::string label = fmt::format("layers.{}.", l);
-    const std::string attn = at + "self_attn.", mlp = at + "mlp.";
+    const std::string attn = at_layer + "self_attn.", mlp = at_layer + "mlp.";
     LayerWeights& w = layers.emplace_back();
     w.attention_norm = declare(label + "input_layernorm", WeightKind::kVector, 1,
-                               {{at + "input_layernorm.weight", D}});
+                               whole(at_layer + "input_layernorm.weight", D));
     w.qkv = declare(label + "qkv", WeightKind::kLinear, D,
-                    {{attn + "q_proj.weight", q_rows},
-                     {attn + "k_proj.weight", kv_rows},
-                     {attn + "v_proj.weight", kv_rows}});
+                    {{attn + "q_proj.weight", q_rows, q},
+                     {attn + "k_proj.weight", kv_rows, kv},
+                     {attn + "v_proj.weight", kv_rows, kv}});
     if (config.has_qkv_bias) {
       w.qkv_bias = declare(label + "qkv_bias", WeightKind::kVector, 1,
-                           {{attn + "q_proj.bias", q_rows},
-                            {attn + "k_proj.bias", kv_rows},
-                            {attn + "v_proj.bias", kv_rows}});
+                           {{attn + "q_proj.bias", q_rows, q},
+                            {attn + "k_proj.bias", kv_rows, kv},
+                            {attn + "v_proj.bias", kv_rows, kv}});
     }
     if (config.has_qk_norm) {
-      w.q_norm = declare(label + "q_norm", WeightKind::kVector, 1, {{attn + "q_norm.weight", K}});
-      w.k_norm = declare(label + "k_norm", WeightKind::kVector, 1, {{attn + "k_norm.weight", K}});
+      w.q_norm =
+          declare(label + "q_norm", WeightKind::kVector, 1, whole(attn + "q_norm.weight", K));
+      w.k_norm =
+          declare(label + "k_norm", WeightKind::kVector, 1, whole(attn + "k_norm.weight", K));
     }
-    w.o = declare(label + "o", WeightKind::kLinear, q_rows, {{attn + "o_proj.weight", D}});
+    w.o = declare(label + "o", WeightKind::kLinear, q_rows, {{attn + "o_proj.weight", D, d}});
     if (config.has_o_bias) {
-      w.o_bias = declare(label + "o_bias", WeightKind::kVector, 1, {{attn + "o_proj.bias", D}});
+      w.o_bias = declare(label + "o_bias", WeightKind::kVector, 1, {{attn + "o_proj.bias", D, d}});
     }
     w.mlp_norm = declare(label + "post_attention_layernorm", WeightKind::kVector, 1,
-                         {{at + "post_attention_layernorm.weight", D}});
+                         whole(at_layer + "post_attention_layernorm.weight", D));
     w.gate_up = declare(label + "gate_up", WeightKind::kGated, D,
-                        {{mlp + "gate_proj.weight", F}, {mlp + "up_proj.weight", F}});
-    w.down = declare(label + "down", WeightKind::kLinear, F, {{mlp + "down_proj.weight", D}});
+                        {{mlp + "gate_proj.weight", F, f}, {mlp + "up_proj.weight", F, f}});
+    w.down = declare(label + "down", WeightKind::kLinear, F, {{mlp + "down_proj.weight", D, d}});
     if (config.has_mlp_bias) {
       w.gate_up_bias = declare(label + "gate_up_bias", WeightKind::kVector, 1,
-                               {{mlp + "gate_proj.bias", F}, {mlp + "up_proj.bias", F}});
+                               {{mlp + "gate_proj.bias", F, f}, {mlp + "up_proj.bias", F, f}});
       w.down_bias =
-          declare(label + "down_bias", WeightKind::kVector, 1, {{mlp + "down_proj.bias", D}});
+          declare(label + "down_bias", WeightKind::kVector, 1, {{mlp + "down_proj.bias", D, d}});
     }
   }
 }
 
 WeightId ModelWeights::declare(const std::string& name, WeightKind kind, int64_t cols,
-                               const std::vector<std::pair<std::string, int64_t>>& parts) {
+                               const std::vector<Part>& parts) {
   kernels::WeightSpec spec{.name = name, .kind = kind, .cols = cols};
-  for (const auto& [tensor, rows] : parts) spec.part_rows.push_back(rows);
+  bool is_sharded = false;
+  for (const Part& part : parts) {
+    spec.part_rows.push_back(part.rows);
+    spec.shards.push_back(part.held);
+    is_sharded = is_sharded || part.held.size() != part.rows;
+  }
+  if (!is_sharded) spec.shards.clear();
   const WeightId id = backend_.declare_weight(spec);
-  for (int32_t part = 0; part < static_cast<int32_t>(parts.size()); ++part) {
-    const auto& [tensor, rows] = parts[part];
-    places_[tensor] = {.weight = id,
-                       .part = part,
-                       .shape = kind == WeightKind::kVector ? std::vector<int64_t>{rows}
-                                                            : std::vector<int64_t>{rows, cols}};
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const Part& part = parts[i];
+    places_[part.tensor] = {.weight = id,
+                            .part = static_cast<int32_t>(i),
+                            .shape = kind == WeightKind::kVector
+                                         ? std::vector<int64_t>{part.rows}
+                                         : std::vector<int64_t>{part.rows, cols},
+                            .held = part.held};
   }
   return id;
 }
@@ -186,8 +206,7 @@ void ModelWeights::stage(const std::string& name, const kernels::WeightSource& s
     tied_head_hash_ = fingerprint(source);
   } else {
     const Place& place = places_.at(name);
-    backend_.load_weight(place.weight, place.part, FiniteSource(name, source),
-                         {.begin = 0, .end = place.shape[0]});
+    backend_.load_weight(place.weight, place.part, FiniteSource(name, source), place.held);
     if (is_tied_ && name == kEmbeddingName && head_may_come_) {
       embedding_hash_ = fingerprint(source);
     }

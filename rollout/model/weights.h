@@ -1,6 +1,7 @@
 // Which tensors of a Hugging Face model make up which weight of the backend, and the checks of a
 // whole set of them: names, shapes, nothing missing, nothing extra, tied heads really tied. Files
-// and weight updates go through the same door, so that equal tensors give equal bits.
+// and weight updates go through the same door, so that equal tensors give equal bits. A rank of a
+// replica of several holds some rows of each matrix (kernels/shards.h), and reads only those.
 #pragma once
 
 #include <cstddef>
@@ -34,8 +35,8 @@ struct LayerWeights {
 
 class ModelWeights {
  public:
-  // Declares every weight of `config` at the backend.
-  ModelWeights(const ModelConfig& config, kernels::Backend& backend);
+  // Declares every weight of `config` at the backend, or what rank `at` of a replica holds of it.
+  ModelWeights(const ModelConfig& config, kernels::Backend& backend, kernels::ReplicaRank at = {});
 
   // One set of tensors at a time: begin, stage each, finish (nothing missing), then the backend's
   // commit or discard. Errors name the tensor, its shape and what is expected.
@@ -63,10 +64,17 @@ class ModelWeights {
     kernels::WeightId weight = kernels::kNoWeight;
     int32_t part = 0;
     std::vector<int64_t> shape;
+    kernels::ShardRange held;  // rows
+  };
+  // One tensor of a weight.
+  struct Part {
+    std::string tensor;
+    int64_t rows = 0;
+    kernels::ShardRange held;
   };
 
   kernels::WeightId declare(const std::string& name, kernels::WeightKind kind, int64_t cols,
-                            const std::vector<std::pair<std::string, int64_t>>& parts);
+                            const std::vector<Part>& parts);
   // Errors: a name that the model does not have; another shape.
   void check_tensor(const std::string& name, std::span<const int64_t> shape) const;
   // Stages a checked tensor.

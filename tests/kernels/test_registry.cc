@@ -7,7 +7,7 @@
 namespace rollpack::kernels::testing {
 namespace {
 
-constexpr BackendOptions kOptions{.kv_cache_bytes = 1 << 20};
+const BackendOptions kOptions{.kv_cache_bytes = 1 << 20};
 
 TEST(Registry, UnknownNameErrorNamesFieldValueAllowedAndNearest) {
   const auto make = [](const char* name) {

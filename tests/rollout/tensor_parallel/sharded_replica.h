@@ -1,0 +1,50 @@
+// A model held by several ranks that are backends of one process: the same plans go to all of them.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <memory>
+#include <vector>
+
+#include "kernels/communicator/shared_memory_communicator.h"
+#include "tests/rollout/tiny_model.h"
+
+namespace rollpack::rollout {
+
+class ShardedReplica {
+ public:
+  ShardedReplica(const Config& config, const ModelConfig& model, int32_t num_ranks) {
+    auto communicators =
+        kernels::make_thread_communicators(num_ranks, std::chrono::seconds(60), 4096);
+    for (auto& communicator : communicators) {
+      ReplicaOptions options;
+      if (num_ranks > 1) options.communicator = std::move(communicator);
+      ranks_.push_back(std::make_unique<Replica>(config, model, options));
+    }
+  }
+
+  Replica& rank(size_t index) { return *ranks_[index]; }
+  size_t num_ranks() const { return ranks_.size(); }
+
+  void load(const std::vector<NamedTensor>& tensors) {
+    for (auto& rank : ranks_) load_tensors(*rank, tensors);
+  }
+
+  // Results of all ranks, which compute beside each other.
+  std::vector<kernels::StepResult> run(const kernels::StepPlan& plan) {
+    std::vector<kernels::StepHandle> handles;
+    for (auto& rank : ranks_) handles.push_back(rank->backend().submit(plan));
+    std::vector<kernels::StepResult> results;
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::minutes(1);
+    for (size_t r = 0; r < ranks_.size(); ++r) {
+      results.push_back(ranks_[r]->backend().wait(handles[r], deadline));
+    }
+    return results;
+  }
+
+ private:
+  std::vector<std::unique_ptr<Replica>> ranks_;
+};
+
+}  // namespace rollpack::rollout
