@@ -52,8 +52,8 @@ struct AllReduceArgs {
 };
 
 // Memory is the device's, where the ranks compute on one; calls are enqueued there.
-// Errors of every call: deadline_exceeded or unavailable naming the ranks that are missing;
-// failed_precondition after an earlier error; internal where ranks make different calls.
+// Errors of every call: unavailable naming the ranks that did not come before its deadline, or have
+// ended; failed_precondition after an earlier error; internal where ranks make different calls.
 class Communicator {
  public:
   virtual ~Communicator() = default;

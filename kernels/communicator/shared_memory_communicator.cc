@@ -152,7 +152,8 @@ void SharedMemoryCommunicator::fail(const Call& call, bool is_late, int32_t lost
   give_up(missing.empty() ? rank() : missing.front());
   const auto waited =
       std::chrono::duration_cast<std::chrono::milliseconds>(Clock::now() - call.start);
-  throw Error({.code = is_late ? ErrorCode::kDeadlineExceeded : ErrorCode::kUnavailable,
+  // Never deadline_exceeded: to whoever waits for a step that means "not yet".
+  throw Error({.code = ErrorCode::kUnavailable,
                .field = call.name,
                .value = fmt::format("rank {} of {} ranks of this replica is missing",
                                     fmt::join(missing, ", "), size()),

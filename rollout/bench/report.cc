@@ -101,9 +101,10 @@ Json mode_report(const std::string& batching, const std::vector<Pass>& passes,
 }
 
 Json profile_report(const Pass& pass, const BenchSetting& setting) {
-  // All times are summed over ranks, each of which has its share of the machine.
+  // All times are summed over replicas, seen from one rank of each; a rank has its share of the
+  // machine.
   const double num_ranks = setting.job.num_ranks();
-  const double wall_s = pass.wall_s * num_ranks;
+  const double wall_s = pass.wall_s * setting.job.num_replicas();
   const kernels::StepProfile& profile = pass.measured.profile;
   double ops_s = 0;
   Json ops = Json::array();

@@ -22,6 +22,7 @@
 #include "rollout/node_bridge/node_bridge.h"
 #include "rollout/node_bridge/sample_way.h"
 #include "rollout/node_bridge/server_options.h"
+#include "rollout/tensor_parallel/follower.h"
 
 namespace rollpack::rollout {
 namespace {
@@ -50,9 +51,9 @@ std::chrono::milliseconds lease_of(const Config& config) {
   return std::chrono::milliseconds(std::llround(config.cluster.lease_s * 1000));
 }
 
-void connect_to_rank_0(const Config& config, const Launch& launch, const Meeting& meeting,
-                       std::optional<RankClient>& client) {
-  const Placement& placement = launch.placement();
+// `placement` is that of the replicas' leaders.
+void connect_to_rank_0(const Config& config, const Launch& launch, const Placement& placement,
+                       const Meeting& meeting, std::optional<RankClient>& client) {
   const auto deadline = Clock::now() + kConnectTimeout;
   if (const auto& order = launch.join_order()) {
     client.emplace(bridge::OwnedFd(order->socket));
@@ -102,6 +103,25 @@ void join_node_bridge(const Config& config, const ModelConfig& model, const Plac
   side.way.emplace(node, *side.bridge, tell);
 }
 
+// Where several ranks hold a model: the leader's, once all others have connected.
+std::optional<LeadingRank> lead(const Config& config, const Meeting& meeting, int replica) {
+  const int32_t size = config.engine.tensor_model_parallel_size;
+  if (size == 1) return std::nullopt;
+  const auto deadline = Clock::now() + kConnectTimeout;
+  return LeadingRank(accept_followers({meeting.job, replica}, size, deadline), lease_of(config),
+                     deadline);
+}
+
+std::unique_ptr<Replica> make_replica(std::optional<LeadingRank>& leading, const Config& config,
+                                      const ModelConfig& model, const ReplicaOptions& options) {
+  if (!leading) return std::make_unique<Replica>(config, model, options);
+  return leading->make_replica(config, model, options, Clock::now() + kStartTimeout);
+}
+
+void load_checkpoint(std::optional<LeadingRank>& leading, Replica& replica) {
+  leading ? leading->load_checkpoints(replica) : replica.load_checkpoint();
+}
+
 // Where memory runs out a worker can be replaced and rank 0 cannot.
 void be_the_first_to_go() {
   std::ofstream("/proc/self/oom_score_adj") << 500;
@@ -111,7 +131,8 @@ void be_the_first_to_go() {
 
 Job::Job(const Config& config, Launch& launch, const JobOptions& options)
     : config_(config),
-      placement_(launch.placement()),
+      placement_(
+          place_replicas(launch.placement(), config.engine.tensor_model_parallel_size).leaders),
       survives_deaths_(launch.survives_deaths()),
       num_threads_(threads_per_rank(config.engine, launch.placement())),
       launch_(launch) {
@@ -120,19 +141,20 @@ Job::Job(const Config& config, Launch& launch, const JobOptions& options)
   if (!backend.passed_over.empty()) {
     spdlog::info("engine.backend auto takes {}; {}", backend.name, backend.passed_over);
   }
-  const WeightSharing sharing =
+  WeightSharing sharing =
       backend.name == "cuda" && config.engine.share_weights == "auto"
           ? WeightSharing{false, "each rank's lie in the memory of its device"}
           : decide_weight_sharing(config.engine.share_weights, placement_.most_ranks_on_a_node(),
                                   weight_bytes(model, compute_dtype(config)));
-  shares_weights_ = sharing.is_shared && num_ranks() > 1;
+  if (config.engine.tensor_model_parallel_size > 1) sharing = {false, "each rank holds a part"};
+  shares_weights_ = sharing.is_shared && num_replicas() > 1;
   meet_ranks();
-  replica_ = std::make_unique<Replica>(config, model,
-                                       ReplicaOptions{.num_threads = num_threads_,
-                                                      .cpus = placement_.cpus,
-                                                      .shared_weights = shares_weights_,
-                                                      .profiles = options.profiles});
-  replica_->load_checkpoint();
+  replica_ = make_replica(leading_, config, model,
+                          {.num_threads = num_threads_,
+                           .cpus = placement_.cpus,
+                           .shared_weights = shares_weights_,
+                           .profiles = options.profiles});
+  load_checkpoint(leading_, *replica_);
   if (shares_weights_) {
     first_weights_ = bridge::OwnedFd::duplicate(replica_->backend().export_staged_weights());
   }
@@ -153,12 +175,12 @@ void Job::meet_ranks() {
   Meeting meeting{.shares_weights = shares_weights_,
                   .weights_place = fmt::format("{}, on {}", socket_path(config_), host_name())};
   std::optional<RankAcceptor> acceptor;
-  if (num_ranks() > 1) {
+  if (num_ranks() > 1) meeting.job = random_token();
+  if (num_replicas() > 1) {
     folder_.emplace();
     meeting.socket = folder_->path() + "/ranks.sock";
     meeting.token = random_token();
     meeting.answer = random_token();
-    meeting.job = random_token();
     bridge::OwnedFd tcp;
     if (placement_.has_other_nodes()) {
       TcpListener listener = listen_tcp({.interface = config_.cluster.interface,
@@ -169,17 +191,18 @@ void Job::meet_ranks() {
       spdlog::info("{} nodes; ranks of others connect to {} port {}", placement_.num_nodes(),
                    fmt::join(meeting.endpoint.addresses, ", "), meeting.endpoint.port);
     }
-    acceptor.emplace(meeting, std::move(tcp), num_ranks());
+    acceptor.emplace(meeting, std::move(tcp), num_replicas());
   }
   std::vector<AcceptedRank> ranks;
   line_ = launch_.meet(meeting.text(), [&](const std::string&) {
     if (acceptor)
       ranks = acceptor->accept(Clock::now() + kConnectTimeout,
                                [this] { return launch_.has_heard_of_failure(); });
+    leading_ = lead(config_, meeting, placement_.rank);
   });
   if (!acceptor) return;
   hub_ = std::make_unique<RankHub>(
-      std::move(ranks), RankHub::Options{.num_ranks = num_ranks(),
+      std::move(ranks), RankHub::Options{.num_ranks = num_replicas(),
                                          .num_ranks_on_node = placement_.num_ranks_on_node,
                                          .node_of_rank = placement_.node_of_rank,
                                          .may_miss = survives_deaths_,
@@ -200,7 +223,13 @@ void Job::start() {
       make_reference_replica(config_, replica_->model(), num_threads_));
   dispatcher.add_worker(worker_);
   worker_->start();
-  if (hub_ && survives_deaths_ && config_.cluster.replace_lost) {
+  const bool is_whole = config_.engine.tensor_model_parallel_size == 1;
+  if (hub_ && survives_deaths_ && config_.cluster.replace_lost && !is_whole) {
+    spdlog::info(
+        "a replica that loses a rank ends, and is not replaced: "
+        "engine.tensor_model_parallel_size is not 1");
+  }
+  if (hub_ && survives_deaths_ && config_.cluster.replace_lost && is_whole) {
     dispatcher.set_replace([this] { hub_->start_replacement(*dispatcher_, line_); });
   }
   if (hub_) hub_->serve(dispatcher);
@@ -231,12 +260,53 @@ void Job::stop(bool hand_back) {
   dispatcher_->stop(hand_back, Clock::now() + kStopTimeout);
 }
 
+namespace {
+
+// This rank's place, or none where rank 0 refuses to start, and says why.
+std::optional<ReplicaPlacement> own_place(const Config& config, const Launch& launch) {
+  try {
+    return place_replicas(launch.placement(), config.engine.tensor_model_parallel_size);
+  } catch (const Error&) {
+    return std::nullopt;
+  }
+}
+
+// A rank that holds a part of a model and does what its leader says, until that has gone.
+[[noreturn]] void run_follower_rank(const Config& config, Launch& launch,
+                                    const ReplicaPlacement& place, const JobOptions&) {
+  bridge::OwnedFd leader;
+  const std::string line = launch.meet("", [&](const std::string& text) {
+    leader = connect_to_leader({Meeting::parse(text).job, place.leaders.rank}, place.at,
+                               Clock::now() + kConnectTimeout);
+  });
+  if (line.empty()) launch.exit(1);  // rank 0 has said why
+  be_the_first_to_go();
+  try {
+    const auto communicator =
+        join_replica(leader.get(), place.at, lease_of(config), Clock::now() + kConnectTimeout);
+    follow(std::move(leader), config, read_model_config(config.model.path),
+           {.num_threads = threads_per_rank(config.engine, launch.placement()),
+            .cpus = launch.placement().cpus,
+            .communicator = communicator});
+    launch.exit(0);
+  } catch (const Error& error) {
+    spdlog::error("{}", error.what());
+    launch.exit(1);
+  }
+}
+
+}  // namespace
+
 void run_worker_rank(const Config& config, Launch& launch, const JobOptions& options) {
   std::optional<RankClient> connected;
+  std::optional<LeadingRank> leading;
   Meeting meeting;
+  const std::optional<ReplicaPlacement> place = own_place(config, launch);
+  if (place && !place->is_leader()) run_follower_rank(config, launch, *place, options);
   const std::string line = launch.meet("", [&](const std::string& text) {
     meeting = Meeting::parse(text);
-    connect_to_rank_0(config, launch, meeting, connected);
+    connect_to_rank_0(config, launch, place.value().leaders, meeting, connected);
+    leading = lead(config, meeting, place->leaders.rank);
   });
   if (line.empty()) launch.exit(1);  // rank 0 has said why
   RankClient& client = *connected;
@@ -253,16 +323,18 @@ void run_worker_rank(const Config& config, Launch& launch, const JobOptions& opt
   try {
     const int num_threads = threads_per_rank(config.engine, launch.placement());
     const ModelConfig model = read_model_config(config.model.path);
-    if (options.serves && has_node_bridges(config) && !launch.placement().is_on_first_node()) {
-      join_node_bridge(config, model, launch.placement(), meeting, client, tell_rank_0, side);
+    if (options.serves && has_node_bridges(config) && !place->leaders.is_on_first_node()) {
+      join_node_bridge(config, model, place->leaders, meeting, client, tell_rank_0, side);
     }
-    Replica replica(config, model,
-                    {.num_threads = num_threads,
-                     .cpus = launch.placement().cpus,
-                     .shared_weights = meeting.shares_weights,
-                     .profiles = options.profiles});
+    const std::unique_ptr<Replica> made =
+        make_replica(leading, config, model,
+                     {.num_threads = num_threads,
+                      .cpus = launch.placement().cpus,
+                      .shared_weights = meeting.shares_weights,
+                      .profiles = options.profiles});
+    Replica& replica = *made;
     if (!meeting.shares_weights) {
-      replica.load_checkpoint();
+      load_checkpoint(leading, replica);
       replica.backend().commit_weights();
     }
     const auto emit = [&](Event event) {

@@ -10,9 +10,11 @@
 #include "rollout/cluster/launch.h"
 #include "rollout/cluster/private_folder.h"
 #include "rollout/cluster/rank_link.h"
+#include "rollout/cluster/replica_placement.h"
 #include "rollout/cluster/worker.h"
 #include "rollout/engine/replica.h"
 #include "rollout/node_bridge/node_desk.h"
+#include "rollout/tensor_parallel/leader.h"
 
 namespace rollpack::rollout {
 
@@ -41,19 +43,21 @@ class Job {
   Dispatcher& dispatcher() { return *dispatcher_; }
   const Replica& replica() const { return *replica_; }
   const Config& config() const { return config_; }
-  int num_ranks() const { return placement_.num_ranks; }
+  int num_ranks() const { return num_replicas() * config_.engine.tensor_model_parallel_size; }
+  int num_replicas() const { return placement_.num_ranks; }
   int num_threads() const { return num_threads_; }  // of one rank
 
  private:
   void meet_ranks();
 
   const Config config_;
-  const Placement placement_;
+  const Placement placement_;  // of replicas' leaders, by replica
   const bool survives_deaths_;
   const int num_threads_;
   Launch& launch_;
   std::optional<PrivateFolder> folder_;  // holds the rank socket while ranks connect
   std::unique_ptr<RankHub> hub_;
+  std::optional<LeadingRank> leading_;  // where further ranks hold parts of the model
   std::unique_ptr<Replica> replica_;
   std::unique_ptr<Dispatcher> dispatcher_;
   std::unique_ptr<NodeDesk> desk_;

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <utility>
 
+#include <spdlog/spdlog.h>
+
 #include "kernels/base/error.h"
 #include "kernels/base/fault_point.h"
 
@@ -18,7 +20,8 @@ using namespace std::chrono_literals;
 // take 10 s; a step that takes 60 times as long is stuck.
 constexpr auto kStepTimeout = 10min;
 constexpr auto kStatsInterval = 1s;
-constexpr auto kProgressInterval = 1s;  // of a step under way
+constexpr auto kProgressInterval = 1s;         // of a step under way
+constexpr double kCommunicationSample_s = 10;  // of steps, before their exchanges are judged
 
 double peak_memory_bytes() {
   rusage usage{};
@@ -167,6 +170,19 @@ void Worker::tell_stats(bool now) {
   if (!now && time < stats_due_) return;
   stats_due_ = time + kStatsInterval;
   emit_(WorkerStats{stats()});
+  warn_of_communication();
+}
+
+// Once: where ranks that hold one model mostly wait for each other.
+void Worker::warn_of_communication() {
+  const double steps_s = engine_.state().counters.steps_s;
+  const double share = replica_.communication_s() / steps_s;
+  if (has_warned_of_communication_ || steps_s < kCommunicationSample_s || share < 0.5) return;
+  has_warned_of_communication_ = true;
+  spdlog::warn(
+      "{:.0f} % of the time of steps goes into exchanges between the ranks that hold one model; "
+      "a smaller engine.tensor_model_parallel_size would be faster",
+      share * 100);
 }
 
 std::vector<std::pair<std::string, double>> Worker::stats() const {
@@ -193,6 +209,7 @@ std::vector<std::pair<std::string, double>> Worker::stats() const {
       {"prefix_cache_hits", static_cast<double>(counters.prefix_cache_hits)},
       {"steps_s", counters.steps_s},
       {"scheduling_s", counters.scheduling_s},
+      {"communication_s", replica_.communication_s()},
       {"num_drafts", static_cast<double>(counters.num_drafts)},
       {"num_draft_tokens", static_cast<double>(counters.num_draft_tokens)},
       {"num_accepted_tokens", static_cast<double>(counters.num_accepted_tokens)},

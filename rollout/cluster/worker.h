@@ -48,6 +48,7 @@ class Worker : public WorkerLink, private EngineOutput {
   bool take_commands();  // false: stopped
   void tell_capacity();
   void tell_stats(bool now);
+  void warn_of_communication();
   std::vector<std::pair<std::string, double>> stats() const;
   void finish_switch();
   void switch_weights(const CommitWeights& command);
@@ -102,6 +103,7 @@ class Worker : public WorkerLink, private EngineOutput {
   std::chrono::steady_clock::time_point stats_due_;
   std::chrono::steady_clock::time_point progress_due_;
   int64_t num_layers_told_ = 0;
+  bool has_warned_of_communication_ = false;
 
   std::mutex mutex_;
   std::condition_variable wake_;

@@ -237,6 +237,25 @@ struct ReadFields {
   }
 };
 
+// What a model held by several ranks cannot have beside it.
+template <class Refuse>
+void check_tensor_parallel(const Config& config, const Refuse& refuse) {
+  if (config.engine.backend == "reference") {
+    refuse(ErrorCode::kUnsupported, "engine.backend", config.engine.backend, "another one",
+           "it holds whole models only: engine.tensor_model_parallel_size is not 1");
+  }
+  if (config.engine.share_weights == "on") {
+    refuse(ErrorCode::kUnsupported, "engine.share_weights", config.engine.share_weights,
+           "auto or off",
+           "ranks that hold different parts of the weights cannot share a copy: "
+           "engine.tensor_model_parallel_size is not 1");
+  }
+  if (!config.reference_model.path.empty()) {
+    refuse(ErrorCode::kUnsupported, "reference_model.path", config.reference_model.path, "none",
+           "it is held whole by every rank; engine.tensor_model_parallel_size is not 1");
+  }
+}
+
 // What must hold between fields.
 void check_together(const Config& config) {
   const auto refuse = [&](ErrorCode code, const char* field, std::string value, std::string allowed,
@@ -266,11 +285,7 @@ void check_together(const Config& config) {
            "none with bridge.endpoints = per_node",
            "what trainers of other nodes have released is not written down yet");
   }
-  if (engine.tensor_model_parallel_size != 1) {
-    refuse(ErrorCode::kUnsupported, "engine.tensor_model_parallel_size",
-           std::to_string(engine.tensor_model_parallel_size), "1",
-           "tensor parallelism is not built yet; further ranks become replicas");
-  }
+  if (engine.tensor_model_parallel_size != 1) check_tensor_parallel(config, refuse);
 }
 
 }  // namespace

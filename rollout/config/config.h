@@ -120,7 +120,7 @@ struct EngineSection {
     field("share_weights", self.share_weights, OneOf{{"auto", "on", "off"}},
           "one packed copy of the weights for all ranks of a node");
     field("tensor_model_parallel_size", self.tensor_model_parallel_size, Between{1, 1024},
-          "ranks that split one model; only 1 is built yet");
+          "ranks of one host that hold a model together, each a part of it; same bits");
   }
 };
 

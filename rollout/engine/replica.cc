@@ -38,13 +38,14 @@ std::unique_ptr<kernels::Backend> configured_backend(const Config& config, const
 }
 
 Replica::Replica(const Config& config, const ModelConfig& model, const ReplicaOptions& options)
-    : Replica(config, model, configured_backend(config, model, options),
-              options.communicator ? options.communicator->at() : kernels::ReplicaRank{}) {}
+    : Replica(config, model, configured_backend(config, model, options), options.communicator) {}
 
 Replica::Replica(const Config& config, const ModelConfig& model,
-                 std::unique_ptr<kernels::Backend> backend, kernels::ReplicaRank at)
+                 std::unique_ptr<kernels::Backend> backend,
+                 std::shared_ptr<kernels::Communicator> communicator)
     : config_(config),
       model_(model),
+      communicator_(std::move(communicator)),
       backend_(std::move(backend)),
       profiled_(dynamic_cast<kernels::ProfiledBackend*>(backend_.get())) {
   const EngineSection& engine = config.engine;
@@ -61,6 +62,7 @@ Replica::Replica(const Config& config, const ModelConfig& model,
              .wants_entropy = std::ranges::find(columns, "entropy") != columns.end(),
              .speculation = speculation_of(engine),
              .num_speculative_tokens = engine.num_speculative_tokens};
+  const kernels::ReplicaRank at = communicator_ ? communicator_->at() : kernels::ReplicaRank{};
   weights_ = std::make_unique<ModelWeights>(model_, *backend_, at);
   // No sequence is longer than the pages there are.
   const int64_t num_positions =

@@ -36,7 +36,7 @@ class Replica {
   Replica(const Config& config, const ModelConfig& model, const ReplicaOptions& options);
   // The same over a backend that the caller has made, whatever engine.backend says.
   Replica(const Config& config, const ModelConfig& model, std::unique_ptr<kernels::Backend> backend,
-          kernels::ReplicaRank at = {});
+          std::shared_ptr<kernels::Communicator> communicator = nullptr);
 
   // Stages the tensors of model.path; the caller commits.
   void load_checkpoint();
@@ -51,12 +51,16 @@ class Replica {
   // Where the time of steps went since the last call; empty unless options.profiles.
   kernels::StepProfile take_profile();
   ModelWeights& weights() { return *weights_; }
+  // Time that this rank has spent in steps exchanging columns with the others that hold the model,
+  // and waiting for them. Any thread.
+  double communication_s() const { return communicator_ ? communicator_->seconds() : 0; }
   // Grows while a step computes. Any thread.
   int64_t num_layers_run() const { return transformer_->num_layers_run(); }
 
  private:
   const Config config_;
   const ModelConfig model_;
+  const std::shared_ptr<kernels::Communicator> communicator_;
   EngineLimits limits_;
   std::unique_ptr<kernels::Backend> backend_;
   kernels::ProfiledBackend* profiled_ = nullptr;  // backend_, where ops are timed

@@ -69,6 +69,8 @@ constexpr Row kRows[] = {
     {kCounter, "engine_step_seconds_total", "steps_s", "Time in steps, all ranks"},
     {kCounter, "engine_scheduling_seconds_total", "scheduling_s",
      "Of it, planning steps and applying their results"},
+    {kCounter, "engine_communication_seconds_total", "communication_s",
+     "Of it, exchanges between the ranks that hold one model"},
     {kCounter, "engine_rows_total", "num_rows_computed", "Token rows computed, pads included"},
     {kCounter, "engine_pad_rows_total", "num_pad_rows", "Pad rows computed"},
     {kGauge, "peak_memory_bytes", "peak_memory_bytes", "Peak resident memory, all ranks"},

@@ -268,9 +268,16 @@ TEST(Config, BadFilesNameLineAndReason) {
       {"model: {path: m}\nengine: {batching: packed}",
        "invalid_argument: engine.batching = packed (f.yaml:2): expected one of continuous, "
        "prepacked, left_padded, length_sorted"},
-      {"model: {path: m}\nengine: {tensor_model_parallel_size: 2}",
-       "unsupported: engine.tensor_model_parallel_size = 2 (f.yaml:2): expected 1; tensor "
-       "parallelism is not built yet; further ranks become replicas"},
+      {"model: {path: m}\nengine: {tensor_model_parallel_size: 2, share_weights: on}",
+       "unsupported: engine.share_weights = on (f.yaml:2): expected auto or off; ranks that hold "
+       "different parts of the weights cannot share a copy: engine.tensor_model_parallel_size is "
+       "not 1"},
+      {"model: {path: m}\nengine: {tensor_model_parallel_size: 2, backend: reference}",
+       "unsupported: engine.backend = reference (f.yaml:2): expected another one; it holds whole "
+       "models only: engine.tensor_model_parallel_size is not 1"},
+      {"model: {path: m}\nreference_model: {path: r}\nengine: {tensor_model_parallel_size: 2}",
+       "unsupported: reference_model.path = r (f.yaml:2): expected none; it is held whole by every "
+       "rank; engine.tensor_model_parallel_size is not 1"},
       {"model: {path: m}\nengine: {enable_chunked_prefill: false, max_num_batched_tokens: 100}",
        "invalid_argument: engine.max_num_batched_tokens = 100 (f.yaml:2): expected at least "
        "rollout.prompt_length = 512; without chunked prefill a prompt must fit one step"},
