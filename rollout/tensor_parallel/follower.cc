@@ -131,7 +131,10 @@ class Follower {
         steps_.push_back(backend.submit(decode_plan(body)));
         return;
       case Request::kTensorBytes:
-        tensor_.insert(tensor_.end(), body.begin(), body.end());
+        // Of one that the leader could not read to its end no kLoad came.
+        if (body.empty()) fail_invariant("a piece says whether it is the first");
+        if (body[0] != 0) tensor_.clear();
+        tensor_.insert(tensor_.end(), body.begin() + 1, body.end());
         return;
       case Request::kLoad:
         return answer([&] { load(body); });
@@ -161,7 +164,8 @@ class Follower {
     PlainReader reader(body, "tensor from the leader");
     const auto order = reader.value<TensorOrder>();
     reader.finish();
-    const std::vector<uint8_t> bytes = std::exchange(tensor_, {});
+    std::vector<uint8_t> bytes = std::exchange(tensor_, {});
+    if (order.sent.size() == 0) bytes.clear();
     const ReceivedRows rows(order, bytes);
     replica_.backend().load_weight(order.weight, order.part, rows, order.shard);
   }

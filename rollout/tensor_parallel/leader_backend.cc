@@ -117,45 +117,50 @@ void LeaderBackend::begin_staging() {
   on_all(Request::kBeginStaging, [&] { inner().begin_staging(); });
 }
 
+// Sends a follower the rows that it holds. A source that fails leaves it without an order.
+void LeaderBackend::send_share(int32_t rank, WeightId id, int32_t part,
+                               const kernels::WeightSource& source) {
+  const auto& shards = ready_[static_cast<size_t>(rank)].shards.at(static_cast<size_t>(id));
+  const bool is_vector = is_vector_[static_cast<size_t>(id)];
+  const ShardRange wanted = shards.empty()
+                                ? ShardRange{0, is_vector ? source.num_elements() : source.rows}
+                                : shards.at(static_cast<size_t>(part));
+  // A vector is one row, and small: it travels whole.
+  const ShardRange rows = is_vector ? ShardRange{0, source.rows} : wanted;
+  const int64_t at_once = std::max<int64_t>(1, kPieceBytes / source.row_bytes());
+  std::vector<std::byte> scratch;
+  for (int64_t row = rows.begin; row < rows.end; row += at_once) {
+    const int64_t end = std::min(row + at_once, rows.end);
+    const auto* bytes = reinterpret_cast<const uint8_t*>(source.read_rows(row, end, scratch));
+    std::vector<uint8_t> piece = {row == rows.begin};
+    piece.insert(piece.end(), bytes, bytes + (end - row) * source.row_bytes());
+    followers_->send(rank, Request::kTensorBytes, piece, after(kCallTimeout));
+  }
+  std::vector<uint8_t> body;
+  PlainWriter writer(body);
+  writer.value(TensorOrder{.weight = id,
+                           .part = part,
+                           .dtype = source.dtype,
+                           .rows = source.rows,
+                           .cols = source.cols,
+                           .sent = rows,
+                           .shard = wanted});
+  followers_->send(rank, Request::kLoad, body, after(kCallTimeout));
+}
+
 void LeaderBackend::load_weight(WeightId id, int32_t part, const kernels::WeightSource& source,
                                 ShardRange shard) {
   if (is_loading_files_) return inner().load_weight(id, part, source, shard);
   const std::lock_guard lock(call_mutex_);
-  std::vector<std::byte> scratch;
-  for (int32_t rank = 1; rank < followers_->size(); ++rank) {
-    const auto& shards = ready_[static_cast<size_t>(rank)].shards.at(static_cast<size_t>(id));
-    const bool is_vector = is_vector_[static_cast<size_t>(id)];
-    const ShardRange wanted = shards.empty()
-                                  ? ShardRange{0, is_vector ? source.num_elements() : source.rows}
-                                  : shards.at(static_cast<size_t>(part));
-    // A vector is one row, and small: it travels whole.
-    const ShardRange rows = is_vector ? ShardRange{0, source.rows} : wanted;
-    const int64_t at_once = std::max<int64_t>(1, kPieceBytes / source.row_bytes());
-    for (int64_t row = rows.begin; row < rows.end; row += at_once) {
-      const int64_t end = std::min(row + at_once, rows.end);
-      const auto* bytes = reinterpret_cast<const uint8_t*>(source.read_rows(row, end, scratch));
-      followers_->send(rank, Request::kTensorBytes,
-                       {bytes, static_cast<size_t>((end - row) * source.row_bytes())},
-                       after(kCallTimeout));
-    }
-    std::vector<uint8_t> body;
-    PlainWriter writer(body);
-    writer.value(TensorOrder{.weight = id,
-                             .part = part,
-                             .dtype = source.dtype,
-                             .rows = source.rows,
-                             .cols = source.cols,
-                             .sent = rows,
-                             .shard = wanted});
-    followers_->send(rank, Request::kLoad, body, after(kCallTimeout));
-  }
   std::exception_ptr failure;
+  int32_t end_rank = 1;  // of those that answer
   try {
+    for (; end_rank < followers_->size(); ++end_rank) send_share(end_rank, id, part, source);
     inner().load_weight(id, part, source, shard);
   } catch (...) {
     failure = std::current_exception();
   }
-  for (int32_t rank = 1; rank < followers_->size(); ++rank) {
+  for (int32_t rank = 1; rank < end_rank; ++rank) {
     try {
       followers_->receive(rank, after(kCallTimeout));
     } catch (...) {

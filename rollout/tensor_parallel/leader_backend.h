@@ -51,6 +51,8 @@ class LeaderBackend final : public kernels::ForwardingBackend {
 
  private:
   void refresh_info();
+  void send_share(int32_t rank, kernels::WeightId id, int32_t part,
+                  const kernels::WeightSource& source);
   // Does the same on all ranks: `own` here while the followers do theirs. Their answers.
   template <class Own>
   std::vector<uint64_t> on_all(Request request, const Own& own);

@@ -20,7 +20,7 @@ enum class Request : uint8_t {
   kLoadCheckpoint,  // stage this rank's share of model.path
   kBeginStaging,
   kCopyCommitted,
-  kTensorBytes,  // some of the next kLoad's; not answered
+  kTensorBytes,  // some of the next kLoad's, after a byte that is 1 for the first; not answered
   kLoad,         // stage rows of a part
   kCommit,
   kDiscard,

@@ -4,6 +4,7 @@
 #include <sys/socket.h>
 
 #include <chrono>
+#include <limits>
 #include <memory>
 #include <string>
 #include <thread>
@@ -146,6 +147,14 @@ TEST(TensorParallelReplica, TakesNewWeightsOnEveryRankAndHashesThem) {
     EXPECT_NE(staged, before);
     load_tensors(*second, tensors);
     EXPECT_EQ(second->backend().weights_hash(), staged);
+    // A tensor that the leader cannot read to its end is none on any rank.
+    std::vector<NamedTensor> broken = tiny_tensors(1);
+    for (NamedTensor& tensor : broken) {
+      if (tensor.name != "model.layers.1.mlp.down_proj.weight") continue;
+      tensor.values.back() = std::numeric_limits<float>::quiet_NaN();
+    }
+    EXPECT_THROW(load_tensors(*first, broken), Error);
+    backend.discard_weights();
     // What is discarded leaves no trace.
     load_tensors(*first, tiny_tensors(1));
     EXPECT_EQ(backend.weights_hash(), before);
