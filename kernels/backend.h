@@ -139,8 +139,9 @@ struct LinearArgs {
   int64_t out_begin = 0;  // column of out that the first of the weight goes to
 };
 
-// H and G are this rank's. Splits qkv into heads, normalises Q and K heads where asked (Qwen3), rotates Q and K by position,
-// writes K and V into the step's pages and Q out. Rotation pairs are (i, i + K / 2).
+// Splits qkv into heads, normalises Q and K heads where asked (Qwen3), rotates Q and K by position,
+// writes K and V into the step's pages and Q out. Rotation pairs are (i, i + K / 2). H and G are
+// this rank's.
 // Errors: a non-finite K or V row marks its sequence failed and writes zeros.
 // Source: Su et al., "RoFormer", arXiv:2104.09864, in the half-split form of Llama.
 struct RopeAppendArgs {
