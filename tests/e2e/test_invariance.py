@@ -59,6 +59,8 @@ if IS_FULL:
               num_threads=threads)
         for batching, seqs, tokens, threads, ranks in itertools.product(
             ("continuous", "prepacked", "left_padded"), (1, 7, 64), (64, 2048), (1, 2), (1, 2, 3))]
+    CASES += [_case(f"{size}-ranks-one-model", size, tensor_model_parallel_size=size)
+              for size in (2, 3, 4)]
 
 
 def _prompts() -> list[dict[str, Any]]:
