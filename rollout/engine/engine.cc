@@ -243,7 +243,8 @@ void Engine::emit(Sequence& sequence) {
   output_.on_sample(
       {.key = key_of(sequence),
        .prompt_ids = request.prompt_ids,
-       .response_ids = {sequence.tokens.begin() + sequence.num_prompt, sequence.tokens.end()},
+       .response_ids = std::vector<int32_t>(sequence.tokens.begin() + sequence.num_prompt,
+                                            sequence.tokens.end()),
        .logprobs = std::move(sequence.logprobs),
        .scaled_logprobs = std::move(sequence.scaled_logprobs),
        .support_logmass = std::move(sequence.support_logmass),

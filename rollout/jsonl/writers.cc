@@ -5,6 +5,7 @@
 #include <charconv>
 #include <cmath>
 #include <iterator>
+#include <span>
 #include <string_view>
 #include <vector>
 
@@ -40,7 +41,7 @@ void put_key(std::string& out, std::string_view key) {
 }
 
 // `owner` names sample or sequence for errors.
-void put_floats(std::string& out, std::string_view key, const std::vector<float>& values,
+void put_floats(std::string& out, std::string_view key, std::span<const float> values,
                 size_t num_tokens, const std::string& owner) {
   if (values.size() != num_tokens) {
     fail_invariant(fmt::format("{} of {} has {} entries for {} tokens", key, owner, values.size(),

@@ -2,6 +2,7 @@
 
 #include <array>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <utility>
 
@@ -34,36 +35,38 @@ std::array<std::span<const std::byte>, 7> lists_of(const bridge::Sample& sample)
           bytes(sample.ref_log_prob)};
 }
 
-// Takes lists from the front of what is left.
+// Takes lists from the front of what is left. They stay where they are, and keep the frame.
 class ListReader {
  public:
-  ListReader(std::span<const uint8_t> left, const json& counts) : left_(left), counts_(counts) {}
+  ListReader(std::shared_ptr<const void> frame, std::span<const uint8_t> left, const json& counts)
+      : frame_(std::move(frame)), left_(left), counts_(counts) {}
 
   template <class T>
-  std::vector<T> next() {
+  bridge::Numbers<T> next() {
     const auto count = integer<uint64_t>(counts_.at(index_++));
     if (count > left_.size() / sizeof(T)) throw std::length_error("a list beyond its frame");
-    std::vector<T> list(count);
-    if (count > 0) std::memcpy(list.data(), left_.data(), count * sizeof(T));
+    const std::span<const T> list(reinterpret_cast<const T*>(left_.data()), count);
     left_ = left_.subspan(count * sizeof(T));
-    return list;
+    return {frame_, list};
   }
   void finish() const {
     if (!left_.empty()) throw std::length_error("bytes behind the last list");
   }
 
  private:
+  const std::shared_ptr<const void> frame_;
   std::span<const uint8_t> left_;
   const json& counts_;
   size_t index_ = 0;
 };
 
-SampleFrame decode_known(const json& head, std::span<const uint8_t> numbers) {
+SampleFrame decode_known(const json& head, std::shared_ptr<const void> body,
+                         std::span<const uint8_t> numbers) {
   SampleFrame frame{.worker = integer<int32_t>(head.at("worker")),
                     .attempt = integer<int32_t>(head.at("attempt"))};
   bridge::Sample& sample = frame.sample;
   sample.key = decode_key(head.at("key"));
-  ListReader lists(numbers, head.at("counts"));
+  ListReader lists(std::move(body), numbers, head.at("counts"));
   sample.prompt_ids = std::make_shared<const std::vector<int32_t>>(lists.next<int32_t>());
   sample.response_ids = lists.next<int32_t>();
   sample.logprobs = lists.next<float>();
@@ -132,10 +135,12 @@ SampleFrame decode_sample_frame(std::vector<uint8_t> body) {
                  .value = fmt::format("{} bytes, a head of {}", body.size(), head_bytes),
                  .allowed = "a frame that holds its head"});
   }
-  const std::span<const uint8_t> all(body);
+  // What operator new gives is aligned for any number.
+  const auto kept = std::make_shared<const std::vector<uint8_t>>(std::move(body));
+  const std::span<const uint8_t> all(*kept);
   const json head = bridge::decode_message(all.subspan(kHeaderBytes, head_bytes));
   try {
-    return decode_known(head, all.subspan(aligned(kHeaderBytes + size_t{head_bytes})));
+    return decode_known(head, kept, all.subspan(aligned(kHeaderBytes + size_t{head_bytes})));
   } catch (const std::exception& error) {
     fail_decoding(head, error);
   }

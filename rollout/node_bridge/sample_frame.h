@@ -20,7 +20,7 @@ bool is_sample_frame(std::span<const uint8_t> body);
 // Errors: resource_exhausted for a sample that no frame holds.
 std::vector<uint8_t> encode_sample_frame(int32_t worker, int32_t attempt,
                                          const bridge::Sample& sample);
-// Errors: data_loss.
+// The lists of a response's tokens lie in the frame, which they keep. Errors: data_loss.
 SampleFrame decode_sample_frame(std::vector<uint8_t> body);
 
 }  // namespace rollpack::rollout

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels/base/error.h"
+#include "trainer_bridge/contract/numbers.h"
 
 namespace rollpack::bridge {
 
@@ -43,15 +44,15 @@ struct SampleKey {
 struct Sample {
   SampleKey key;
   std::shared_ptr<const std::vector<int32_t>> prompt_ids;  // shared by the group
-  std::vector<int32_t> response_ids;                       // the stop token included
+  Numbers<int32_t> response_ids;                           // the stop token included
   // One entry a response token; see design of logprobs in trainer_bridge/README.md.
-  std::vector<float> logprobs;
-  std::vector<float> scaled_logprobs;
-  std::vector<float> support_logmass;
-  std::vector<float> entropy;  // empty unless the configuration asks for the column
+  Numbers<float> logprobs;
+  Numbers<float> scaled_logprobs;
+  Numbers<float> support_logmass;
+  Numbers<float> entropy;  // empty unless the configuration asks for the column
   // log softmax(logits / temperature)[x] of the reference policy; empty where there is none, or
   // where the engine stopped before it had scored.
-  std::vector<float> ref_log_prob;
+  Numbers<float> ref_log_prob;
   FinishReason finish_reason = FinishReason::kLength;
   int32_t stop_token_id = -1;  // -1: no stop token ended it
   float temperature = 1.0f;

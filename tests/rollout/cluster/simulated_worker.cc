@@ -139,10 +139,10 @@ void SimulatedWorker::finish(const Item& item, bool is_aborted) {
                  fmt::format("worker {} drew under version {} what it was given at version {}",
                              index_, version_, item.committed_version));
   }
-  sample.response_ids.resize(std::min(sample.response_ids.size(), length));
+  sample.response_ids.own().resize(std::min(sample.response_ids.size(), length));
   if (!sample.response_ids.empty()) sample.weight_versions = {{0, version_}};
   for (auto* column : {&sample.logprobs, &sample.scaled_logprobs, &sample.support_logmass}) {
-    column->assign(sample.response_ids.size(), -1.0f);
+    column->own().assign(sample.response_ids.size(), -1.0f);
   }
   emit(SampleDone{std::move(sample), item.group.attempt});
 }

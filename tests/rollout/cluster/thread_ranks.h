@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include "rollout/cluster/dispatcher.h"
@@ -139,10 +140,10 @@ inline std::vector<bridge::PromptRequest> numbered_prompts(int count) {
   std::mt19937 random(9);
   std::vector<bridge::PromptRequest> prompts(count);
   for (int i = 0; i < count; ++i) {
-    prompts[i].prompt_id = bridge::PromptId{.text = "p" + std::to_string(i)};
+    prompts[i].prompt_id = bridge::PromptId{.text = fmt::format("p{}", i)};
     prompts[i].input_ids.resize(1 + random() % 20);
     for (int32_t& id : prompts[i].input_ids) id = static_cast<int32_t>(random() % 71);
-    prompts[i].origin = "prompts[" + std::to_string(i) + "]";
+    prompts[i].origin = fmt::format("prompts[{}]", i);
   }
   return prompts;
 }

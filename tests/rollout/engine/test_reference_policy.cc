@@ -104,7 +104,7 @@ TEST(ReferencePolicy, HandsBackWhatWaitsAndWhatHasNothingToScore) {
   std::vector<bridge::Sample> samples = drawn_samples();
   samples.resize(3);
   bridge::Sample empty = samples[0];
-  empty.response_ids.clear();
+  empty.response_ids.own().clear();
   reference.add(empty);
   EXPECT_EQ(given.size(), 1u);
   for (const bridge::Sample& sample : samples) reference.add(sample);

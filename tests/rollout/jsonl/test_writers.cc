@@ -68,7 +68,7 @@ TEST(Writers, FloatsReadBackToTheSameBits) {
   const std::vector<float> values = {-1.0f / 3, -std::numeric_limits<float>::max(),
                                      -std::numeric_limits<float>::denorm_min(), -16777217.0f,
                                      -1.17549435e-38f};
-  sample.response_ids.assign(values.size(), 1);
+  sample.response_ids.own().assign(values.size(), 1);
   sample.logprobs = sample.scaled_logprobs = sample.support_logmass = values;
   const Json line = Json::parse(sample_line(sample));
   for (size_t i = 0; i < values.size(); ++i) {
@@ -78,7 +78,7 @@ TEST(Writers, FloatsReadBackToTheSameBits) {
 
 TEST(Writers, WhatIsNotFiniteIsAnErrorNamingSampleAndToken) {
   bridge::Sample sample = two_token_sample();
-  sample.scaled_logprobs[1] = std::numeric_limits<float>::quiet_NaN();
+  sample.scaled_logprobs.own()[1] = std::numeric_limits<float>::quiet_NaN();
   EXPECT_EQ(error_text([&] { sample_line(sample); }),
             "non_finite: scaled_logprobs[1] = nan (prompt_id gsm8k-0, sample 3): expected a finite "
             "number");
@@ -86,7 +86,7 @@ TEST(Writers, WhatIsNotFiniteIsAnErrorNamingSampleAndToken) {
 
 TEST(Writers, AColumnOfAnotherLengthIsABrokenInvariant) {
   bridge::Sample sample = two_token_sample();
-  sample.support_logmass.pop_back();
+  sample.support_logmass.own().pop_back();
   EXPECT_EQ(error_text([&] { sample_line(sample); }),
             "internal: support_logmass of prompt_id gsm8k-0, sample 3 has 1 entries for 2 tokens");
 }

@@ -54,6 +54,21 @@ TEST(SampleFrame, HoldsAWholeSample) {
   EXPECT_EQ(frame.sample.weight_versions, sample.weight_versions);
 }
 
+TEST(SampleFrame, TheListsOfAResponseAreNotCopied) {
+  std::vector<uint8_t> body = encode_sample_frame(8, 2, some_sample());
+  const uint8_t* const begin = body.data();
+  const uint8_t* const end = begin + body.size();
+  bridge::Sample sample = decode_sample_frame(std::move(body)).sample;
+  for (const void* list : std::initializer_list<const void*>{
+           sample.response_ids.data(), sample.logprobs.data(), sample.ref_log_prob.data()}) {
+    EXPECT_TRUE(list >= begin && list < end);
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(list) % 4, 0u);
+  }
+  const bridge::Numbers<float> kept = sample.logprobs;
+  sample = {};
+  EXPECT_EQ(kept, some_sample().logprobs) << "the frame lives as long as any of them";
+}
+
 TEST(SampleFrame, OneThatWasCutAnywhereOrHasMoreIsRefused) {
   std::vector<uint8_t> body = encode_sample_frame(8, 2, some_sample());
   for (size_t length = 0; length < body.size(); ++length) {
@@ -67,7 +82,7 @@ TEST(SampleFrame, OneThatWasCutAnywhereOrHasMoreIsRefused) {
 
 TEST(SampleFrame, ASampleThatNoFrameHoldsIsAnErrorThatSaysSo) {
   bridge::Sample sample = some_sample();
-  sample.logprobs.resize(size_t{5} << 20);
+  sample.logprobs.own().resize(size_t{5} << 20);
   EXPECT_EQ(testing::error_text([&] { encode_sample_frame(0, 0, sample); }).substr(0, 27),
             "resource_exhausted: sample ");
 }

@@ -38,7 +38,7 @@ void set_response(Random& random, bool has_entropy, int32_t num_tokens, Sample& 
   if (has_entropy) sample.entropy = random_values(random, num_tokens, 1);
   sample.finish_reason = static_cast<FinishReason>(below(random, 3));
   if (num_tokens > 0 && sample.finish_reason == FinishReason::kStop) {
-    sample.response_ids.back() = kPadId;
+    sample.response_ids.own().back() = kPadId;
     sample.stop_token_id = kPadId;
   }
   for (int32_t t = 0; t < num_tokens; t += 1 + below(random, num_tokens)) {

@@ -158,10 +158,10 @@ TEST_P(EveryLayout, SamplesAtOddsWithThemselvesAreInternalErrors) {
   samples[0].logprobs = {-1};
   EXPECT_EQ(error_of(options(), samples), name + "logprobs has 1 entries, response_ids 2");
   samples = one_sample();
-  samples[0].scaled_logprobs.push_back(-1);
+  samples[0].scaled_logprobs.own().push_back(-1);
   EXPECT_EQ(error_of(options(), samples), name + "scaled_logprobs has 3 entries, response_ids 2");
   samples = one_sample();
-  samples[0].support_logmass.clear();
+  samples[0].support_logmass.own().clear();
   EXPECT_EQ(error_of(options(), samples), name + "support_logmass has 0 entries, response_ids 2");
   samples = one_sample();
   samples[0].entropy = {1, 1, 1};

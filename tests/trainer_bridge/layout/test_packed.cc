@@ -153,7 +153,7 @@ TEST(Packed, ASampleLongerThanARowNamesTheKeyAndItsLength) {
   std::vector<Sample> samples = example_samples(4, 1, false);
   Sample& sample = samples[3];
   sample.prompt_ids = std::make_shared<std::vector<int32_t>>(5, 1);
-  sample.response_ids.assign(7, 1);
+  sample.response_ids.own().assign(7, 1);
   sample.logprobs = sample.scaled_logprobs = sample.support_logmass = std::vector<float>(7, -1);
   sample.weight_versions = {{0, 1}};
   EXPECT_EQ(error_text([&] { packed(samples, 11); }),

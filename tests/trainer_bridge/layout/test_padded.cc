@@ -169,7 +169,7 @@ TEST(Padded, ThePadIdChangesPadsAndNothingElse) {
 TEST(Padded, ResponsesThatAreAllEmptyHaveNoColumns) {
   std::vector<Sample> samples = example_samples(3, 8, false);
   for (Sample& sample : samples) {
-    sample.response_ids.clear();
+    sample.response_ids.own().clear();
     sample.logprobs = sample.scaled_logprobs = sample.support_logmass = {};
     sample.weight_versions.clear();
     sample.finish_reason = FinishReason::kAbort;

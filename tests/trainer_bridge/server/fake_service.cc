@@ -174,15 +174,16 @@ void FakeService::finish(const Work& work, bool is_aborted, int64_t version) {
     if (end != sample.response_ids.end()) {
       sample.finish_reason = FinishReason::kStop;
       sample.stop_token_id = *end;
-      sample.response_ids.erase(end + 1, sample.response_ids.end());
+      auto& ids = sample.response_ids.own();
+      ids.erase(ids.begin() + (end + 1 - sample.response_ids.begin()), ids.end());
     }
   }
   for (size_t i = 0; i < sample.response_ids.size(); ++i) {
-    sample.logprobs.push_back(fake_logprob(i));
-    if (options_.with_entropy) sample.entropy.push_back(1.0f);
+    sample.logprobs.own().push_back(fake_logprob(i));
+    if (options_.with_entropy) sample.entropy.own().push_back(1.0f);
   }
   sample.scaled_logprobs = sample.logprobs;
-  sample.support_logmass.assign(sample.logprobs.size(), 0.0f);
+  sample.support_logmass.own().assign(sample.logprobs.size(), 0.0f);
   sample.temperature = work.sampling.temperature.value_or(1.0f);
   if (!sample.response_ids.empty()) sample.weight_versions = {{0, version}};
   sink_.commit(std::move(sample));
