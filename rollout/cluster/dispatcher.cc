@@ -220,12 +220,12 @@ GroupRequest Dispatcher::make_group(bridge::PromptRequest prompt, int32_t index,
   return group;
 }
 
-int64_t Dispatcher::abort(std::optional<int64_t> request_id) {
+int64_t Dispatcher::end_samples(std::optional<int64_t> request_id, bool writes_down) {
   Effects effects;
   int64_t num_open = 0;
   {
     const std::lock_guard lock(mutex_);
-    if (log_ != nullptr) log_->aborted(request_id);
+    if (log_ != nullptr && writes_down) log_->aborted(request_id);
     num_open = request_id ? ledger_.num_open_samples(*request_id) : ledger_.num_open_samples();
     for (const GroupRequest& request : ledger_.abort(request_id)) commit_empty(request, effects);
     for (const int32_t worker : all_workers()) {
@@ -236,14 +236,14 @@ int64_t Dispatcher::abort(std::optional<int64_t> request_id) {
   return num_open;
 }
 
-int64_t Dispatcher::abort_node(int32_t node) {
+int64_t Dispatcher::end_samples_of(int32_t node, bool writes_down) {
   std::vector<int64_t> requests;
   {
     const std::lock_guard lock(mutex_);
     requests = ledger_.open_requests(node);
   }
   int64_t num_open = 0;
-  for (const int64_t request_id : requests) num_open += abort(request_id);
+  for (const int64_t request_id : requests) num_open += end_samples(request_id, writes_down);
   return num_open;
 }
 

@@ -101,9 +101,11 @@ class Dispatcher : public bridge::RolloutService {
   // under the dispatcher's lock.
   int64_t submit(std::vector<bridge::PromptRequest> prompts, int32_t node = 0,
                  const std::function<void(int64_t request_id)>& accepted = {});
-  int64_t abort(std::optional<int64_t> request_id);
+  int64_t abort(std::optional<int64_t> request_id) { return end_samples(request_id, true); }
   // All that a node's bridge has asked for.
-  int64_t abort_node(int32_t node);
+  int64_t abort_node(int32_t node) { return end_samples_of(node, true); }
+  // The same, of a bridge that is gone: the next life goes on with what is written down of it.
+  int64_t drop_node(int32_t node) { return end_samples_of(node, false); }
   bridge::WeightsInUse weights_in_use() const;
   Numbers stats() const;
 
@@ -196,6 +198,8 @@ class Dispatcher : public bridge::RolloutService {
 
   GroupRequest make_group(bridge::PromptRequest prompt, int32_t index, int64_t request_id,
                           bridge::Outcome& skipped) const;
+  int64_t end_samples(std::optional<int64_t> request_id, bool writes_down);
+  int64_t end_samples_of(int32_t node, bool writes_down);
   void check_new_ids(const std::vector<bridge::PromptRequest>& prompts) const;
   void check_room(int64_t num_samples) const;
   void check_health() const;

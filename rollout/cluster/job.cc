@@ -238,6 +238,10 @@ void Job::start() {
   folder_.reset();
 }
 
+int32_t Job::num_bridges() const {
+  return has_node_bridges(config_) ? placement_.num_nodes() : 1;
+}
+
 NodeDesk* Job::make_node_desk(bridge::SampleSink& own) {
   std::vector<int32_t> bridges = placement_.first_ranks();
   bridges.erase(bridges.begin());

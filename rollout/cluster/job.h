@@ -40,6 +40,9 @@ class Job {
   // Before start(); nullptr where there are none.
   NodeDesk* make_node_desk(bridge::SampleSink& own);
 
+  // Nodes with a bridge, rank 0's included.
+  int32_t num_bridges() const;
+
   Dispatcher& dispatcher() { return *dispatcher_; }
   const Replica& replica() const { return *replica_; }
   const Config& config() const { return config_; }

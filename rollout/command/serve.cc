@@ -33,7 +33,7 @@ std::string maker_of(const Job& job) {
 
 std::unique_ptr<Journal> open_journal(const Job& job) {
   const std::string& path = job.config().cluster.journal;
-  return path.empty() ? nullptr : Journal::open(path, maker_of(job));
+  return path.empty() ? nullptr : Journal::open(path, maker_of(job), job.num_bridges());
 }
 
 }  // namespace
@@ -54,6 +54,7 @@ int serve(Job& job, const CommandLine&) {
     dispatcher.set_sink(*nodes);
     dispatcher.set_kept_samples(*nodes);
     dispatcher.set_on_change([nodes] { nodes->tell_state(); });
+    if (journal) nodes->set_journal(*journal);
   }
   dispatcher.set_on_end([&] {
     server.health_changed();
@@ -83,6 +84,7 @@ int serve(Job& job, const CommandLine&) {
   job.stop(/*hand_back=*/!broken && !journal);
   server.stop();
   dispatcher.forget_log();
+  if (nodes) nodes->forget_journal();
   if (!broken) return 0;
   log_end(*broken);
   return kLostRankStatus;

@@ -280,11 +280,6 @@ void check_together(const Config& config) {
            fmt::format("at least rollout.prompt_length = {}", rollout.prompt_length),
            "without chunked prefill a prompt must fit one step");
   }
-  if (config.bridge.endpoints == "per_node" && !config.cluster.journal.empty()) {
-    refuse(ErrorCode::kUnsupported, "cluster.journal", config.cluster.journal,
-           "none with bridge.endpoints = per_node",
-           "what trainers of other nodes have released is not written down yet");
-  }
   if (engine.tensor_model_parallel_size != 1) check_tensor_parallel(config, refuse);
 }
 

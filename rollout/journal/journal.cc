@@ -17,7 +17,8 @@ std::string new_instance() {
 
 }  // namespace
 
-std::unique_ptr<Journal> Journal::open(const std::string& path, const std::string& maker) {
+std::unique_ptr<Journal> Journal::open(const std::string& path, const std::string& maker,
+                                       int32_t num_nodes) {
   JournalLog log(std::make_unique<JournalFile>(path), maker, new_instance());
   spdlog::info("journal {}: {} open groups, {} batches not released, weight version {}", path,
                log.live().num_groups(), log.live().num_batches(),
@@ -26,14 +27,25 @@ std::unique_ptr<Journal> Journal::open(const std::string& path, const std::strin
     spdlog::warn("journal {}: its last {} bytes were no whole record and are cut off", path,
                  log.num_cut_bytes());
   }
-  return std::make_unique<Journal>(std::move(log));
+  return std::make_unique<Journal>(std::move(log), num_nodes);
 }
 
-Journal::Journal(JournalLog log)
-    : requests_(log.live().requests()),
-      delivery_(log.restored_delivery()),
-      log_(std::move(log)),
-      thread_([this] { run(); }) {}
+Journal::Journal(JournalLog log, int32_t num_nodes)
+    : requests_(log.live().requests()), log_(std::move(log)) {
+  if (const int32_t last = log_.live().last_node(); last >= num_nodes) {
+    throw Error({.code = ErrorCode::kFailedPrecondition,
+                 .field = "cluster.journal",
+                 .value = fmt::format("something left for the bridge of node {}", last),
+                 .allowed = fmt::format("nodes 0 to {}, which have a bridge", num_nodes - 1),
+                 .message =
+                     "start it on as many hosts as before, with bridge.endpoints = per_node, "
+                     "or move it away"});
+  }
+  for (int32_t node = 0; node < num_nodes; ++node) {
+    deliveries_.push_back(log_.restored_delivery(node));
+  }
+  thread_ = std::thread([this] { run(); });
+}
 
 Journal::~Journal() {
   {
@@ -46,8 +58,10 @@ Journal::~Journal() {
 
 void Journal::accepted(int64_t request_id, std::vector<AcceptedGroup> groups) {
   record::Accepted record{.request_id = request_id};
+  const int32_t node = groups.empty() ? 0 : groups.front().request.key.node;
   record.groups.reserve(groups.size());
   for (AcceptedGroup& group : groups) record.groups.push_back({.accepted = std::move(group)});
+  if (node > 0) return put(record::NodeAccepted{node, std::move(record)});
   put(std::move(record));
 }
 
@@ -59,12 +73,16 @@ void Journal::switched(int64_t weight_version) {
   put(record::Switched{weight_version});
 }
 
-void Journal::formed(std::vector<bridge::FormedBatch> batches) {
+void Journal::formed_at(int32_t node, std::vector<bridge::FormedBatch> batches) {
+  for (bridge::FormedBatch& batch : batches) {
+    batch.batch_seq = record::at_node(node, batch.batch_seq);
+    if (batch.step > 0) batch.step = record::at_node(node, batch.step);
+  }
   put(record::Formed{std::move(batches)});
 }
 
-void Journal::released(uint64_t batch_seq) {
-  put(record::Released{batch_seq});
+void Journal::released_at(int32_t node, uint64_t batch_seq) {
+  put(record::Released{record::at_node(node, batch_seq)});
 }
 
 void Journal::put(Record record) {

@@ -21,15 +21,20 @@ namespace rollpack::rollout {
 class Journal final : public RequestLog, public bridge::DeliveryLog {
  public:
   // The journal file at `path`; errors as JournalFile() and JournalLog().
-  static std::unique_ptr<Journal> open(const std::string& path, const std::string& maker);
+  // `num_nodes` have a bridge. Errors also: failed_precondition where a bridge of further ones has
+  // something left.
+  static std::unique_ptr<Journal> open(const std::string& path, const std::string& maker,
+                                       int32_t num_nodes = 1);
 
-  explicit Journal(JournalLog log);
+  explicit Journal(JournalLog log, int32_t num_nodes = 1);
   // Writes what is left.
   ~Journal() override;
 
   // What was left when it was opened.
   const RestoredRequests& restored_requests() const { return requests_; }
-  const bridge::RestoredDelivery& restored_delivery() const { return delivery_; }
+  const bridge::RestoredDelivery& restored_delivery(int32_t node = 0) const {
+    return deliveries_.at(static_cast<size_t>(node));
+  }
 
   // Called once, on the journal's thread, when the disk failed: nothing is written from then on.
   // Before the first record.
@@ -41,8 +46,13 @@ class Journal final : public RequestLog, public bridge::DeliveryLog {
   void accepted(int64_t request_id, std::vector<AcceptedGroup> groups) override;
   void aborted(std::optional<int64_t> request_id) override;
   void switched(int64_t weight_version) override;
-  void formed(std::vector<bridge::FormedBatch> batches) override;
-  void released(uint64_t batch_seq) override;
+  void formed(std::vector<bridge::FormedBatch> batches) override {
+    formed_at(0, std::move(batches));
+  }
+  void released(uint64_t batch_seq) override { released_at(0, batch_seq); }
+  // The same of another node's bridge, which counts for itself.
+  void formed_at(int32_t node, std::vector<bridge::FormedBatch> batches);
+  void released_at(int32_t node, uint64_t batch_seq);
   void when_durable(std::function<void(std::optional<ErrorInfo>)> done) override;
 
  private:
@@ -53,8 +63,8 @@ class Journal final : public RequestLog, public bridge::DeliveryLog {
   void write(std::vector<std::variant<Record, Done>> entries);
 
   RestoredRequests requests_;
-  bridge::RestoredDelivery delivery_;
-  JournalLog log_;  // the thread's
+  std::vector<bridge::RestoredDelivery> deliveries_;  // by node
+  JournalLog log_;                                    // the thread's
   std::function<void(ErrorInfo)> on_failure_;
 
   std::mutex mutex_;

@@ -63,9 +63,10 @@ JournalLog::JournalLog(std::unique_ptr<JournalStorage> storage, const std::strin
   rewrite();
 }
 
-bridge::RestoredDelivery JournalLog::restored_delivery() const {
-  bridge::RestoredDelivery restored = live_.delivery();
+bridge::RestoredDelivery JournalLog::restored_delivery(int32_t node) const {
+  bridge::RestoredDelivery restored = live_.delivery(node);
   restored.instance = header_.instance;
+  if (node > 0) restored.instance += fmt::format("-{}", node);
   return restored;
 }
 

@@ -27,7 +27,8 @@ class JournalLog {
   const std::string& instance() const { return header_.instance; }
   // Bytes after the last valid record that were cut off; then numbers were skipped too.
   int64_t num_cut_bytes() const { return num_cut_bytes_; }
-  bridge::RestoredDelivery restored_delivery() const;
+  // Of a node's bridge; what it names as its instance is that bridge's alone.
+  bridge::RestoredDelivery restored_delivery(int32_t node = 0) const;
 
   // Takes a record in; it is on disk after commit().
   // Errors: as LiveSet::apply().

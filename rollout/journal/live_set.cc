@@ -121,16 +121,20 @@ void LiveSet::apply_one(record::Aborted& aborted) {
 void LiveSet::check(const record::Formed& formed) const {
   std::set<uint64_t> batches;
   std::set<std::tuple<int64_t, int32_t, int32_t>> samples;
+  int32_t node = 0;
   const auto is_open = [&](int64_t request, int32_t prompt, int32_t sample) {
     const auto found = groups_.find({request, prompt});
-    return found != groups_.end() && sample >= 0 &&
+    return found != groups_.end() && found->second.node() == node && sample >= 0 &&
            sample < static_cast<int32_t>(found->second.states.size()) &&
            found->second.states[static_cast<size_t>(sample)] == SampleState::kOpen &&
            samples.insert({request, prompt, sample}).second;
   };
   for (const bridge::FormedBatch& batch : formed.batches) {
-    bool is_right = batch.batch_seq > 0 && !batches_.contains(batch.batch_seq) &&
-                    batches.insert(batch.batch_seq).second && are_rows_of(batch);
+    node = record::node_of(batch.batch_seq);
+    bool is_right = record::without_node(batch.batch_seq) > 0 &&
+                    (batch.step == 0 || record::node_of(batch.step) == node) &&
+                    !batches_.contains(batch.batch_seq) && batches.insert(batch.batch_seq).second &&
+                    are_rows_of(batch);
     for (const bridge::FormedSample& s : batch.samples) {
       is_right =
           is_right && s.num_tokens >= -1 && is_open(s.request_id, s.prompt_index, s.sample_index);
@@ -157,8 +161,8 @@ void LiveSet::form(bridge::FormedBatch batch) {
     groups_.at({failed.key.request_id, failed.key.prompt_index})
         .states[static_cast<size_t>(failed.key.sample_index)] = SampleState::kFailed;
   }
-  counters_.last_batch_seq = std::max(counters_.last_batch_seq, batch.batch_seq);
-  counters_.num_steps = std::max(counters_.num_steps, batch.step);
+  count(record::node_of(batch.batch_seq), record::without_node(batch.batch_seq),
+        record::without_node(batch.step));
   const int64_t num_bytes = bytes_of(batch);
   num_bytes_ += num_bytes;
   const uint64_t batch_seq = batch.batch_seq;
@@ -195,18 +199,59 @@ void LiveSet::apply_one(record::Switched& switched) {
   counters_.weight_version = switched.weight_version;
 }
 
+void LiveSet::apply_one(record::NodeAccepted& accepted) {
+  if (accepted.node < 1 || accepted.node > record::kMaxNode) {
+    contradict(fmt::format("a request of node {}", accepted.node));
+  }
+  for (record::Group& group : accepted.accepted.groups) {
+    group.accepted.request.key.node = accepted.node;
+  }
+  apply_one(accepted.accepted);
+}
+
+void LiveSet::apply_one(record::NodeCounters& counters) {
+  if (counters.node < 1 || counters.node > record::kMaxNode) {
+    contradict(fmt::format("counters of node {}", counters.node));
+  }
+  count(counters.node, counters.last_batch_seq, counters.num_steps);
+}
+
+void LiveSet::count(int32_t node, uint64_t batch_seq, uint64_t step) {
+  if (node == 0) {
+    counters_.last_batch_seq = std::max(counters_.last_batch_seq, batch_seq);
+    counters_.num_steps = std::max(counters_.num_steps, step);
+    return;
+  }
+  const auto [found, is_new] = node_counters_.try_emplace(node);
+  if (is_new) num_bytes_ += 48;
+  record::NodeCounters& counters = found->second;
+  counters.node = node;
+  counters.last_batch_seq = std::max(counters.last_batch_seq, batch_seq);
+  counters.num_steps = std::max(counters.num_steps, step);
+}
+
 void LiveSet::skip_numbers(int64_t count) {
   counters_.last_batch_seq += static_cast<uint64_t>(count);
   counters_.num_steps += static_cast<uint64_t>(count);
+  for (auto& [node, counters] : node_counters_) {
+    counters.last_batch_seq += static_cast<uint64_t>(count);
+    counters.num_steps += static_cast<uint64_t>(count);
+  }
 }
 
 std::vector<Record> LiveSet::records() const {
   std::vector<Record> records{counters_};
+  for (const auto& [node, counters] : node_counters_) records.emplace_back(counters);
   record::Accepted* accepted = nullptr;
   for (const auto& [key, group] : groups_) {
     if (accepted == nullptr || accepted->request_id != key.first) {
-      records.push_back(record::Accepted{.request_id = key.first});
-      accepted = &std::get<record::Accepted>(records.back());
+      if (group.node() == 0) {
+        records.push_back(record::Accepted{.request_id = key.first});
+        accepted = &std::get<record::Accepted>(records.back());
+      } else {
+        records.push_back(record::NodeAccepted{group.node(), {.request_id = key.first}});
+        accepted = &std::get<record::NodeAccepted>(records.back()).accepted;
+      }
     }
     record::Group& kept = accepted->groups.emplace_back(group.record);
     for (size_t i = 0; i < group.states.size(); ++i) {
@@ -236,12 +281,29 @@ RestoredRequests LiveSet::requests() const {
   return restored;
 }
 
-bridge::RestoredDelivery LiveSet::delivery() const {
+int32_t LiveSet::last_node() const {
+  int32_t last = batches_.empty() ? 0 : record::node_of(batches_.rbegin()->first);
+  for (const auto& [key, group] : groups_) last = std::max(last, group.node());
+  return last;
+}
+
+bridge::RestoredDelivery LiveSet::delivery(int32_t node) const {
   bridge::RestoredDelivery restored{.last_batch_seq = counters_.last_batch_seq,
                                     .num_steps = counters_.num_steps};
-  for (const auto& [batch_seq, batch] : batches_) restored.batches.push_back(batch.record);
+  if (node > 0) {
+    const auto found = node_counters_.find(node);
+    const auto counters = found == node_counters_.end() ? record::NodeCounters{} : found->second;
+    restored.last_batch_seq = counters.last_batch_seq;
+    restored.num_steps = counters.num_steps;
+  }
+  for (auto it = batches_.lower_bound(record::at_node(node, 0));
+       it != batches_.end() && record::node_of(it->first) == node; ++it) {
+    bridge::FormedBatch& batch = restored.batches.emplace_back(it->second.record);
+    batch.batch_seq = record::without_node(batch.batch_seq);
+    batch.step = record::without_node(batch.step);
+  }
   for (const auto& [key, group] : groups_) {
-    if (group.is_formed()) continue;
+    if (group.is_formed() || group.node() != node) continue;
     if (restored.unformed.empty() || restored.unformed.back().request_id != key.first) {
       restored.unformed.push_back({.request_id = key.first});
     }

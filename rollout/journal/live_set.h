@@ -23,7 +23,10 @@ class LiveSet {
   int64_t num_bytes() const { return num_bytes_; }
 
   RestoredRequests requests() const;
-  bridge::RestoredDelivery delivery() const;
+  // Of a node's bridge.
+  bridge::RestoredDelivery delivery(int32_t node = 0) const;
+  // The highest one whose bridge has something left.
+  int32_t last_node() const;
 
   // Numbers of batches and steps that are not given out again, in case what was lost with a damaged
   // journal had them: a client's state may name those as consumed.
@@ -44,6 +47,7 @@ class LiveSet {
     int64_t num_bytes = 0;
 
     bool is_formed() const;
+    int32_t node() const { return record.accepted.request.key.node; }
   };
   struct Batch {
     bridge::FormedBatch record;
@@ -57,13 +61,17 @@ class LiveSet {
   void apply_one(record::Formed& formed);
   void apply_one(record::Released& released);
   void apply_one(record::Switched& switched);
+  void apply_one(record::NodeAccepted& accepted);
+  void apply_one(record::NodeCounters& counters);
+  void count(int32_t node, uint64_t batch_seq, uint64_t step);
   void check(const record::Formed& formed) const;
   void form(bridge::FormedBatch batch);
   void release_sample(int64_t request_id, int32_t prompt_index, int32_t sample_index);
 
   std::map<GroupKey, Group> groups_;
-  std::map<uint64_t, Batch> batches_;  // by batch_seq
+  std::map<uint64_t, Batch> batches_;  // by batch_seq, with the node
   record::Counters counters_;
+  std::map<int32_t, record::NodeCounters> node_counters_;
   int64_t num_bytes_ = 0;
 };
 

@@ -205,6 +205,13 @@ void visit_fields(Archive& archive, T& fields) {
     visit_list(archive, fields.batches, 58, [&](auto& batch) { visit_batch(archive, batch); });
   } else if constexpr (std::is_same_v<Plain, record::Released>) {
     archive.number(fields.batch_seq);
+  } else if constexpr (std::is_same_v<Plain, record::NodeAccepted>) {
+    archive.number(fields.node);
+    visit_fields(archive, fields.accepted);
+  } else if constexpr (std::is_same_v<Plain, record::NodeCounters>) {
+    archive.number(fields.node);
+    archive.number(fields.last_batch_seq);
+    archive.number(fields.num_steps);
   } else {
     static_assert(std::is_same_v<Plain, record::Switched>);
     archive.number(fields.weight_version);

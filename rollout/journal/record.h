@@ -56,13 +56,41 @@ struct Switched {
   int64_t weight_version = 0;
 };
 
+// Of the bridge of another node than rank 0's, by which its groups were accepted. Its batches and
+// steps are numbered by itself: where they are written down, the node is in the upper bits of
+// batch_seq and step.
+struct NodeAccepted {
+  int32_t node = 0;
+  Accepted accepted;
+};
+
+struct NodeCounters {
+  int32_t node = 0;
+  uint64_t last_batch_seq = 0;
+  uint64_t num_steps = 0;
+};
+
+inline constexpr int kNodeShift = 48;
+inline constexpr int32_t kMaxNode = 65535;
+
+constexpr uint64_t at_node(int32_t node, uint64_t number) {
+  return (static_cast<uint64_t>(node) << kNodeShift) | number;
+}
+constexpr int32_t node_of(uint64_t number) {
+  return static_cast<int32_t>(number >> kNodeShift);
+}
+constexpr uint64_t without_node(uint64_t number) {
+  return number & ((uint64_t{1} << kNodeShift) - 1);
+}
+
 }  // namespace rollpack::rollout::record
 
 namespace rollpack::rollout {
 
 // The order is the file's format: append only.
 using Record = std::variant<record::Header, record::Counters, record::Accepted, record::Aborted,
-                            record::Formed, record::Released, record::Switched>;
+                            record::Formed, record::Released, record::Switched,
+                            record::NodeAccepted, record::NodeCounters>;
 
 // Little-endian, lists and texts after their length; version 1 of the format.
 std::string encode(const Record& record);

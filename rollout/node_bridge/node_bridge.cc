@@ -57,6 +57,7 @@ void NodeBridge::keep(int32_t attempt, bridge::Sample sample) {
 }
 
 void NodeBridge::on_news(told::Open& news) {
+  if (news.restored) server_.keep_log(service_, std::move(*news.restored));
   service_.open(std::move(news));
   server_.start(service_);
   spdlog::info("serving this node's trainers");

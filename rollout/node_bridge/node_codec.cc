@@ -4,6 +4,7 @@
 
 #include "kernels/base/error.h"
 #include "rollout/cluster/message_parts.h"
+#include "rollout/journal/record.h"
 #include "rollout/node_bridge/frame_mark.h"
 #include "rollout/node_bridge/node_messages.h"
 #include "trainer_bridge/wire/message.h"
@@ -118,6 +119,41 @@ told::State decode_state(const json& map) {
           .health = decode_outcome(map.at("health"))};
 }
 
+// As the journal writes them.
+json encode_batches(const std::vector<bridge::FormedBatch>& batches) {
+  const std::string bytes = encode(Record(record::Formed{batches}));
+  return json::binary({bytes.begin(), bytes.end()});
+}
+
+std::vector<bridge::FormedBatch> decode_batches(const json& value) {
+  const auto& bytes = value.get_binary();
+  Record record = decode_record({reinterpret_cast<const char*>(bytes.data()), bytes.size()});
+  return std::get<record::Formed>(std::move(record)).batches;
+}
+
+json encode_restored(const bridge::RestoredDelivery& restored) {
+  json unformed = json::array();
+  for (const bridge::UnformedGroups& groups : restored.unformed) {
+    unformed.push_back(json::array({groups.request_id, to_bin(groups.prompt_indices)}));
+  }
+  return {{"instance", restored.instance},
+          {"last_batch_seq", restored.last_batch_seq},
+          {"num_steps", restored.num_steps},
+          {"batches", encode_batches(restored.batches)},
+          {"unformed", std::move(unformed)}};
+}
+
+bridge::RestoredDelivery decode_restored(const json& map) {
+  bridge::RestoredDelivery restored{.instance = map.at("instance"),
+                                    .last_batch_seq = integer<uint64_t>(map.at("last_batch_seq")),
+                                    .num_steps = integer<uint64_t>(map.at("num_steps")),
+                                    .batches = decode_batches(map.at("batches"))};
+  for (const json& groups : map.at("unformed")) {
+    restored.unformed.push_back({integer<int64_t>(groups.at(0)), from_bin<int32_t>(groups.at(1))});
+  }
+  return restored;
+}
+
 struct RequestEncoder {
   json operator()(const asked::Opened&) const { return {{"type", "opened"}}; }
   json operator()(const asked::Submit& m) const {
@@ -146,6 +182,15 @@ struct RequestEncoder {
     return {{"type", "find_stats"}, {"ticket", m.ticket}};
   }
   json operator()(const asked::Shutdown&) const { return {{"type", "shutdown"}}; }
+  json operator()(const asked::Formed& m) const {
+    return {{"type", "formed"}, {"batches", encode_batches(m.batches)}};
+  }
+  json operator()(const asked::Released& m) const {
+    return {{"type", "released"}, {"batch_seq", m.batch_seq}};
+  }
+  json operator()(const asked::WhenDurable& m) const {
+    return {{"type", "when_durable"}, {"ticket", m.ticket}};
+  }
   json operator()(const asked::Received& m) const {
     return {{"type", "received"}, {"num_bytes", m.num_bytes}};
   }
@@ -161,7 +206,8 @@ struct NewsEncoder {
             {"vocab_size", m.info.vocab_size},
             {"fingerprint", m.info.fingerprint},
             {"attention_parity_tokens", m.info.attention_parity_tokens},
-            {"state", encode_state(m.state)}};
+            {"state", encode_state(m.state)},
+            {"restored", m.restored ? encode_restored(*m.restored) : json()}};
   }
   json operator()(const told::Number& m) const {
     return {{"type", "number"},
@@ -232,6 +278,9 @@ NodeRequest decode_known_request(const json& map) {
   if (type == "find_weights") return asked::FindWeights{ticket_of(map)};
   if (type == "find_stats") return asked::FindStats{ticket_of(map)};
   if (type == "shutdown") return asked::Shutdown{};
+  if (type == "formed") return asked::Formed{decode_batches(map.at("batches"))};
+  if (type == "released") return asked::Released{integer<uint64_t>(map.at("batch_seq"))};
+  if (type == "when_durable") return asked::WhenDurable{ticket_of(map)};
   if (type == "received") return asked::Received{integer<uint64_t>(map.at("num_bytes"))};
   fail_invariant("unknown request of a node " + type);
 }
@@ -247,7 +296,10 @@ NodeNews decode_known_news(const json& map) {
                  .vocab_size = integer<int64_t>(map.at("vocab_size")),
                  .fingerprint = map.at("fingerprint"),
                  .attention_parity_tokens = integer<int64_t>(map.at("attention_parity_tokens"))},
-        .state = decode_state(map.at("state"))};
+        .state = decode_state(map.at("state")),
+        .restored = map.at("restored").is_null()
+                        ? std::nullopt
+                        : std::optional(decode_restored(map.at("restored")))};
   }
   if (type == "number") {
     return told::Number{ticket_of(map), decode_outcome(map.at("error")),

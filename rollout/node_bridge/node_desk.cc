@@ -38,10 +38,12 @@ told::State NodeDesk::state() const {
 }
 
 void NodeDesk::open(std::chrono::steady_clock::time_point deadline) {
-  const std::vector<uint8_t> frame = encode(told::Open{dispatcher_.info(), state()});
+  told::Open news{dispatcher_.info(), state(), std::nullopt};
   std::unique_lock lock(mutex_);
   for (const auto& [number, node] : nodes_) {
-    if (!node.is_gone) ways_.send(node.worker, frame);
+    if (node.is_gone) continue;
+    if (journal_ != nullptr) news.restored = journal_->restored_delivery(number);
+    ways_.send(node.worker, encode(news));
   }
   const auto is_there = [](const auto& each) { return each.second.is_open || each.second.is_gone; };
   if (changed_.wait_until(lock, deadline, [&] { return std::ranges::all_of(nodes_, is_there); })) {
@@ -144,7 +146,7 @@ void NodeDesk::lose(int32_t number) {
     node.waiting.clear();
   }
   changed_.notify_all();
-  const int64_t num_open = dispatcher_.abort_node(number);
+  const int64_t num_open = dispatcher_.drop_node(number);
   spdlog::error(
       "node {} has no bridge any more: {} samples that its trainers had not got are dropped, {} "
       "more are aborted; its other ranks go on for other nodes",
@@ -250,6 +252,31 @@ void NodeDesk::on_request(int32_t number, asked::Received& request) {
   Node& node = nodes_.at(number);
   node.num_bytes_under_way -= std::min<size_t>(node.num_bytes_under_way, request.num_bytes);
   pump(node);
+}
+
+void NodeDesk::on_request(int32_t node, asked::Formed& request) {
+  const std::lock_guard lock(mutex_);
+  if (journal_ != nullptr) journal_->formed_at(node, std::move(request.batches));
+}
+
+void NodeDesk::on_request(int32_t node, asked::Released& request) {
+  const std::lock_guard lock(mutex_);
+  if (journal_ != nullptr) journal_->released_at(node, request.batch_seq);
+}
+
+// The journal may answer at once, under the lock.
+void NodeDesk::on_request(int32_t node, asked::WhenDurable& request) {
+  const auto done = [this, node, ticket = request.ticket](std::optional<ErrorInfo> error) {
+    ways_.later(
+        [this, node, answer = told::Number{ticket, std::move(error), 0}] { tell(node, answer); });
+  };
+  const std::lock_guard lock(mutex_);
+  journal_ != nullptr ? journal_->when_durable(done) : done(std::nullopt);
+}
+
+void NodeDesk::forget_journal() {
+  const std::lock_guard lock(mutex_);
+  journal_ = nullptr;
 }
 
 bridge::RolloutService::Numbers NodeDesk::numbers() const {

@@ -14,6 +14,7 @@
 
 #include "rollout/cluster/dispatcher.h"
 #include "rollout/cluster/kept_samples.h"
+#include "rollout/journal/journal.h"
 #include "rollout/node_bridge/node_messages.h"
 #include "trainer_bridge/contract/sample_sink.h"
 
@@ -33,6 +34,10 @@ class NodeDesk final : public bridge::SampleSink, public KeptSamples {
   NodeDesk(Dispatcher& dispatcher, bridge::SampleSink& own, std::vector<int32_t> bridges,
            Ways ways);
 
+  // What the bridges' deliveries write down goes there. Before open(); it outlives the last frame.
+  void set_journal(Journal& journal) { journal_ = &journal; }
+  // The journal may go before this.
+  void forget_journal();
   // All ranks are ready: has the bridges take clients, and waits until they do.
   // Errors: deadline_exceeded naming those that do not.
   void open(std::chrono::steady_clock::time_point deadline);
@@ -76,12 +81,16 @@ class NodeDesk final : public bridge::SampleSink, public KeptSamples {
   void on_request(int32_t node, asked::FindStats& request);
   void on_request(int32_t node, asked::Shutdown& request);
   void on_request(int32_t node, asked::Received& request);
+  void on_request(int32_t node, asked::Formed& request);
+  void on_request(int32_t node, asked::Released& request);
+  void on_request(int32_t node, asked::WhenDurable& request);
 
   Dispatcher& dispatcher_;
   bridge::SampleSink& own_;
   const Ways ways_;
   // Taken under the dispatcher's lock too, so nothing that asks the dispatcher is done under it.
   mutable std::mutex mutex_;
+  Journal* journal_ = nullptr;
   std::condition_variable changed_;
   std::map<int32_t, Node> nodes_;
   int64_t num_samples_sent_ = 0, num_samples_kept_ = 0, num_undeliverable_ = 0;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "rollout/cluster/kept_samples.h"
+#include "trainer_bridge/contract/delivery_log.h"
 #include "trainer_bridge/contract/rollout_service.h"
 #include "trainer_bridge/contract/sample.h"
 
@@ -42,6 +43,16 @@ struct FindStats {
   uint64_t ticket = 0;
 };
 struct Shutdown {};
+// What its delivery writes down, in order.
+struct Formed {
+  std::vector<bridge::FormedBatch> batches;
+};
+struct Released {
+  uint64_t batch_seq = 0;
+};
+struct WhenDurable {  // answered once all of that is on disk, and what was asked for before
+  uint64_t ticket = 0;
+};
 struct Received {  // of samples; rank 0 may send as much again
   uint64_t num_bytes = 0;
 };
@@ -59,8 +70,9 @@ struct State {
 struct Open {  // all ranks are ready
   bridge::ServiceInfo info;
   State state;
+  std::optional<bridge::RestoredDelivery> restored;  // where there is a journal
 };
-// Answers: of submit (a request id), abort (how many samples) and pause.
+// Answers: of submit (a request id), abort (how many samples), pause and what waits for the disk.
 struct Number {
   uint64_t ticket = 0;
   bridge::Outcome error;
@@ -96,9 +108,10 @@ struct Forgotten {  // KeptSamples::forget
 
 namespace rollpack::rollout {
 
-using NodeRequest = std::variant<asked::Opened, asked::Submit, asked::Abort, asked::Pause,
-                                 asked::Resume, asked::Score, asked::FindWeights, asked::FindStats,
-                                 asked::Shutdown, asked::Received>;
+using NodeRequest =
+    std::variant<asked::Opened, asked::Submit, asked::Abort, asked::Pause, asked::Resume,
+                 asked::Score, asked::FindWeights, asked::FindStats, asked::Shutdown,
+                 asked::Received, asked::Formed, asked::Released, asked::WhenDurable>;
 using NodeNews = std::variant<told::State, told::Open, told::Number, told::Scores, told::Weights,
                               told::Stats, told::Failed, told::Decided, told::Forgotten>;
 

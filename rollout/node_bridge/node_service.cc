@@ -164,6 +164,16 @@ void NodeService::find_stats(bridge::Answer<Numbers> done) {
   send_(asked::FindStats{stats_.add(std::move(done))});
 }
 
+void NodeService::when_durable(std::function<void(std::optional<ErrorInfo>)> done) {
+  if (const bridge::Outcome broken = health()) return done(broken);
+  try {
+    const auto ticket = numbers_.add([done](bridge::Outcome outcome, int64_t) { done(outcome); });
+    send_(asked::WhenDurable{ticket});
+  } catch (const Error& error) {
+    done(error.info);
+  }
+}
+
 bridge::Outcome NodeService::health() const {
   const std::lock_guard lock(mutex_);
   return lost_ ? lost_ : state_.health;

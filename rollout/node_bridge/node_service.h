@@ -1,5 +1,5 @@
-// The RolloutService of a node's bridge: asks rank 0 and hands its answers on. Weights come in
-// through rank 0's bridge alone.
+// The RolloutService of a node's bridge: asks rank 0 and hands its answers on; rank 0's journal is
+// the log of its delivery. Weights come in through rank 0's bridge alone.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@
 namespace rollpack::rollout {
 
 // Thread-safe; never waits.
-class NodeService final : public bridge::RolloutService {
+class NodeService final : public bridge::RolloutService, public bridge::DeliveryLog {
  public:
   // `send` never waits. `weights_place` names the bridge that takes weights, for errors.
   NodeService(std::function<void(const NodeRequest&)> send, std::string weights_place)
@@ -51,6 +51,13 @@ class NodeService final : public bridge::RolloutService {
   void find_stats(bridge::Answer<Numbers> done) override;
   bridge::Outcome health() const override;
   void shutdown() override { send_(asked::Shutdown{}); }
+
+  // DeliveryLog
+  void formed(std::vector<bridge::FormedBatch> batches) override {
+    send_(asked::Formed{std::move(batches)});
+  }
+  void released(uint64_t batch_seq) override { send_(asked::Released{batch_seq}); }
+  void when_durable(std::function<void(std::optional<ErrorInfo>)> done) override;
 
  private:
   // Who waits for an answer of one kind, by ticket.

@@ -89,7 +89,7 @@ struct Server::State {
   VerbParts verb_parts(RolloutService& given_service);
   std::function<void(std::function<void()>)> poster() const;
 
-  const ServerOptions options;
+  ServerOptions options;  // fixed from start() on
   const std::shared_ptr<Loop> loop = std::make_shared<Loop>();
   std::optional<ListenSocket> listener;  // until stopped
   const std::unique_ptr<BatchLayout> layout;
@@ -317,6 +317,11 @@ Server::~Server() {
 
 void Server::start(RolloutService& service) {
   state_->start(service);
+}
+
+void Server::keep_log(DeliveryLog& log, RestoredDelivery restored) {
+  state_->options.log = &log;
+  state_->options.restored = std::move(restored);
 }
 
 void Server::set_metrics_port(int32_t port) {

@@ -50,6 +50,8 @@ class Server final : public SampleSink {
 
   // Listens; hello succeeds from here on. `service` outlives the stop.
   void start(RolloutService& service);
+  // What becomes ServerOptions::log and restored, where they are known late. Before start().
+  void keep_log(DeliveryLog& log, RestoredDelivery restored);
   // Tells clients, in stats, at which port of this machine the program's metrics are. Before
   // start().
   void set_metrics_port(int32_t port);

@@ -114,6 +114,35 @@ TEST(LiveSet, WhatContradictsWhatWasBeforeIsRefused) {
   EXPECT_FALSE(is_refused(live, record::Formed{{made_batch(2, 0, 1, 2)}}));
 }
 
+TEST(LiveSet, EveryNodesBridgeCountsForItself) {
+  LiveSet live;
+  live.apply(made_request(0, 1, 2));
+  live.apply(record::NodeAccepted{2, made_request(1, 2, 2)});
+  live.apply(record::Formed{{made_batch(1, 0, 0, 2)}});
+  live.apply(record::Formed{{made_batch(record::at_node(2, 1), 1, 0, 2)}});
+  EXPECT_TRUE(is_refused(live, record::Formed{{made_batch(2, 1, 1, 2)}})) << "not node 0's group";
+  EXPECT_TRUE(is_refused(live, record::Released{record::at_node(1, 1)}));
+  EXPECT_TRUE(is_refused(live, record::NodeAccepted{0, made_request(2, 1, 2)}));
+  EXPECT_EQ(live.last_node(), 2);
+  EXPECT_EQ(live.requests().groups.back().accepted.request.key.node, 2);
+  EXPECT_EQ(live.delivery(0).last_batch_seq, 1u);
+  EXPECT_TRUE(live.delivery(0).unformed.empty());
+  const bridge::RestoredDelivery of_node = live.delivery(2);
+  EXPECT_EQ(of_node.last_batch_seq, 1u);
+  ASSERT_EQ(of_node.batches.size(), 1u);
+  EXPECT_EQ(of_node.batches[0].batch_seq, 1u);
+  EXPECT_EQ(of_node.batches[0].samples[0].request_id, 1);
+  ASSERT_EQ(of_node.unformed.size(), 1u);
+  EXPECT_EQ(of_node.unformed[0].prompt_indices, std::vector<int32_t>{1});
+  EXPECT_TRUE(live.delivery(1).batches.empty());
+  LiveSet again;
+  for (Record& each : live.records()) again.apply(std::move(each));
+  EXPECT_EQ(encoded(again), encoded(live));
+  EXPECT_EQ(again.num_bytes(), live.num_bytes());
+  live.apply(record::Released{record::at_node(2, 1)});
+  EXPECT_EQ(live.delivery(2).last_batch_seq, 1u) << "is not given out again";
+}
+
 TEST(LiveSet, ItsRecordsMakeItAgain) {
   LiveSet live;
   for (const Record& record : made_records(60)) {

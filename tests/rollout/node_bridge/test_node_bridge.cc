@@ -1,7 +1,11 @@
+#include <algorithm>
+#include <cstddef>
+
 #include <gtest/gtest.h>
 
 #include "tests/error_text.h"
 #include "tests/rollout/node_bridge/thread_nodes.h"
+#include "trainer_bridge/contract/batch_schema.h"
 #include "trainer_bridge/server/server.h"
 
 namespace rollpack::rollout {
@@ -161,6 +165,45 @@ TEST(NodeBridge, WithItsBridgeANodesRequestsEndAndOthersGoOn) {
   }
   EXPECT_EQ(nodes.number("num_node_bridges"), 0);
   EXPECT_EQ(nodes.number("num_samples_undeliverable"), 60);
+}
+
+// A batch but for the generation of the slot it lies in.
+std::vector<std::byte> without_generation(std::vector<std::byte> bytes) {
+  std::fill_n(bytes.begin() + offsetof(bridge::BatchHeader, generation), sizeof(uint64_t),
+              std::byte{0});
+  return bytes;
+}
+
+TEST(NodeBridge, AfterARestartItGoesOnWithWhatItsTrainersHadNotReleased) {
+  const testing::TemporaryFolder folder;
+  const std::string journal = folder.file("journal");
+  const Json two = {{"num_groups", 2}, {"order", "canonical"}, {"timeout_ms", 30000}};
+  std::vector<std::byte> held;
+  Json instance;
+  {
+    ThreadNodes nodes(journal);
+    nodes.dispatcher().submit(numbered_prompts(2));
+    TestClient trainer = nodes.trainer();
+    instance = trainer.hello()["instance"];
+    EXPECT_EQ(trainer.submit(some_prompts(6), 3), 1);
+    EXPECT_TRUE(trainer.release(trainer.request("next_batch", two))["ok"]);
+    const Json batch = trainer.request("next_batch", two);
+    EXPECT_EQ(batch["batch_seq"], 2);
+    held = without_generation(trainer.bytes_of(batch));
+    EXPECT_TRUE(nodes.sink.wait_for(6));
+  }
+  ThreadNodes nodes(journal);
+  TestClient trainer = nodes.trainer();
+  EXPECT_EQ(trainer.hello()["instance"], instance);
+  const Json again = trainer.request("next_batch", two);
+  EXPECT_EQ(again["batch_seq"], 2);
+  EXPECT_EQ(without_generation(trainer.bytes_of(again)), held);
+  EXPECT_TRUE(trainer.release(again)["ok"]);
+  const Json rest = trainer.request("next_batch", two);
+  EXPECT_EQ(rest["batch_seq"], 3);
+  EXPECT_EQ(rest["num_samples"], 6);
+  EXPECT_TRUE(nodes.sink.wait_for(6)) << "node 0's, which nobody has released";
+  EXPECT_EQ(trainer.submit(some_prompts(1), 1), 2);
 }
 
 TEST(NodeBridge, TrainersHearThatRank0IsGone) {

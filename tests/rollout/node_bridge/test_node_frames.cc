@@ -135,6 +135,35 @@ TEST(NodeMessages, NewsComeAsTheyWent) {
   EXPECT_EQ(open.state.health->value, "none left");
 }
 
+TEST(NodeMessages, WhatADeliveryWritesDownComesAsItWent) {
+  const bridge::FormedBatch batch{.batch_seq = 7,
+                                  .num_groups = 1,
+                                  .step = 2,
+                                  .dp_rank = 1,
+                                  .dp_size = 2,
+                                  .row_starts = {0, 1},
+                                  .samples = {{5, 2, 1, 12}}};
+  const auto formed =
+      std::get<asked::Formed>(decode_node_request(encode(asked::Formed{{batch, batch}})));
+  ASSERT_EQ(formed.batches.size(), 2u);
+  EXPECT_EQ(formed.batches[1].batch_seq, 7u);
+  EXPECT_EQ(formed.batches[1].step, 2u);
+  EXPECT_EQ(formed.batches[1].samples, batch.samples);
+  const auto open = std::get<told::Open>(decode_node_news(
+      encode(told::Open{.restored = bridge::RestoredDelivery{.instance = "i-1",
+                                                             .last_batch_seq = 9,
+                                                             .num_steps = 4,
+                                                             .batches = {batch},
+                                                             .unformed = {{5, {0, 3}}}}})));
+  ASSERT_TRUE(open.restored);
+  EXPECT_EQ(open.restored->instance, "i-1");
+  EXPECT_EQ(open.restored->last_batch_seq, 9u);
+  EXPECT_EQ(open.restored->num_steps, 4u);
+  EXPECT_EQ(open.restored->batches.at(0).row_starts, batch.row_starts);
+  EXPECT_EQ(open.restored->unformed.at(0).request_id, 5);
+  EXPECT_EQ(open.restored->unformed.at(0).prompt_indices, (std::vector{0, 3}));
+}
+
 TEST(NodeMessages, BytesThatAreNoneAreRefused) {
   for (const std::vector<uint8_t>& body : {std::vector<uint8_t>{0xC0},
                                            {0xC0, 0x80},

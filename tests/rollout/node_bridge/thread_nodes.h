@@ -33,7 +33,8 @@ class ThreadNodes {
  public:
   static constexpr int32_t kHolder = 1, kOther = 2;
 
-  explicit ThreadNodes(RecoveryOptions recovery = {.is_on = true})
+  // `journal`: its file; none without it.
+  explicit ThreadNodes(const std::string& journal = "", RecoveryOptions recovery = {.is_on = true})
       : config_(config_in(folder_.path())) {
     for (int rank = 0; rank < 3; ++rank) replicas_.push_back(tiny_replica(config_));
     Replica& first = *replicas_[0];
@@ -64,6 +65,11 @@ class ThreadNodes {
     ways_.emplace_back(
         1, kOther, std::make_unique<SampleOutlet>(folder_.path(), kHolder, std::chrono::seconds(5)),
         tell(kOther));
+    if (!journal.empty()) {
+      journal_ = Journal::open(journal, "these threads", /*num_nodes=*/2);
+      desk_->set_journal(*journal_);
+      dispatcher_->restore(*journal_, journal_->restored_requests());
+    }
     for (int32_t rank = 0; rank < 3; ++rank) {
       workers_.push_back(std::make_shared<Worker>(*replicas_[rank], [this, rank](Event event) {
         if (rank == 0) return dispatcher_->handle(0, std::move(event));
@@ -84,6 +90,8 @@ class ThreadNodes {
     dispatcher_->stop(false, std::chrono::steady_clock::now() + std::chrono::seconds(30));
     for (const auto& worker : workers_) worker->stop();
     bridge_->stop();
+    dispatcher_->forget_log();
+    desk_->forget_journal();
     for (bridge::asio::thread_pool* pool : {&hub_, &node_}) {
       pool->stop();
       pool->join();
@@ -145,6 +153,7 @@ class ThreadNodes {
   const Config config_;
   std::vector<std::unique_ptr<Replica>> replicas_;
   std::unique_ptr<Dispatcher> dispatcher_;
+  std::unique_ptr<Journal> journal_;
   std::unique_ptr<NodeDesk> desk_;
   bridge::asio::thread_pool hub_{1}, node_{1};
   std::unique_ptr<NodeBridge> bridge_;
