@@ -138,9 +138,10 @@ def test_samples_stay_on_their_host_and_a_trainer_that_stands_still_holds_up_no_
     with _serve(hosts, folder, tmp_path, max_num_seqs=4) as job:
         here, there = _connect(job, hosts, tmp_path)
         with here:
-            # This host's ranks have enough to do that they leave the other's work alone.
-            here.submit([*mine, *({**prompt, "prompt_id": f"more {index}"}
-                                  for index, prompt in enumerate(PROMPTS))])
+            here.submit(mine)
+            # This host's ranks never run out of work, so they leave the other's alone.
+            more = here.submit([{**prompt, "prompt_id": f"more {index}"}
+                                for index, prompt in enumerate(PROMPTS * 6)])
             before = hosts.num_bytes_sent()
             there.submit(theirs)
             batch = there.next_batch(num_groups=len(theirs), order="canonical", timeout_s=60)
@@ -148,7 +149,8 @@ def test_samples_stay_on_their_host_and_a_trainer_that_stands_still_holds_up_no_
             assert num_bytes < num_theirs * RESPONSE_LENGTH * BYTES_A_TOKEN / 2
             assert there.stats()["num_samples_kept_on_nodes"] == num_theirs
             # That trainer stands still with all it asked for; this one has what is its own.
-            here_samples = take_rest(here, {}, (len(mine) + len(PROMPTS)) * NUM_SAMPLES)
+            here.abort(more)
+            here_samples = take_rest(here, {}, (len(mine) + 6 * len(PROMPTS)) * NUM_SAMPLES)
             # It goes away, and another gets the same.
             held = _contents(batch)
             there.close()
