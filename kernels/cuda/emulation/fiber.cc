@@ -21,7 +21,8 @@ constexpr size_t kStackBytes = 128 * 1024;  // kernels keep little on it; saniti
 thread_local Fiber* current = nullptr;
 
 // Stacks are whole pages: without this the frames in use of all fibers would lie at the same
-// addresses modulo 4 KiB, in the same few sets of the caches. A prime number of places, 7 lines apart.
+// addresses modulo 4 KiB, in the same few sets of the caches. A prime number of places, 7 lines
+// apart.
 constexpr size_t kPlaces = 127, kPlaceBytes = 7 * 64;
 thread_local size_t next_place = 0;
 
