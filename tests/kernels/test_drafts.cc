@@ -231,6 +231,7 @@ TEST_P(Drafts, DrawsOfOtherSequencesInTheStepKeepTheirBits) {
 
 // A wrong guess may overflow where the sequence's own tokens do not.
 TEST_P(Drafts, AWrongDraftWithoutFiniteKeysHarmsNothing) {
+  if (GetParam() == "cuda") GTEST_SKIP() << "its program writes to memory, which is the device's";
   constexpr int64_t V = 40, D = 4;
   ModelShape shape = small_shape(DType::kF32);
   shape.D = D;
