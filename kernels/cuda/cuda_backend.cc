@@ -49,6 +49,12 @@ void check_shape(const ModelShape& shape, const BackendOptions& options) {
                                       shape.F, shape.V, shape.L),
                  .allowed = "positive numbers, G dividing H"});
   }
+  if (options.communicator && options.communicator->size() > 1) {
+    throw Error({.code = ErrorCode::kUnsupported,
+                 .field = "engine.tensor_model_parallel_size",
+                 .value = std::to_string(options.communicator->size()),
+                 .allowed = "1 with engine.backend: cuda"});
+  }
   if (options.max_num_seqs <= 0 || options.max_num_batched_tokens <= 0) {
     throw Error(
         {.code = ErrorCode::kInvalidArgument,
