@@ -85,7 +85,8 @@ TEST(ConfigText, JsonHoldsEveryFieldWithItsType) {
   config.rollout.stop_token_ids = {1, 2};
   config.bridge.columns = {"entropy"};
   EXPECT_EQ(config_json(config),
-            R"({"model":{"path":"m","dtype":"bfloat16"},"rollout":{"n":8,"temperature":1.0,)"
+            R"({"model":{"path":"m","dtype":"bfloat16","load_format":"auto"},)"
+            R"("rollout":{"n":8,"temperature":1.0,)"
             R"("top_k":-1,"top_p":1.0,"min_p":0.0,"seed":0,"prompt_length":512,)"
             R"("response_length":256,"min_tokens":0,"ignore_eos":false,"stop_token_ids":[1, 2],)"
             R"("prompt_overflow":"error","logprobs_mode":"processed_logprobs"},)"
