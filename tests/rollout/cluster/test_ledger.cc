@@ -29,6 +29,20 @@ TEST(Ledger, TakesTheOldestSubmitsLongestGroupFirst) {
   EXPECT_EQ(order, (std::vector<Ledger::GroupKey>{{0, 1}, {0, 0}, {1, 0}}));
 }
 
+TEST(Ledger, AWorkerTakesWhatItsOwnNodeAskedForFirstAndThenHelpsOthers) {
+  Ledger ledger;
+  ledger.accept(group(0, 0, 9), "");
+  GroupRequest of_node_1 = group(1, 0, 5);
+  of_node_1.key.node = 1;
+  ledger.accept(of_node_1, "");
+  EXPECT_EQ(ledger.open_requests(1), std::vector<int64_t>{1});
+  EXPECT_EQ(ledger.next(2), (Ledger::GroupKey{0, 0})) << "nothing of its own: the oldest";
+  ASSERT_EQ(ledger.next(1), (Ledger::GroupKey{1, 0}));
+  ledger.assign({1, 0}, 0);
+  EXPECT_EQ(ledger.num_queued_groups(), 1);
+  EXPECT_EQ(ledger.next(1), (Ledger::GroupKey{0, 0}));
+}
+
 TEST(Ledger, TakesGroupsAsSubmittedWhereLongestFirstIsOff) {
   Ledger ledger;
   ledger.set_longest_first(false);
