@@ -32,6 +32,7 @@ class Numbers {
   const T* begin() const { return data(); }
   const T* end() const { return data() + size(); }
   const T& operator[](size_t i) const { return data()[i]; }
+  const T& back() const { return data()[size() - 1]; }
   operator std::vector<T>() const { return {begin(), end()}; }  // a copy
 
   // To be changed: what lies elsewhere is copied first.
