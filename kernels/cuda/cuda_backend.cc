@@ -53,7 +53,8 @@ void check_shape(const ModelShape& shape, const BackendOptions& options) {
     throw Error({.code = ErrorCode::kUnsupported,
                  .field = "engine.tensor_model_parallel_size",
                  .value = std::to_string(options.communicator->size()),
-                 .allowed = "1 with engine.backend: cuda"});
+                 .allowed = "1 on a device",
+                 .message = "engine.backend: cpu holds models on several ranks"});
   }
   if (options.max_num_seqs <= 0 || options.max_num_batched_tokens <= 0) {
     throw Error(

@@ -189,7 +189,7 @@ class Steps {
                                .prompt_hash = static_cast<uint64_t>(slot) * 77,
                                .sample_index = static_cast<uint32_t>(slot),
                                .next_position = at.num_keys,
-                               .min_position = at.num_keys + 12,
+                               .min_position = at.num_keys + 5,
                                .end_position = 1000,
                                .stop_token_ids = stops});
     plan.samples.push_back({.row = last_row, .slot = slot});
@@ -217,7 +217,7 @@ class Steps {
 std::vector<std::vector<uint32_t>> run_steps(ShardedReplica& replica, const Model& model) {
   Steps steps(model.config);
   std::vector<std::vector<uint32_t>> bits;
-  for (int step = 0; step < 14; ++step) {
+  for (int step = 0; step < 8; ++step) {
     const StepPlan plan = steps.next();
     const std::vector<StepResult> results = replica.run(plan);
     bits.push_back(bits_of(results[0]));
