@@ -1,6 +1,8 @@
 // Events, from a worker to rank 0, as frames.
+#include <optional>
 #include <string>
 #include <utility>
+#include <variant>
 
 #include "kernels/base/error.h"
 #include "rollout/cluster/message_codec.h"
@@ -196,10 +198,30 @@ Event decode_known_event(const json& map) {
   fail_invariant("unknown event " + type);
 }
 
+// The end that the request comes to whose result no frame holds; nullopt: nobody waits for it.
+std::optional<Event> as_failure(const Event& event, const ErrorInfo& error) {
+  if (const auto* done = std::get_if<SampleDone>(&event)) {
+    return SampleFailed{{done->sample.key, error}, done->attempt};
+  }
+  if (const auto* scored = std::get_if<Scored>(&event)) {
+    return Scored{scored->ticket, error, {.id = scored->sequence.id}};
+  }
+  return std::nullopt;
+}
+
 }  // namespace
 
 Frame encode(const Event& event) {
-  return {.body = bridge::encode_message(std::visit(EventEncoder{}, event)), .fds = {}};
+  const auto encoded = [](const Event& told) {
+    return Frame{.body = bridge::encode_message(std::visit(EventEncoder{}, told)), .fds = {}};
+  };
+  try {
+    return encoded(event);
+  } catch (const Error& too_long) {
+    const std::optional<Event> failure = as_failure(event, too_long.info);
+    if (!failure) throw;
+    return encoded(*failure);
+  }
 }
 
 Event decode_event(const Frame& frame) {

@@ -10,6 +10,8 @@
 namespace rollpack::rollout {
 
 // Descriptors that a message carries are duplicated into the frame.
+// Errors: resource_exhausted for what no frame holds; a sample or score of that size becomes its
+// failure instead, with this error.
 bridge::Frame encode(const Command& command);
 bridge::Frame encode(const Event& event);
 

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <functional>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -112,6 +113,29 @@ TEST(MessageCodec, AListOfNumbersCutInsideOneIsRefused) {
                        {"entropy", Json::binary({})}};
   EXPECT_EQ(event_error(scored),
             "data_loss: rank message = \"scored\": a number cut in a list of them");
+}
+
+TEST(MessageCodec, WhatNoFrameHoldsIsToldAsAFailure) {
+  SampleDone done{.attempt = 3};
+  done.sample.key.request_id = 7;
+  done.sample.key.prompt_id.text = "long";
+  done.sample.prompt_ids = std::make_shared<const std::vector<int32_t>>();
+  done.sample.response_ids = std::vector<int32_t>(bridge::kMaxFrameBytes / 4, 1);
+  const Event sample = decode_event(encode(Event(done)));
+  const auto& failed = std::get<SampleFailed>(sample);
+  EXPECT_EQ(failed.attempt, 3);
+  EXPECT_EQ(failed.sample.key.request_id, 7);
+  EXPECT_EQ(failed.sample.key.prompt_id.text, "long");
+  EXPECT_EQ(failed.sample.error.code, ErrorCode::kResourceExhausted);
+
+  Scored scored{.ticket = 5};
+  scored.sequence.id.text = "s";
+  scored.sequence.entropy.resize(bridge::kMaxFrameBytes / 4);
+  const Event answer = decode_event(encode(Event(scored)));
+  EXPECT_EQ(std::get<Scored>(answer).ticket, 5u);
+  EXPECT_EQ(std::get<Scored>(answer).sequence.id.text, "s");
+  ASSERT_TRUE(std::get<Scored>(answer).error);
+  EXPECT_EQ(std::get<Scored>(answer).error->code, ErrorCode::kResourceExhausted);
 }
 
 }  // namespace
