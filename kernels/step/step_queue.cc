@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "kernels/base/error.h"
 
@@ -56,8 +57,11 @@ StepResult StepQueue::wait(StepHandle handle, Deadline deadline) {
 }
 
 void StepQueue::drain() {
+  // Let go of after the lock: what ends with a program may call this queue.
+  std::vector<std::shared_ptr<StepProgram>> programs;
   std::unique_lock lock(mutex_);
   changed_.wait(lock, [this] { return next_to_run() == nullptr; });
+  for (const std::unique_ptr<Step>& step : steps_) programs.push_back(std::move(step->program));
 }
 
 void StepQueue::close() {
@@ -67,7 +71,9 @@ void StepQueue::close() {
   }
   changed_.notify_all();
   if (driver_.joinable()) driver_.join();
-  steps_.clear();
+  Steps dropped;  // ends when the queue is empty, for the same reason
+  const std::lock_guard lock(mutex_);
+  dropped.swap(steps_);
 }
 
 void StepQueue::drive() {

@@ -34,7 +34,7 @@ class StepQueue {
   bool poll(StepHandle handle);
   // Errors: the step's own; deadline_exceeded, the step stays in flight.
   StepResult wait(StepHandle handle, Deadline deadline);
-  // Returns when no step runs or waits to run.
+  // Returns when no step runs or waits to run; lets go of the programs of those that have run.
   void drain();
   // Lets the running step end and drops the rest. Idempotent.
   void close();

@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <future>
+#include <memory>
 #include <stdexcept>
 
 #include "kernels/base/error.h"
@@ -93,6 +94,32 @@ TEST(StepQueue, DrainWaitsForAllStepsAndKeepsTheirResults) {
   EXPECT_TRUE(echo.queue.poll(first));
   EXPECT_TRUE(echo.queue.poll(second));
   EXPECT_EQ(echo.queue.wait(first, soon()).failed_sequences[0], 7);
+}
+
+// Buffers that a program frees make its backend wait for the queue.
+class DrainingProgram final : public StepProgram {
+ public:
+  explicit DrainingProgram(StepQueue& queue) : queue_(queue) {}
+  ~DrainingProgram() override { queue_.drain(); }
+  void run(Backend&, int64_t, int64_t) override {}
+
+ private:
+  StepQueue& queue_;
+};
+
+TEST(StepQueue, AProgramMayDrainItWhenItEnds) {
+  {
+    Echo closed;
+    closed.submit(1);
+    closed.queue.submit(plan_of(2), std::make_shared<DrainingProgram>(closed.queue));
+  }
+  Echo drained;
+  auto program = std::make_shared<DrainingProgram>(drained.queue);
+  const std::weak_ptr<DrainingProgram> ended = program;
+  const StepHandle handle = drained.queue.submit(plan_of(3), std::move(program));
+  drained.queue.drain();
+  EXPECT_TRUE(ended.expired());
+  EXPECT_EQ(drained.queue.wait(handle, soon()).failed_sequences[0], 3);
 }
 
 }  // namespace
