@@ -9,6 +9,7 @@
 #include <numeric>
 #include <random>
 #include <utility>
+#include <vector>
 
 #include "tests/error_text.h"
 
@@ -136,17 +137,30 @@ TEST(BinPacking, NoTwoBinsCouldBeOne) {
   EXPECT_GT(fills[0] + fills[1], 1000);
 }
 
-TEST(BinPacking, PacksAHundredThousandItemsInWellUnderASecond) {
-  std::mt19937 random(6);
-  // One length for all, so that every bin is a candidate of every item, and lengths of all sizes.
-  for (const Lengths& lengths :
-       {Lengths(100'000, 3), random_lengths(random, 100'000, 16384), Lengths(100'000, 9000)}) {
-    const std::clock_t start = std::clock();  // of this process: machines are shared
+// CPU seconds of this process, as machines are shared; the least of three.
+double seconds_to_pack(const Lengths& lengths) {
+  double least = 1e9;
+  for (int i = 0; i < 3; ++i) {
+    const std::clock_t start = std::clock();
     const Bins bins = pack_best_fit_decreasing(lengths, 16384);
-    const double taken_s = static_cast<double>(std::clock() - start) / CLOCKS_PER_SEC;
+    least = std::min(least, static_cast<double>(std::clock() - start) / CLOCKS_PER_SEC);
     const int64_t total = std::reduce(lengths.begin(), lengths.end());
     EXPECT_GE(static_cast<int64_t>(bins.size()), (total + 16383) / 16384);
-    EXPECT_LT(taken_s, 1.0);
+  }
+  return least;
+}
+
+TEST(BinPacking, TenTimesTheItemsTakeFarLessThanAHundredTimesTheTime) {
+  std::mt19937 random(6);
+  // One length for all, so that every bin is a candidate of every item, and lengths of all sizes.
+  const auto cases = [&](size_t count) {
+    return std::vector<Lengths>{Lengths(count, 3), random_lengths(random, count, 16384),
+                                Lengths(count, 9000)};
+  };
+  const std::vector<Lengths> few = cases(10'000), many = cases(100'000);
+  for (size_t i = 0; i < few.size(); ++i) {
+    // n log n is 12.5 times; caches add to it, and short times are coarse.
+    EXPECT_LT(seconds_to_pack(many[i]), 40 * (seconds_to_pack(few[i]) + 1e-4)) << "case " << i;
   }
 }
 
