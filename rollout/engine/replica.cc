@@ -1,6 +1,7 @@
 #include "rollout/engine/replica.h"
 
 #include <algorithm>
+#include <exception>
 #include <utility>
 
 #include "kernels/registry.h"
@@ -78,6 +79,14 @@ DType Replica::dtype() const {
 
 kernels::StepProfile Replica::take_profile() {
   return profiled_ == nullptr ? kernels::StepProfile{} : profiled_->take();
+}
+
+Replica::~Replica() {
+  try {
+    backend_->sync();
+  } catch (const std::exception&) {
+    // What went wrong with a step is told to who waits for it.
+  }
 }
 
 void Replica::load_checkpoint() {

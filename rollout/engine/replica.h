@@ -37,6 +37,8 @@ class Replica {
   // The same over a backend that the caller has made, whatever engine.backend says.
   Replica(const Config& config, const ModelConfig& model, std::unique_ptr<kernels::Backend> backend,
           std::shared_ptr<kernels::Communicator> communicator = nullptr);
+  // Waits for steps that nobody has waited for: they read weights and activations to their end.
+  ~Replica();
 
   // Stages the tensors of model.path; the caller commits.
   void load_checkpoint();
