@@ -92,6 +92,7 @@ class ThreadNodes {
     bridge_->stop();
     dispatcher_->forget_log();
     desk_->forget_journal();
+    journal_.reset();  // its thread answers by the hub's
     for (bridge::asio::thread_pool* pool : {&hub_, &node_}) {
       pool->stop();
       pool->join();
