@@ -59,21 +59,22 @@ class Device {
   virtual void wait(Stream stream, std::chrono::steady_clock::time_point deadline) = 0;
 };
 
-// Device memory that frees itself.
-class DeviceMemory {
+// Memory that frees itself, of the kind that `kAlloc` and `kFree` of Device make.
+template <auto kAlloc, auto kFree>
+class OwnMemory {
  public:
-  DeviceMemory() = default;
-  DeviceMemory(Device& device, int64_t bytes, const char* what)
-      : device_(&device), data_(device.alloc(bytes, what)), bytes_(bytes) {}
-  DeviceMemory(DeviceMemory&& other) noexcept { *this = std::move(other); }
-  DeviceMemory& operator=(DeviceMemory&& other) noexcept {
+  OwnMemory() = default;
+  OwnMemory(Device& device, int64_t bytes, const char* what)
+      : device_(&device), data_((device.*kAlloc)(bytes, what)), bytes_(bytes) {}
+  OwnMemory(OwnMemory&& other) noexcept { *this = std::move(other); }
+  OwnMemory& operator=(OwnMemory&& other) noexcept {
     std::swap(device_, other.device_);
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);
     return *this;
   }
-  ~DeviceMemory() {
-    if (data_ != nullptr) device_->free(data_);
+  ~OwnMemory() {
+    if (data_ != nullptr) (device_->*kFree)(data_);
   }
 
   template <class T = std::byte>
@@ -88,34 +89,8 @@ class DeviceMemory {
   int64_t bytes_ = 0;
 };
 
-// The same of pinned host memory.
-class HostMemory {
- public:
-  HostMemory() = default;
-  HostMemory(Device& device, int64_t bytes, const char* what)
-      : device_(&device), data_(device.alloc_host(bytes, what)), bytes_(bytes) {}
-  HostMemory(HostMemory&& other) noexcept { *this = std::move(other); }
-  HostMemory& operator=(HostMemory&& other) noexcept {
-    std::swap(device_, other.device_);
-    std::swap(data_, other.data_);
-    std::swap(bytes_, other.bytes_);
-    return *this;
-  }
-  ~HostMemory() {
-    if (data_ != nullptr) device_->free_host(data_);
-  }
-
-  template <class T = std::byte>
-  T* as() const {
-    return static_cast<T*>(data_);
-  }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  Device* device_ = nullptr;
-  void* data_ = nullptr;
-  int64_t bytes_ = 0;
-};
+using DeviceMemory = OwnMemory<&Device::alloc, &Device::free>;
+using HostMemory = OwnMemory<&Device::alloc_host, &Device::free_host>;  // pinned
 
 // A stream that frees itself.
 class OwnStream {
