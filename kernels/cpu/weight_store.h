@@ -10,6 +10,7 @@
 #include "kernels/backend.h"
 #include "kernels/cpu/arena.h"
 #include "kernels/cpu/packing.h"
+#include "kernels/step/declared_weights.h"
 
 namespace rollpack::kernels::cpu {
 
@@ -48,30 +49,18 @@ class WeightStore {
   const float* vector(WeightId id, int64_t expected, const char* op) const;
 
  private:
-  struct Declared {
-    WeightSpec spec;
-    int64_t offset = 0;
-    int64_t bytes = 0;
-    // Rows of each part that this process holds: as declared, or fixed by the part's first load.
-    std::vector<std::optional<int64_t>> local_rows;
-  };
   struct Set {
     Arena arena;
-    std::vector<std::vector<bool>> is_loaded;  // [weight][part]
-    std::vector<bool> is_populated;            // [windows of the arena]
-    std::optional<uint64_t> hash;              // once it was asked for, and nothing loaded since
+    DeclaredWeights::Flags is_loaded;
+    std::vector<bool> is_populated;  // [windows of the arena]
+    std::optional<uint64_t> hash;    // once it was asked for, and nothing loaded since
   };
 
-  const Declared& declared(WeightId id, const char* op) const;
-  PackedMatrix view(const Declared& weight, std::byte* base) const;
-  int64_t first_row(const Declared& weight, int32_t part) const;
-  void check_load(const Declared& weight, int32_t part, const WeightSource& source,
-                  ShardRange shard) const;
-  void fix_local_rows(Declared& weight, int32_t part, ShardRange shard);
-  Set make_set(bool is_loaded) const;
+  int64_t bytes_of(const DeclaredWeight& weight) const;
+  PackedMatrix view(const DeclaredWeight& weight, std::byte* base) const;
   // Backs bytes [begin, end) of the arena with memory.
   void populate(Set& set, int64_t begin, int64_t end, ThreadPool* pool) const;
-  void load_matrix(Set& set, const Declared& weight, const PackTarget& target,
+  void load_matrix(Set& set, const DeclaredWeight& weight, const PackTarget& target,
                    const WeightSource& source, ShardRange shard, ThreadPool* pool);
   Set& staged();
   uint64_t hash_of(const Set& set, ThreadPool* pool) const;
@@ -80,7 +69,7 @@ class WeightStore {
   const KernelTable& kernels_;
   DType compute_;
   bool is_shared_;
-  std::vector<Declared> weights_;
+  DeclaredWeights weights_;
   int64_t next_offset_ = kHeaderBytes;
   std::optional<Set> committed_;
   std::optional<Set> staged_;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <span>
 #include <utility>
 
@@ -24,75 +25,34 @@ std::chrono::steady_clock::time_point copy_deadline() {
   return std::chrono::steady_clock::now() + kCopyLimit;
 }
 
-bool is_float(DType dtype) {
-  return dtype == DType::kF32 || dtype == DType::kBF16 || dtype == DType::kF16;
-}
-
-int64_t total_rows(const WeightSpec& spec) {
-  int64_t rows = 0;
-  for (const int64_t part : spec.part_rows) rows += part;
-  return rows;
-}
-
-[[noreturn]] void fail_state(std::string field, std::string value, std::string message) {
-  throw Error({.code = ErrorCode::kFailedPrecondition,
-               .field = std::move(field),
-               .value = std::move(value),
-               .message = std::move(message)});
-}
-
-[[noreturn]] void fail_argument(std::string field, std::string value, std::string allowed) {
-  throw Error({.code = ErrorCode::kInvalidArgument,
-               .field = std::move(field),
-               .value = std::move(value),
-               .allowed = std::move(allowed)});
-}
-
 }  // namespace
 
 WeightId WeightStore::declare(const WeightSpec& spec) {
   if (has_committed_ || staged_) {
-    fail_state("weight", spec.name, "declare all weights before the first is staged");
+    fail_weight_state("weight", spec.name, "declare all weights before the first is staged");
   }
-  const bool is_vector = spec.kind == WeightKind::kVector;
-  bool is_valid = !spec.part_rows.empty() && spec.cols > 0 && (!is_vector || spec.cols == 1);
-  for (const int64_t rows : spec.part_rows) is_valid = is_valid && rows > 0;
-  if (spec.kind == WeightKind::kGated) {
-    is_valid = is_valid && spec.part_rows.size() == 2 && spec.part_rows[0] == spec.part_rows[1];
-  }
-  if (!is_valid) {
-    fail_argument(spec.name,
-                  fmt::format("{} parts, {} rows, {} columns", spec.part_rows.size(),
-                              total_rows(spec), spec.cols),
-                  "parts of positive size; two equal ones where gated; one column in a vector");
-  }
-  Declared weight{.spec = spec, .offset = next_offset_};
-  weight.local_rows.resize(spec.part_rows.size());
-  next_offset_ += (bytes_of(weight) + kAlignment - 1) / kAlignment * kAlignment;
-  weights_.push_back(std::move(weight));
-  return static_cast<WeightId>(weights_.size()) - 1;
+  DeclaredWeight weight = DeclaredWeights::checked(spec);
+  weight.offset = next_offset_;
+  weight.bytes = bytes_of(weight);
+  next_offset_ += (weight.bytes + kAlignment - 1) / kAlignment * kAlignment;
+  return weights_.add(std::move(weight));
 }
 
-int64_t WeightStore::bytes_of(const Declared& weight) const {
-  if (weight.spec.kind == WeightKind::kVector) return total_rows(weight.spec) * 4;
+int64_t WeightStore::bytes_of(const DeclaredWeight& weight) const {
+  if (weight.spec.kind == WeightKind::kVector) {
+    return weight.first_row(weight.num_parts()) * 4;
+  }
   const DeviceMatrix matrix = view(weight, nullptr);
   return packed_rows(matrix) * matrix.row_stride * dtype_bytes(compute_);
 }
 
-std::vector<std::vector<bool>> WeightStore::loaded_flags(bool value) const {
-  std::vector<std::vector<bool>> flags;
-  for (const Declared& weight : weights_) {
-    flags.emplace_back(weight.spec.part_rows.size(), value);
-  }
-  return flags;
-}
-
 void WeightStore::begin_staging() {
-  if (staged_) fail_state("weights", "staged", "commit or discard the staged set first");
-  if (weights_.empty()) fail_state("weights", "none", "declare the weights before staging them");
+  if (staged_) fail_weight_state("weights", "staged", "commit or discard the staged set first");
+  if (weights_.empty())
+    fail_weight_state("weights", "none", "declare the weights before staging them");
   if (committed_.bytes() == 0) committed_ = DeviceMemory(device_, next_offset_, "weights");
   if (bounce_.bytes() == 0) bounce_ = HostMemory(device_, kBounceBytes, "weights on their way");
-  Staged set{.is_loaded = loaded_flags(false)};
+  Staged set{.is_loaded = weights_.flags(false)};
   if (stages_on_device_) {
     set.on_device = DeviceMemory(device_, next_offset_, "staged weights");
   } else {
@@ -103,71 +63,16 @@ void WeightStore::begin_staging() {
 }
 
 WeightStore::Staged& WeightStore::staged() {
-  if (!staged_) fail_state("weights", "not staged", "call begin_staging() first");
+  if (!staged_) fail_weight_state("weights", "not staged", "call begin_staging() first");
   return *staged_;
 }
 
-void WeightStore::check_load(const Declared& weight, int32_t part, const WeightSource& source,
-                             ShardRange shard) const {
-  const WeightSpec& spec = weight.spec;
-  if (part < 0 || part >= static_cast<int32_t>(spec.part_rows.size())) {
-    fail_argument(spec.name + " part", std::to_string(part),
-                  fmt::format("0 to {}", spec.part_rows.size() - 1));
-  }
-  const int64_t rows = spec.part_rows[static_cast<size_t>(part)];
-  const bool is_vector = spec.kind == WeightKind::kVector;
-  const bool fits =
-      is_vector ? source.num_elements() == rows : source.rows == rows && source.cols == spec.cols;
-  const std::string name = fmt::format("{} part {}", spec.name, part);
-  if (!fits) {
-    fail_argument(
-        name, fmt::format("[{}, {}]", source.rows, source.cols),
-        is_vector ? fmt::format("{} elements", rows) : fmt::format("[{}, {}]", rows, spec.cols));
-  }
-  if (!is_float(source.dtype)) {
-    fail_argument(name + " dtype", std::string(dtype_name(source.dtype)),
-                  "float32, bfloat16 or float16");
-  }
-  if (shard.begin < 0 || shard.begin >= shard.end || shard.end > rows) {
-    fail_argument(name + " shard", fmt::format("[{}, {})", shard.begin, shard.end),
-                  fmt::format("a range of rows in [0, {})", rows));
-  }
-}
-
-void WeightStore::fix_local_rows(Declared& weight, int32_t part, ShardRange shard) {
-  const auto index = static_cast<size_t>(part);
-  const int64_t rows = shard.end - shard.begin;
-  std::optional<int64_t>& local = weight.local_rows[index];
-  if (local && *local != rows) {
-    fail_argument(fmt::format("{} part {} shard", weight.spec.name, part),
-                  fmt::format("{} rows", rows), fmt::format("{} rows, as loaded before", *local));
-  }
-  // Parts lie one after the other, so a shard moves what follows it.
-  const bool moves_others = !local && rows != weight.spec.part_rows[index];
-  for (size_t later = index + 1; moves_others && later < weight.local_rows.size(); ++later) {
-    if (weight.local_rows[later] && weight.spec.kind != WeightKind::kGated) {
-      fail_state(fmt::format("{} part {}", weight.spec.name, part), "loaded after a later part",
-                 "load the parts of a sharded weight in order");
-    }
-  }
-  if (!local) local = rows;
-}
-
-int64_t WeightStore::first_row(const Declared& weight, int32_t part) const {
-  int64_t row = 0;
-  for (size_t i = 0; i < static_cast<size_t>(part); ++i) {
-    row += weight.local_rows[i].value_or(weight.spec.part_rows[i]);
-  }
-  return row;
-}
-
-DeviceMatrix WeightStore::view(const Declared& weight, const void* base) const {
+DeviceMatrix WeightStore::view(const DeclaredWeight& weight, const void* base) const {
   const bool is_gated = weight.spec.kind == WeightKind::kGated;
-  const auto parts = static_cast<int32_t>(weight.spec.part_rows.size());
   const int64_t per_piece = 16 / dtype_bytes(compute_);
   const auto* const bytes = static_cast<const std::byte*>(base);
   return {.data = bytes == nullptr ? nullptr : bytes + weight.offset,
-          .N = first_row(weight, is_gated ? 1 : parts),
+          .N = weight.first_row(is_gated ? 1 : weight.num_parts()),
           .K_in = weight.spec.cols,
           .row_stride = (weight.spec.cols + per_piece - 1) / per_piece * per_piece,
           .is_gated = is_gated};
@@ -175,15 +80,13 @@ DeviceMatrix WeightStore::view(const Declared& weight, const void* base) const {
 
 void WeightStore::load(WeightId id, int32_t part, const WeightSource& source, ShardRange shard) {
   Staged& set = staged();
-  declared(id, "load_weight");  // checks the id
-  Declared& weight = weights_[static_cast<size_t>(id)];
-  check_load(weight, part, source, shard);
-  fix_local_rows(weight, part, shard);
+  DeclaredWeight& weight = weights_.at(id, "load_weight");
+  DeclaredWeights::begin_load(weight, part, source, shard);
   std::vector<bool>::reference is_loaded =
       set.is_loaded[static_cast<size_t>(id)][static_cast<size_t>(part)];
   is_loaded = false;  // until all of it has been read
   set.hash.reset();
-  const int64_t first = first_row(weight, part);
+  const int64_t first = weight.first_row(part);
   if (weight.spec.kind == WeightKind::kVector)
     load_vector(weight, first, source, shard);
   else
@@ -191,8 +94,8 @@ void WeightStore::load(WeightId id, int32_t part, const WeightSource& source, Sh
   is_loaded = true;
 }
 
-void WeightStore::load_vector(const Declared& weight, int64_t first, const WeightSource& source,
-                              ShardRange shard) {
+void WeightStore::load_vector(const DeclaredWeight& weight, int64_t first,
+                              const WeightSource& source, ShardRange shard) {
   std::vector<std::byte> scratch;
   const std::byte* all = source.read_rows(0, source.rows, scratch);
   std::vector<float> values(static_cast<size_t>(shard.end - shard.begin));
@@ -207,7 +110,7 @@ void WeightStore::load_vector(const Declared& weight, int64_t first, const Weigh
 
 // Rows go through the bounce buffer, as many at a time as it holds; of gate and up in groups of 8,
 // which are far apart in the set by as much again.
-void WeightStore::load_matrix(const Declared& weight, int32_t part, int64_t first,
+void WeightStore::load_matrix(const DeclaredWeight& weight, int32_t part, int64_t first,
                               const WeightSource& source, ShardRange shard) {
   const DeviceMatrix matrix = view(weight, nullptr);
   const int64_t row_bytes = matrix.row_stride * dtype_bytes(compute_);
@@ -256,26 +159,20 @@ void WeightStore::finish_copies() {
 
 void WeightStore::copy_committed_to_staged() {
   Staged& set = staged();
-  if (!has_committed_) fail_state("weights", "none committed", "there is nothing to copy");
+  if (!has_committed_) fail_weight_state("weights", "none committed", "there is nothing to copy");
   if (stages_on_device_) {
     device_.copy_on_device(stream_, set.on_device.as<>(), committed_.as<>(), next_offset_);
   } else {
     device_.copy_to_host(stream_, set.on_host.as<>(), committed_.as<>(), next_offset_);
   }
   finish_copies();
-  set.is_loaded = loaded_flags(true);
+  set.is_loaded = weights_.flags(true);
   set.hash.reset();
 }
 
 void WeightStore::require_complete() const {
-  if (!staged_) fail_state("weights", "not staged", "call begin_staging() first");
-  for (size_t id = 0; id < weights_.size(); ++id) {
-    for (size_t part = 0; part < staged_->is_loaded[id].size(); ++part) {
-      if (staged_->is_loaded[id][part]) continue;
-      fail_state(fmt::format("{} part {}", weights_[id].spec.name, part), "not loaded",
-                 "every part is loaded before a commit");
-    }
-  }
+  if (!staged_) fail_weight_state("weights", "not staged", "call begin_staging() first");
+  weights_.require_loaded(staged_->is_loaded);
 }
 
 void WeightStore::commit() {
@@ -297,7 +194,7 @@ void WeightStore::discard() {
 
 uint64_t WeightStore::committed_hash() {
   if (!has_committed_)
-    fail_state("weights", "none committed", "commit weights before hashing them");
+    fail_weight_state("weights", "none committed", "commit weights before hashing them");
   if (!committed_hash_) committed_hash_ = hash_of(committed_.as<>(), true);
   return *committed_hash_;
 }
@@ -331,48 +228,31 @@ uint64_t WeightStore::hash_of(const std::byte* set, bool is_on_device) {
 }
 
 uint64_t WeightStore::layout_hash() const {
-  std::string text = fmt::format("cuda-v1 {} {}", dtype_name(compute_), next_offset_);
-  for (const Declared& weight : weights_) {
-    text += fmt::format("|{} {} {}", weight.spec.name, static_cast<int>(weight.spec.kind),
-                        weight.spec.cols);
-    for (size_t part = 0; part < weight.spec.part_rows.size(); ++part) {
-      text += fmt::format(" {}", weight.local_rows[part].value_or(weight.spec.part_rows[part]));
-    }
-  }
-  return fnv1a64(text);
-}
-
-const WeightStore::Declared& WeightStore::declared(WeightId id, const char* op) const {
-  if (id < 0 || id >= static_cast<WeightId>(weights_.size())) {
-    fail_argument(fmt::format("{} weight", op), std::to_string(id),
-                  fmt::format("a declared weight, 0 to {}", weights_.size() - 1));
-  }
-  return weights_[static_cast<size_t>(id)];
+  return weights_.layout_hash(fmt::format("cuda-v1 {} {}", dtype_name(compute_), next_offset_));
 }
 
 DeviceMatrix WeightStore::matrix(WeightId id, const char* op) const {
-  const Declared& weight = declared(id, op);
+  const DeclaredWeight& weight = weights_.at(id, op);
   if (!has_committed_)
-    fail_state(weight.spec.name, "not committed", "commit weights before a step");
+    fail_weight_state(weight.spec.name, "not committed", "commit weights before a step");
   if (weight.spec.kind == WeightKind::kVector) {
-    fail_argument(fmt::format("{} weight", op), weight.spec.name, "a matrix");
+    fail_weight_argument(fmt::format("{} weight", op), weight.spec.name, "a matrix");
   }
   return view(weight, committed_.as<>());
 }
 
 SliceRule WeightStore::slices(WeightId id) const {
-  const WeightSpec& spec = declared(id, "linear").spec;
-  return slice_rule(total_rows(spec), spec.cols);
+  const WeightSpec& spec = weights_.at(id, "linear").spec;
+  return slice_rule(std::reduce(spec.part_rows.begin(), spec.part_rows.end()), spec.cols);
 }
 
 const float* WeightStore::vector(WeightId id, int64_t expected, const char* op) const {
-  const Declared& weight = declared(id, op);
+  const DeclaredWeight& weight = weights_.at(id, op);
   if (!has_committed_)
-    fail_state(weight.spec.name, "not committed", "commit weights before a step");
-  const auto parts = static_cast<int32_t>(weight.spec.part_rows.size());
-  if (weight.spec.kind != WeightKind::kVector || first_row(weight, parts) != expected) {
-    fail_argument(fmt::format("{} weight", op), weight.spec.name,
-                  fmt::format("a vector of {} elements", expected));
+    fail_weight_state(weight.spec.name, "not committed", "commit weights before a step");
+  if (weight.spec.kind != WeightKind::kVector || weight.first_row(weight.num_parts()) != expected) {
+    fail_weight_argument(fmt::format("{} weight", op), weight.spec.name,
+                         fmt::format("a vector of {} elements", expected));
   }
   return reinterpret_cast<const float*>(committed_.as<>() + weight.offset);
 }

@@ -12,6 +12,7 @@
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/linear.h"
 #include "kernels/cuda/step_memory.h"
+#include "kernels/step/declared_weights.h"
 
 namespace rollpack::kernels::cuda {
 
@@ -44,35 +45,23 @@ class WeightStore {
   const float* vector(WeightId id, int64_t expected, const char* op) const;
 
  private:
-  struct Declared {
-    WeightSpec spec;
-    int64_t offset = 0;
-    // Rows of each part that this process holds: fixed by the first load of the part.
-    std::vector<std::optional<int64_t>> local_rows;
-  };
   struct Staged {
     DeviceMemory on_device;
     HostMemory on_host;
-    std::vector<std::vector<bool>> is_loaded;  // [weight][part]
-    std::optional<uint64_t> hash;              // once asked for, and nothing loaded since
+    DeclaredWeights::Flags is_loaded;
+    std::optional<uint64_t> hash;  // once asked for, and nothing loaded since
   };
 
-  const Declared& declared(WeightId id, const char* op) const;
-  int64_t first_row(const Declared& weight, int32_t part) const;
-  DeviceMatrix view(const Declared& weight, const void* base) const;
-  int64_t bytes_of(const Declared& weight) const;
-  void check_load(const Declared& weight, int32_t part, const WeightSource& source,
-                  ShardRange shard) const;
-  void fix_local_rows(Declared& weight, int32_t part, ShardRange shard);
+  DeviceMatrix view(const DeclaredWeight& weight, const void* base) const;
+  int64_t bytes_of(const DeclaredWeight& weight) const;
   Staged& staged();
-  void load_vector(const Declared& weight, int64_t first, const WeightSource& source,
+  void load_vector(const DeclaredWeight& weight, int64_t first, const WeightSource& source,
                    ShardRange shard);
-  void load_matrix(const Declared& weight, int32_t part, int64_t first, const WeightSource& source,
-                   ShardRange shard);
+  void load_matrix(const DeclaredWeight& weight, int32_t part, int64_t first,
+                   const WeightSource& source, ShardRange shard);
   // Copies rows of `width` bytes, close together in host memory, to the staged set.
   void write(int64_t offset, int64_t pitch, const void* source, int64_t width, int64_t num_rows);
   void finish_copies();
-  std::vector<std::vector<bool>> loaded_flags(bool value) const;
   uint64_t hash_of(const std::byte* set, bool is_on_device);
   uint64_t layout_hash() const;
 
@@ -80,7 +69,7 @@ class WeightStore {
   const DType compute_;
   const bool stages_on_device_;
   OwnStream stream_;  // of copies; never the one that steps run on
-  std::vector<Declared> weights_;
+  DeclaredWeights weights_;
   int64_t next_offset_ = 0;
   DeviceMemory committed_;
   bool has_committed_ = false;
