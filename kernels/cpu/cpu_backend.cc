@@ -22,6 +22,7 @@
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/cpu/vocab_head.h"
 #include "kernels/cpu/weight_store.h"
+#include "kernels/step/check_shape.h"
 #include "kernels/step/draft_draws.h"
 #include "kernels/step/step_queue.h"
 #include "kernels/usable_cores.h"
@@ -30,28 +31,7 @@ namespace rollpack::kernels {
 namespace cpu {
 namespace {
 
-void check_shape(const ModelShape& shape, const BackendOptions& options) {
-  if (shape.dtype != DType::kBF16 && shape.dtype != DType::kF32) {
-    throw Error({.code = ErrorCode::kUnsupported,
-                 .field = "model.dtype",
-                 .value = std::string(dtype_name(shape.dtype)),
-                 .allowed = "bfloat16 or float32"});
-  }
-  if (shape.K <= 0 || shape.K % 2 != 0 || shape.K > kMaxHeadWidth) {
-    throw Error({.code = ErrorCode::kUnsupported,
-                 .field = "head_dim",
-                 .value = std::to_string(shape.K),
-                 .allowed = fmt::format("an even number up to {}", kMaxHeadWidth),
-                 .message = "rotation pairs elements k and k + head_dim / 2"});
-  }
-  if (shape.D <= 0 || shape.H <= 0 || shape.G <= 0 || shape.F <= 0 || shape.V <= 0 ||
-      shape.L <= 0 || shape.H % shape.G != 0) {
-    throw Error({.code = ErrorCode::kInvalidArgument,
-                 .field = "model shape",
-                 .value = fmt::format("D {} H {} G {} F {} V {} L {}", shape.D, shape.H, shape.G,
-                                      shape.F, shape.V, shape.L),
-                 .allowed = "positive numbers, G dividing H"});
-  }
+void check_options(const BackendOptions& options) {
   if (options.max_num_seqs <= 0 || options.max_num_batched_tokens <= 0 || options.num_threads < 0) {
     throw Error({.code = ErrorCode::kInvalidArgument,
                  .field = "engine.max_num_seqs, max_num_batched_tokens, num_threads",
@@ -218,14 +198,7 @@ class CpuBackend final : public Backend {
   void wake_up(const std::vector<std::string>&) override { refuse_sleep("wake_up"); }
 
   void set_program(std::shared_ptr<StepProgram> program) override { program_ = std::move(program); }
-  StepHandle submit(StepPlan plan) override {
-    if (!program_) {
-      throw Error({.code = ErrorCode::kFailedPrecondition,
-                   .field = "submit",
-                   .message = "no program is set; call set_program first"});
-    }
-    return queue_.submit(std::move(plan), program_);
-  }
+  StepHandle submit(StepPlan plan) override { return queue_.submit(std::move(plan), program_); }
   bool poll(StepHandle handle) override { return queue_.poll(handle); }
   StepResult wait(StepHandle handle, Deadline deadline) override {
     return queue_.wait(handle, deadline);
@@ -476,7 +449,8 @@ std::unique_ptr<Backend> make_cpu_backend(const ModelShape& shape, const Backend
 
 std::unique_ptr<Backend> make_cpu_backend(const ModelShape& shape, const BackendOptions& options,
                                           const CpuOptions& cpu_options) {
-  cpu::check_shape(shape, options);
+  check_shape(shape, cpu::kMaxHeadWidth);
+  cpu::check_options(options);
   const cpu::PathChoice path = cpu::choose_kernels(cpu_options);
   if (shape.dtype == DType::kBF16) {
     return std::make_unique<cpu::CpuBackend<uint16_t>>(shape, options, path, cpu_options);

@@ -11,6 +11,7 @@
 #include "kernels/reference/ops.h"
 #include "kernels/reference/token_sampler.h"
 #include "kernels/step/check_plan.h"
+#include "kernels/step/check_shape.h"
 #include "kernels/step/draft_draws.h"
 #include "kernels/step/step_queue.h"
 
@@ -20,28 +21,7 @@ namespace {
 
 constexpr int32_t kPageTokens = 16;
 
-void check_shape(const ModelShape& shape, const BackendOptions& options) {
-  if (shape.dtype != DType::kBF16 && shape.dtype != DType::kF32) {
-    throw Error({.code = ErrorCode::kUnsupported,
-                 .field = "model.dtype",
-                 .value = std::string(dtype_name(shape.dtype)),
-                 .allowed = "bfloat16 or float32"});
-  }
-  if (shape.K <= 0 || shape.K % 2 != 0) {
-    throw Error({.code = ErrorCode::kUnsupported,
-                 .field = "head_dim",
-                 .value = fmt::to_string(shape.K),
-                 .allowed = "an even number",
-                 .message = "rotation pairs elements k and k + head_dim / 2"});
-  }
-  if (shape.D <= 0 || shape.H <= 0 || shape.G <= 0 || shape.F <= 0 || shape.V <= 0 ||
-      shape.L <= 0 || shape.H % shape.G != 0) {
-    throw Error({.code = ErrorCode::kInvalidArgument,
-                 .field = "model shape",
-                 .value = fmt::format("D {} H {} G {} F {} V {} L {}", shape.D, shape.H, shape.G,
-                                      shape.F, shape.V, shape.L),
-                 .allowed = "positive numbers, G dividing H"});
-  }
+void check_options(const BackendOptions& options) {
   if (options.communicator && options.communicator->size() > 1) {
     throw Error({.code = ErrorCode::kUnsupported,
                  .field = "engine.tensor_model_parallel_size",
@@ -167,14 +147,7 @@ class ReferenceBackend final : public Backend {
   }
 
   void set_program(std::shared_ptr<StepProgram> program) override { program_ = std::move(program); }
-  StepHandle submit(StepPlan plan) override {
-    if (!program_) {
-      throw Error({.code = ErrorCode::kFailedPrecondition,
-                   .field = "submit",
-                   .message = "no program is set; call set_program first"});
-    }
-    return queue_.submit(std::move(plan), program_);
-  }
+  StepHandle submit(StepPlan plan) override { return queue_.submit(std::move(plan), program_); }
   bool poll(StepHandle handle) override { return queue_.poll(handle); }
   StepResult wait(StepHandle handle, Deadline deadline) override {
     return queue_.wait(handle, deadline);
@@ -288,7 +261,8 @@ void ReferenceBackend::lm_head(const LmHeadArgs& args) {
 
 std::unique_ptr<Backend> make_reference_backend(const ModelShape& shape,
                                                 const BackendOptions& options) {
-  reference::check_shape(shape, options);
+  check_shape(shape);
+  reference::check_options(options);
   return std::make_unique<reference::ReferenceBackend>(shape, options);
 }
 

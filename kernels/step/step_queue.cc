@@ -17,6 +17,11 @@ constexpr size_t kMaxStepsInFlight = 2;
 StepQueue::StepQueue(Run run) : run_(std::move(run)), driver_([this] { drive(); }) {}
 
 StepHandle StepQueue::submit(StepPlan plan, std::shared_ptr<StepProgram> program) {
+  if (!program) {
+    throw Error({.code = ErrorCode::kFailedPrecondition,
+                 .field = "submit",
+                 .message = "no program is set; call set_program first"});
+  }
   auto step = std::make_unique<Step>();
   step->plan = std::move(plan);
   step->program = std::move(program);

@@ -27,7 +27,8 @@ class StepQueue {
 
   // Never blocks. A step is in flight until wait() took its result or error, so that a caller's
   // third submit fails or succeeds whatever the machine's speed.
-  // Errors: failed_precondition for a third step in flight.
+  // Errors: failed_precondition for a third step in flight, and where the backend's program is
+  // null.
   StepHandle submit(StepPlan plan, std::shared_ptr<StepProgram> program);
   // Whether the step is done. Errors, also of wait: not_found for a handle that was never given out
   // or whose result is taken.
