@@ -1,6 +1,6 @@
 #include "kernels/base/checksum.h"
 
-#include <zlib.h>
+#include <isa-l/crc.h>
 
 #include <bit>
 #include <cstring>
@@ -8,8 +8,8 @@
 namespace rollpack {
 
 uint32_t crc32_of(std::span<const std::byte> bytes, uint32_t seed) {
-  return static_cast<uint32_t>(
-      ::crc32_z(seed, reinterpret_cast<const Bytef*>(bytes.data()), bytes.size()));
+  return ::crc32_gzip_refl(seed, reinterpret_cast<const unsigned char*>(bytes.data()),
+                           bytes.size());
 }
 
 // Four independent multiply-xor lanes over 32-byte groups, so that the multiplications overlap; the

@@ -7,12 +7,12 @@ not say, this file does not know: layouts and column names live in batch.py.
 from __future__ import annotations
 
 import struct
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from isal import isal_zlib
 
 from rollpack.errors import DataLoss, Unsupported
 
@@ -98,7 +98,7 @@ def check_crc32(memory: npt.NDArray[np.uint8], header: Header, where: str) -> No
     Raises:
         DataLoss: the bytes are not those that were written.
     """
-    crc32 = zlib.crc32(memory[_HEADER.size :].data)
+    crc32 = isal_zlib.crc32(memory[_HEADER.size :].data)
     if crc32 != header.crc32:
         raise DataLoss(field=f"{where}: crc32", value=str(crc32), allowed=str(header.crc32))
 
@@ -106,7 +106,7 @@ def check_crc32(memory: npt.NDArray[np.uint8], header: Header, where: str) -> No
 def stamped_header(memory: npt.NDArray[np.uint8]) -> bytes:
     """The header of a batch with the checksum of what lies behind it now."""
     magic, *numbers = _HEADER.unpack(memory[: _HEADER.size].tobytes())
-    numbers[-1] = zlib.crc32(memory[_HEADER.size :].data)
+    numbers[-1] = isal_zlib.crc32(memory[_HEADER.size :].data)
     return _HEADER.pack(magic, *numbers)
 
 
