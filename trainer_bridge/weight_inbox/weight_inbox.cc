@@ -22,6 +22,18 @@ ErrorInfo out_of_order(std::string value, std::string allowed, std::string messa
 WeightInbox::WeightInbox(RolloutService& service, Runner background, Runner foreground)
     : service_(service), background_(std::move(background)), foreground_(std::move(foreground)) {}
 
+const char* WeightInbox::name_of(Kind kind) {
+  switch (kind) {
+    case Kind::kBegin:
+      return "begin";
+    case Kind::kChunk:
+      return "chunk";
+    case Kind::kCommit:
+      return "commit";
+  }
+  return "";
+}
+
 void WeightInbox::check_owner(const char* phase, uint64_t client, int64_t version) const {
   if (!update_) throw Error(out_of_order(phase, "begin first", "no update is under way"));
   if (update_->client != client) {
@@ -68,7 +80,7 @@ void WeightInbox::begin(uint64_t client, WeightUpdate update, OutcomeCallback do
   }
   update_ = Update{.client = client, .version = update.version};
   ++update_serial_;
-  enqueue({"begin",
+  enqueue({Kind::kBegin,
            [this, update](const OutcomeCallback& end) { service_.begin_weights(update, end); },
            std::move(done)});
 }
@@ -77,7 +89,7 @@ void WeightInbox::chunk(uint64_t client, int64_t version, ChunkManifest manifest
                         OutcomeCallback done) {
   try {
     check_owner("chunk", client, version);
-    if (waiting_.size() >= kMaxPhasesAhead) {
+    if (waiting_.size() + num_staging_ >= kMaxPhasesAhead) {
       throw Error({.code = ErrorCode::kWouldBlock,
                    .field = "update_weights",
                    .value = "chunk",
@@ -88,7 +100,7 @@ void WeightInbox::chunk(uint64_t client, int64_t version, ChunkManifest manifest
     return done(error.info);
   }
   auto shared_fd = std::make_shared<OwnedFd>(std::move(fd));  // std::function wants copies
-  enqueue({"chunk",
+  enqueue({Kind::kChunk,
            [this, manifest = std::move(manifest), shared_fd](const OutcomeCallback& end) {
              stage(manifest, shared_fd, end);
            },
@@ -102,7 +114,7 @@ void WeightInbox::commit(uint64_t client, int64_t version, InFlight in_flight,
   } catch (const Error& error) {
     return done(error.info);
   }
-  enqueue({"commit",
+  enqueue({Kind::kCommit,
            [this, in_flight](const OutcomeCallback& end) {
              update_->is_committing = true;
              service_.commit_weights(in_flight, end);
@@ -129,14 +141,17 @@ void WeightInbox::enqueue(Phase phase) {
 
 void WeightInbox::run_next() {
   if (is_busy_ || waiting_.empty()) return;
+  const bool is_chunk = waiting_.front().kind == Kind::kChunk;
+  if (!is_chunk && num_staging_ > 0) return;
   is_busy_ = true;
+  if (is_chunk) ++num_staging_;
   Phase phase = std::move(waiting_.front());
   waiting_.pop_front();
   // The service answers on any thread; the runner is copied so that a late answer finds it.
   const OutcomeCallback end = [this, foreground = foreground_, serial = update_serial_,
-                               name = phase.name, done = phase.done](Outcome outcome) {
-    foreground([this, serial, name, done, outcome = std::move(outcome)] {
-      phase_ended(serial, name, done, outcome);
+                               kind = phase.kind, done = phase.done](Outcome outcome) {
+    foreground([this, serial, kind, done, outcome = std::move(outcome)] {
+      phase_ended(serial, kind, done, outcome);
     });
   };
   try {
@@ -146,15 +161,20 @@ void WeightInbox::run_next() {
   }
 }
 
-void WeightInbox::phase_ended(uint64_t update_serial, const std::string& name,
-                              const OutcomeCallback& done, Outcome outcome) {
-  is_busy_ = false;
+void WeightInbox::phase_ended(uint64_t update_serial, Kind kind, const OutcomeCallback& done,
+                              Outcome outcome) {
+  if (kind == Kind::kChunk) {
+    --num_staging_;  // the next phase started when it reached the service
+  } else {
+    is_busy_ = false;
+  }
   const bool is_current = update_ && update_serial == update_serial_;
   if (!is_current && !outcome) {
-    outcome = out_of_order(name, "an update that goes on", "the update was cancelled meanwhile");
+    outcome =
+        out_of_order(name_of(kind), "an update that goes on", "the update was cancelled meanwhile");
   }
   if (is_current && outcome) close("a phase before it was refused");
-  if (is_current && name == "commit" && !outcome) update_.reset();
+  if (is_current && kind == Kind::kCommit && !outcome) update_.reset();
   done(std::move(outcome));
   run_next();
 }
@@ -162,6 +182,7 @@ void WeightInbox::phase_ended(uint64_t update_serial, const std::string& name,
 void WeightInbox::stage(ChunkManifest manifest, const std::shared_ptr<OwnedFd>& fd,
                         const OutcomeCallback& done) {
   const auto refuse = [this, serial = update_serial_, done](const ErrorInfo& error) {
+    is_busy_ = false;
     if (update_ && serial == update_serial_) service_.cancel_weights();
     done(error);
   };
@@ -181,10 +202,12 @@ void WeightInbox::stage(ChunkManifest manifest, const std::shared_ptr<OwnedFd>& 
     }
     foreground([this, chunk, failure, serial, refuse, done] {
       if (failure) return refuse(*failure);
+      is_busy_ = false;
       if (!update_ || serial != update_serial_) return done(std::nullopt);  // cancelled meanwhile
       // The callback holds the mapping until the service has answered.
       service_.stage_weights(chunk->view(),
                              [chunk, done](Outcome outcome) { done(std::move(outcome)); });
+      run_next();
     });
   });
 }
@@ -203,7 +226,7 @@ void WeightInbox::check_new_names(const ChunkManifest& manifest) {
 void WeightInbox::close(const std::string& why) {
   update_.reset();
   for (const Phase& phase : std::exchange(waiting_, {})) {
-    phase.done(out_of_order(phase.name, "begin first", why));
+    phase.done(out_of_order(name_of(phase.kind), "begin first", why));
   }
 }
 

@@ -1,6 +1,7 @@
 // The weight update under way, if any: whose it is, which phases came in which order, and what
-// becomes of it when a phase is refused or its client goes. One phase at a time reaches the
-// service.
+// becomes of it when a phase is refused or its client goes. Phases reach the service in order. It
+// may hold several chunks at once, so that a replica takes all that has come between two of its
+// steps; begin and commit wait until it has answered for every chunk before them.
 //
 //   closed --begin--> open --chunk--> open ... --commit--> closed
 //     ^                 +--cancel, a refusal, its client gone--+
@@ -21,7 +22,8 @@
 
 namespace rollpack::bridge {
 
-// Phases a client may send ahead of their replies. Each holds a descriptor and a mapping.
+// Phases a client may send ahead of their replies. Each holds a descriptor and a mapping. At four
+// chunks of 64 MiB a replica whose steps take 100 ms can take in 2.7 GB/s.
 inline constexpr size_t kMaxPhasesAhead = 4;
 
 // All calls on one thread, the foreground.
@@ -51,8 +53,9 @@ class WeightInbox {
   bool is_open() const { return update_.has_value(); }
 
  private:
+  enum class Kind { kBegin, kChunk, kCommit };
   struct Phase {
-    std::string name;
+    Kind kind;
     std::function<void(const OutcomeCallback&)> run;
     OutcomeCallback done;
   };
@@ -63,11 +66,11 @@ class WeightInbox {
     std::set<std::string> names;  // of the tensors sent so far
   };
 
+  static const char* name_of(Kind kind);
   void check_owner(const char* phase, uint64_t client, int64_t version) const;
   void enqueue(Phase phase);
   void run_next();
-  void phase_ended(uint64_t update_serial, const std::string& name, const OutcomeCallback& done,
-                   Outcome outcome);
+  void phase_ended(uint64_t update_serial, Kind kind, const OutcomeCallback& done, Outcome outcome);
   void stage(ChunkManifest manifest, const std::shared_ptr<OwnedFd>& fd,
              const OutcomeCallback& done);
   void check_new_names(const ChunkManifest& manifest);
@@ -79,7 +82,9 @@ class WeightInbox {
   std::optional<Update> update_;
   uint64_t update_serial_ = 0;  // tells a late answer to a cancelled update from this one's
   std::deque<Phase> waiting_;
-  bool is_busy_ = false;  // a phase, perhaps of an update cancelled since, is being carried out
+  // Of phases being carried out, perhaps of an update cancelled since:
+  bool is_busy_ = false;    // one keeps the next from starting
+  size_t num_staging_ = 0;  // chunks that have not been answered for
 };
 
 }  // namespace rollpack::bridge

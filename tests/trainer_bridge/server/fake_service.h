@@ -43,7 +43,7 @@ std::vector<int32_t> fake_response(const std::vector<int32_t>& prompt, int32_t s
 // Tensors a weight update must bring, float32, float16 or bfloat16, with their shapes.
 const std::map<std::string, std::vector<int64_t>>& fake_tensors();
 
-class FakeService final : public RolloutService {
+class FakeService : public RolloutService {
  public:
   FakeService(FakeOptions options, SampleSink& sink);
   ~FakeService() override;

@@ -2,12 +2,14 @@
 #include "trainer_bridge/weight_inbox/weight_inbox.h"
 
 #include <fcntl.h>
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <cstring>
 #include <deque>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/base/checksum.h"
@@ -54,9 +56,29 @@ Chunk make_chunk(const std::vector<std::string>& names, int seals = kPeerSeals) 
 const std::vector<std::string> kAllNames = {"lm_head.weight", "model.embed_tokens.weight",
                                             "model.norm.weight"};
 
-class WeightInboxTest : public ::testing::Test {
+// Answers for chunks when told to, as a replica does between two of its steps.
+class SlowService final : public FakeService {
+ public:
+  using FakeService::FakeService;
+
+  void stage_weights(WeightChunk chunk, OutcomeCallback done) override {
+    held_.emplace_back(std::move(chunk), std::move(done));
+  }
+  size_t num_held() const { return held_.size(); }
+  void answer_first() {
+    auto [chunk, done] = std::move(held_.front());
+    held_.pop_front();
+    FakeService::stage_weights(std::move(chunk), std::move(done));
+  }
+
+ private:
+  std::deque<std::pair<WeightChunk, OutcomeCallback>> held_;
+};
+
+template <class Service>
+class InboxFixture : public ::testing::Test {
  protected:
-  WeightInboxTest()
+  InboxFixture()
       : inbox(
             service, [this](WeightInbox::Task task) { background.push_back(std::move(task)); },
             [this](WeightInbox::Task task) { foreground.push_back(std::move(task)); }) {}
@@ -89,11 +111,14 @@ class WeightInboxTest : public ::testing::Test {
   }
 
   NoSink sink;
-  FakeService service{{}, sink};
+  Service service{{}, sink};
   std::deque<WeightInbox::Task> background, foreground;
   WeightInbox inbox;
   std::map<std::string, ErrorInfo> answers;
 };
+
+using WeightInboxTest = InboxFixture<FakeService>;
+using SlowInboxTest = InboxFixture<SlowService>;
 
 TEST_F(WeightInboxTest, AnUpdateInManyChunksBecomesCurrent) {
   inbox.begin(kAnna, {.version = 5}, into("begin"));
@@ -204,7 +229,7 @@ TEST_F(WeightInboxTest, MemoryThatMayStillChangeOrIsNoMemfdIsRefused) {
 
 TEST_F(WeightInboxTest, TooManyPhasesAheadWouldBlock) {
   inbox.begin(kAnna, {.version = 1}, into("begin"));
-  for (int i = 0; i < 6; ++i) send(kAnna, 1, {"lm_head.weight"}, "chunk " + std::to_string(i));
+  for (int i = 0; i < 6; ++i) send(kAnna, 1, {"lm_head.weight"}, fmt::format("chunk {}", i));
   EXPECT_EQ(answers["chunk 5"].code, ErrorCode::kWouldBlock);
   EXPECT_FALSE(answers.contains("chunk 3"));
 }
@@ -254,6 +279,54 @@ TEST_F(WeightInboxTest, DescriptorsAreClosedWhateverBecomesOfThem) {
   run_all();
   inbox.client_gone(kAnna);
   EXPECT_EQ(num_open_fds(), open_before);
+}
+
+TEST_F(SlowInboxTest, ChunksReachTheServiceBeforeItHasAnsweredAndTheCommitAfter) {
+  inbox.begin(kAnna, {.version = 1}, into("begin"));
+  for (const std::string& name : kAllNames) send(kAnna, 1, {name}, name);
+  inbox.commit(kAnna, 1, InFlight::kKeep, into("commit"));
+  run_all();
+  EXPECT_EQ(service.num_held(), 3u);
+  for (const std::string& name : kAllNames) {
+    EXPECT_EQ(answer(name).message, "no answer");
+    EXPECT_EQ(answer("commit").message, "no answer");
+    service.answer_first();
+    EXPECT_EQ(answer(name).message, "ok");
+  }
+  EXPECT_EQ(answer("commit").message, "ok");
+  EXPECT_EQ(service.weight_version(), 1);
+}
+
+TEST_F(SlowInboxTest, WhatTheServiceHoldsCountsAsAhead) {
+  inbox.begin(kAnna, {.version = 1}, into("begin"));
+  run_all();
+  for (size_t i = 0; i < kMaxPhasesAhead; ++i) {
+    send(kAnna, 1, {kAllNames[0]}, fmt::format("chunk {}", i));
+    if (i == 0) run_all();
+  }
+  EXPECT_EQ(service.num_held(), 1u);
+  send(kAnna, 1, {kAllNames[1]}, "too many");
+  EXPECT_EQ(answers["too many"].code, ErrorCode::kWouldBlock);
+}
+
+TEST_F(SlowInboxTest, ARefusalEndsTheUpdateOfChunksHeldBesideAndTheNextWaitsForThem) {
+  inbox.begin(kAnna, {.version = 1}, into("begin"));
+  Chunk unknown = make_chunk({"lm_head.weight"});
+  unknown.manifest.tensors[0].name = "no.such.weight";
+  inbox.chunk(kAnna, 1, std::move(unknown.manifest), std::move(unknown.fd), into("refused"));
+  send(kAnna, 1, {"model.norm.weight"}, "beside");
+  inbox.commit(kAnna, 1, InFlight::kKeep, into("commit"));
+  run_all();
+  ASSERT_EQ(service.num_held(), 2u);
+  service.answer_first();
+  EXPECT_EQ(answer("refused").field, "no.such.weight");
+  EXPECT_EQ(answer("commit").message, "a phase before it was refused");
+  inbox.begin(kAnna, {.version = 2}, into("next begin"));
+  EXPECT_EQ(answer("next begin").message, "no answer");
+  service.answer_first();
+  EXPECT_EQ(answer("beside").message, "the update was cancelled meanwhile");
+  EXPECT_EQ(answer("next begin").message, "ok");
+  EXPECT_EQ(service.weight_version(), 0);
 }
 
 }  // namespace

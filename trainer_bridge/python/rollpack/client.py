@@ -265,7 +265,7 @@ class Client:
             base_version: the version that is current. Given, `weights` may be some of the tensors
                 (layers that a merged adapter changed, say); the others stay as they are in it.
             timeout_s: longest time for the whole update, seconds.
-            chunk_bytes: shared memory sent at a time; two such pieces exist at once.
+            chunk_bytes: shared memory sent at a time; four such pieces exist at once.
 
         Returns:
             The version that is current now, with the hash of the packed weights and the time for

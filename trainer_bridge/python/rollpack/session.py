@@ -11,6 +11,7 @@ import functools
 import os
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from rollpack.prompts import (
 )
 from rollpack.samples import Sample
 from rollpack.slots import Lease, Slot
-from rollpack.weights import Tensor, WeightVersion, write_chunks
+from rollpack.weights import CHUNKS_AHEAD, Tensor, WeightVersion, write_chunks
 
 DEFAULT_SOCKET = "run/rollpack.sock"
 
@@ -274,14 +275,13 @@ class Session:
             begin["base_version"] = base_version
         yield pending(self._post("update_weights", begin))
         try:
-            in_flight: Future[Reply] | None = None
+            in_flight: deque[Future[Reply]] = deque()
             for chunk in write_chunks(weights, chunk_bytes):
-                posted = self._post("update_weights", chunk.request(version), [chunk.fd])
-                if in_flight is not None:  # the server checks one while the next is written
-                    yield pending(in_flight)
-                in_flight = posted
-            if in_flight is not None:
-                yield pending(in_flight)
+                in_flight.append(self._post("update_weights", chunk.request(version), [chunk.fd]))
+                if len(in_flight) == CHUNKS_AHEAD:
+                    yield pending(in_flight.popleft())
+            while in_flight:
+                yield pending(in_flight.popleft())
             commit = {"phase": "commit", "version": version, "mode": mode}
             reply = yield pending(self._post("update_weights", commit))
             return WeightVersion.from_reply(reply.fields)
