@@ -30,6 +30,12 @@ struct ArenaHeader {
   int64_t bytes = 0;
 };
 
+uint64_t block_hash(const Arena& arena, int64_t block, int64_t end) {
+  const int64_t first = kHeaderBytes + block * kHashBlock;
+  const int64_t last = std::min(first + kHashBlock, end);
+  return hash64({arena.data() + first, static_cast<size_t>(last - first)});
+}
+
 // Calls task(index, thread) for each index, on the pool's threads if there is a pool.
 template <class Task>
 void for_each(ThreadPool* pool, int64_t num_tasks, const Task& task) {
@@ -64,6 +70,7 @@ void WeightStore::begin_staging() {
                          : Arena::make_private(next_offset_, "weights");
   set.is_populated.resize(
       static_cast<size_t>((set.arena.bytes() + kWindowBytes - 1) / kWindowBytes));
+  set.block_hashes.resize(num_hash_blocks());
   staged_ = std::move(set);
 }
 
@@ -81,7 +88,8 @@ void WeightStore::populate(Set& set, int64_t begin, int64_t end, ThreadPool* poo
 }
 
 void WeightStore::load_matrix(Set& set, const DeclaredWeight& weight, const PackTarget& target,
-                              const WeightSource& source, ShardRange shard, ThreadPool* pool) {
+                              const WeightSource& source, ShardRange shard, bool is_last_part,
+                              ThreadPool* pool) {
   const PackedMatrix matrix = view(weight, set.arena.data());
   const int64_t per_panel = matrix.columns_per_panel();
   const int64_t slice_rows = std::max<int64_t>(1, kWindowBytes / matrix.panel_bytes()) * per_panel;
@@ -91,10 +99,33 @@ void WeightStore::load_matrix(Set& set, const DeclaredWeight& weight, const Pack
     slice.first_column += begin - shard.begin;
     const int64_t first_panel = slice.first_column / per_panel;
     const int64_t last_panel = (slice.first_column + end - begin - 1) / per_panel;
-    populate(set, weight.offset + first_panel * matrix.panel_bytes(),
-             weight.offset + (last_panel + 1) * matrix.panel_bytes(), pool);
+    const int64_t from = weight.offset + first_panel * matrix.panel_bytes();
+    const int64_t to = weight.offset + (last_panel + 1) * matrix.panel_bytes();
+    populate(set, from, to, pool);
+    forget_hashes(set, from, to);
     pack_rows(kernels_, source, begin, end, matrix, slice, pool);
+    if (is_last_part) take_hashes(set, from, to, pool);
   }
+}
+
+void WeightStore::forget_hashes(Set& set, int64_t begin, int64_t end) {
+  const int64_t last = (end - 1 - kHeaderBytes) / kHashBlock;
+  for (int64_t block = (begin - kHeaderBytes) / kHashBlock; block <= last; ++block) {
+    set.block_hashes[static_cast<size_t>(block)].reset();
+  }
+}
+
+void WeightStore::take_hashes(Set& set, int64_t begin, int64_t end, ThreadPool* pool) {
+  const int64_t first = (begin - kHeaderBytes + kHashBlock - 1) / kHashBlock;
+  const int64_t num_whole = std::max<int64_t>(0, (end - kHeaderBytes) / kHashBlock - first);
+  for_each(pool, num_whole, [&](int64_t index, int) {
+    const int64_t block = first + index;
+    set.block_hashes[static_cast<size_t>(block)] = block_hash(set.arena, block, end);
+  });
+}
+
+size_t WeightStore::num_hash_blocks() const {
+  return static_cast<size_t>((next_offset_ - kHeaderBytes + kHashBlock - 1) / kHashBlock);
 }
 
 WeightStore::Set& WeightStore::staged() {
@@ -127,13 +158,17 @@ void WeightStore::load(WeightId id, int32_t part, const WeightSource& source, Sh
   std::byte* at = set.arena.data() + weight.offset;
   const int64_t first = weight.first_row(part);
   if (weight.spec.kind == WeightKind::kVector) {
+    forget_hashes(set, weight.offset, weight.offset + weight.bytes);
     unpack_vector(source, shard.begin, shard.end, compute_, reinterpret_cast<float*>(at) + first);
   } else {
     const bool is_gated = weight.spec.kind == WeightKind::kGated;
     const PackTarget target{.panels = at,
                             .first_column = is_gated ? 0 : first,
                             .lane_offset = is_gated && part == 1 ? 32 : 0};
-    load_matrix(set, weight, target, source, shard, pool);
+    // A gated panel is hashed when both halves of its columns are there.
+    const bool is_last_part =
+        !is_gated || set.is_loaded[static_cast<size_t>(id)][static_cast<size_t>(1 - part)];
+    load_matrix(set, weight, target, source, shard, is_last_part, pool);
   }
   is_loaded = true;
 }
@@ -151,6 +186,7 @@ void WeightStore::copy_committed_to_staged(ThreadPool* pool) {
   };
   for_each(pool, (next_offset_ + kPageBytes - 1) / kPageBytes, copy_page);
   set.is_loaded = weights_.flags(true);
+  set.block_hashes = committed_->block_hashes;
   set.hash.reset();
 }
 
@@ -182,16 +218,12 @@ uint64_t WeightStore::staged_hash() {
 }
 
 uint64_t WeightStore::hash_of(const Set& set, ThreadPool* pool) const {
-  const int64_t bytes = next_offset_ - kHeaderBytes;
-  const int64_t num_blocks = (bytes + kHashBlock - 1) / kHashBlock;
-  std::vector<uint64_t> hashes(static_cast<size_t>(num_blocks));
-  const auto hash_one = [&](int64_t block, int) {
-    const int64_t begin = block * kHashBlock;
-    const int64_t end = std::min(begin + kHashBlock, bytes);
+  std::vector<uint64_t> hashes(num_hash_blocks());
+  for_each(pool, static_cast<int64_t>(hashes.size()), [&](int64_t block, int) {
+    const std::optional<uint64_t>& known = set.block_hashes[static_cast<size_t>(block)];
     hashes[static_cast<size_t>(block)] =
-        hash64({set.arena.data() + kHeaderBytes + begin, static_cast<size_t>(end - begin)});
-  };
-  for_each(pool, num_blocks, hash_one);
+        known ? *known : block_hash(set.arena, block, next_offset_);
+  });
   return hash64(std::as_bytes(std::span(hashes)), layout_hash());
 }
 
@@ -213,6 +245,7 @@ void WeightStore::adopt_staged(int fd) {
   if (staged_) fail_weight_state("weights", "staged", "commit or discard the staged set first");
   Set set{.is_loaded = weights_.flags(true)};
   set.arena = Arena::adopt(fd, next_offset_);
+  set.block_hashes.resize(num_hash_blocks());
   ArenaHeader header;
   std::memcpy(&header, set.arena.data(), sizeof header);
   if (std::memcmp(header.magic, ArenaHeader{}.magic, sizeof header.magic) != 0 ||

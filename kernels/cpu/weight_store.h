@@ -53,16 +53,24 @@ class WeightStore {
     Arena arena;
     DeclaredWeights::Flags is_loaded;
     std::vector<bool> is_populated;  // [windows of the arena]
-    std::optional<uint64_t> hash;    // once it was asked for, and nothing loaded since
+    // Of blocks of kHashBlock bytes behind the header, where it is known.
+    std::vector<std::optional<uint64_t>> block_hashes;
+    std::optional<uint64_t> hash;  // of them all, once it was asked for, and nothing loaded since
   };
 
   int64_t bytes_of(const DeclaredWeight& weight) const;
   PackedMatrix view(const DeclaredWeight& weight, std::byte* base) const;
   // Backs bytes [begin, end) of the arena with memory.
   void populate(Set& set, int64_t begin, int64_t end, ThreadPool* pool) const;
+  // Bytes [begin, end) of the arena change, or have been written for good: their hash is forgotten,
+  // or taken while they are in some core's cache.
+  static void forget_hashes(Set& set, int64_t begin, int64_t end);
+  static void take_hashes(Set& set, int64_t begin, int64_t end, ThreadPool* pool);
   void load_matrix(Set& set, const DeclaredWeight& weight, const PackTarget& target,
-                   const WeightSource& source, ShardRange shard, ThreadPool* pool);
+                   const WeightSource& source, ShardRange shard, bool is_last_part,
+                   ThreadPool* pool);
   Set& staged();
+  size_t num_hash_blocks() const;
   uint64_t hash_of(const Set& set, ThreadPool* pool) const;
   uint64_t layout_hash() const;
 

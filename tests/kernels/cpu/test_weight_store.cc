@@ -6,7 +6,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <bit>
+#include <random>
 #include <vector>
 
 #include "kernels/base/error.h"
@@ -232,6 +234,61 @@ TEST(SharedWeights, AnAdopterHasTheBitsOfTheWriter) {
   EXPECT_NE(reader.hash(), writer.hash());
 }
 
+// Three matrices of some MiB, so that blocks of the hash lie within, across and beside them.
+struct LargeStore {
+  static constexpr int64_t kQueryRows = 1000, kValueRows = 333, kHalfRows = 900, kCols = 700;
+
+  LargeStore()
+      : store(best_kernels(), DType::kBF16, /*is_shared=*/true),
+        qkv(store.declare({.name = "qkv", .part_rows = {kQueryRows, kValueRows}, .cols = kCols})),
+        gate_up(store.declare({.name = "gate_up",
+                               .kind = WeightKind::kGated,
+                               .part_rows = {kHalfRows, kHalfRows},
+                               .cols = kCols})),
+        norm(store.declare(
+            {.name = "norm", .kind = WeightKind::kVector, .part_rows = {kCols}, .cols = 1})) {}
+
+  // Part `which` of five, with random values.
+  void load(int which, Numbers& numbers) {
+    const WeightId ids[] = {qkv, qkv, gate_up, gate_up, norm};
+    const int32_t parts[] = {0, 1, 0, 1, 0};
+    const int64_t rows[] = {kQueryRows, kValueRows, kHalfRows, kHalfRows, kCols};
+    const int64_t cols = which == 4 ? 1 : kCols;
+    const std::vector<float> values = numbers.vector(rows[which] * cols, 1.0f);
+    const TensorSource source({values.data(), DType::kF32, {rows[which], cols}});
+    store.load(ids[which], parts[which], source, {0, rows[which]},
+               which % 2 == 0 ? &pool : nullptr);
+  }
+
+  ThreadPool pool{2};
+  WeightStore store;
+  WeightId qkv, gate_up, norm;
+};
+
+TEST(SharedWeights, HashesTakenWhilePackingAreThoseOfTheBytes) {
+  std::mt19937 random(5);
+  Numbers numbers(5);
+  LargeStore writer;
+  for (int update = 0; update < 4; ++update) {
+    writer.store.begin_staging();
+    std::vector<int> order = {0, 1, 2, 3, 4, 0, 2, 3};  // some tensors twice
+    std::shuffle(order.begin(), order.end(), random);
+    if (update > 0) {
+      writer.store.copy_committed_to_staged(&writer.pool);
+      order.resize(3);
+    }
+    for (const int which : order) {
+      writer.load(which, numbers);
+      if (update == 2) writer.store.staged_hash();  // asked for before the last tensor
+    }
+    const uint64_t told = writer.store.staged_hash();
+    LargeStore reader;  // knows nothing but the bytes
+    reader.store.adopt_staged(writer.store.export_staged());
+    EXPECT_EQ(reader.store.staged_hash(), told) << "update " << update;
+    writer.store.commit();
+  }
+}
+
 TEST(SharedWeights, PrivateSetsHaveNoDescriptor) {
   Store s(false);
   s.store.begin_staging();
@@ -246,8 +303,9 @@ TEST(SharedWeights, AnotherLayoutIsRefused) {
   writer.load_all(1);
   const int fd = writer.store.export_staged();
   for (Store* other : {&wider, &rounded}) {
-    EXPECT_NE(error_text([&] { other->store.adopt_staged(fd); })
-                  .find("the packed weights are of another model or layout"),
+    EXPECT_NE(error_text([&] {
+                other->store.adopt_staged(fd);
+              }).find("the packed weights are of another model or layout"),
               std::string::npos);
     EXPECT_FALSE(other->store.has_committed());
   }
