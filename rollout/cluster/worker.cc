@@ -146,14 +146,16 @@ bool Worker::must_stop() {
 }
 
 bool Worker::take_commands() {
-  std::deque<Command> commands;
-  {
-    const std::lock_guard lock(mutex_);
-    commands.swap(mailbox_);
-  }
-  for (Command& command : commands) {
-    std::visit([this](auto& known) { handle(known); }, command);
-  }
+  do {
+    std::deque<Command> commands;
+    {
+      const std::lock_guard lock(mutex_);
+      commands.swap(mailbox_);
+    }
+    for (Command& command : commands) {
+      std::visit([this](auto& known) { handle(known); }, command);
+    }
+  } while (has_next_phase());
   return !is_stopped_;
 }
 

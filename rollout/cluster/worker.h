@@ -53,6 +53,7 @@ class Worker : public WorkerLink, private EngineOutput {
   void finish_switch();
   void switch_weights(const CommitWeights& command);
   void check_staged(uint64_t ticket);
+  bool has_next_phase();
   void finish_check();
   void watch_prefill();
 
@@ -96,6 +97,8 @@ class Worker : public WorkerLink, private EngineOutput {
   std::vector<uint64_t> pending_pauses_;         // tickets; wait for running samples to finish
   std::optional<CommitWeights> pending_commit_;  // likewise
   std::thread check_;                            // reads the staged set through while steps go on
+  bool is_phase_due_ = false;                    // of the update under way, once its tensors come
+  std::chrono::nanoseconds phase_wait_{0};       // what is left of its waits for phases
   UpdateTimes times_;                            // of the update under way
   UpdateTimes last_times_;                       // of the last one that was switched to
   double last_prefill_ms_ = 0;
