@@ -3,9 +3,9 @@
     .venv/bin/python tests/bench/update_weights.py --model MODEL [--ranks 1,2] [--updates 5]
 
 Prints a row a configuration, medians over the updates after the first: the whole call (tensors
-written into shared memory, checked, packed by every rank or by one, switched), its rate, and of the
-rank that stood still longest the time for packing, the pause beyond it and the prefill of live
-samples, as the engine reports them; last, the longest time between two tokens of a sample of length
+written into shared memory, checked, packed by every rank or by one, switched); of the rank that
+stood still longest the time for packing; the rate of all else, which is how fast weights come in;
+the pause beyond packing and the prefill of live samples, as the engine reports them; last, the longest time between two tokens of a sample of length
 one that was asked for over and over, which sees all three and the wait for its turn.
 """
 
@@ -22,8 +22,8 @@ import rollpack
 from safetensors.torch import load_file
 
 NUM_PROMPTS, NUM_SAMPLES, RESPONSE_LENGTH = 4, 8, 2000
-COLUMNS = ("ranks", "weights", "GB", "update s", "GB/s", "packing ms", "pause ms", "prefill ms",
-           "longest wait for a token ms")
+COLUMNS = ("ranks", "weights", "GB", "update s", "packing ms", "ingest GB/s", "pause ms",
+           "prefill ms", "longest wait for a token ms")
 
 
 class Probe:
@@ -74,10 +74,12 @@ def measure(model: pathlib.Path, num_ranks: int, sharing: str, num_updates: int)
                 while (prefill_ms := client.stats()["last_update_prefill_ms"]) == 0:
                     time.sleep(0.1)
                 probe.stop()
-                rows.append([seconds, num_bytes / seconds / 1e9, updated.packing_ms,
-                             updated.pause_ms, prefill_ms, probe.longest_ms])
+                ingest = num_bytes / 1e9 / (seconds - updated.packing_ms / 1e3)
+                rows.append([seconds, updated.packing_ms, ingest, updated.pause_ms, prefill_ms,
+                             probe.longest_ms])
     medians = [statistics.median(column) for column in zip(*rows[1:], strict=True)]
-    texts = [f"{medians[0]:.2f}", f"{medians[1]:.2f}", *(f"{value:.1f}" for value in medians[2:])]
+    texts = [f"{medians[0]:.2f}", f"{medians[1]:.0f}", f"{medians[2]:.2f}",
+             *(f"{value:.0f}" for value in medians[3:])]
     return [str(num_ranks), "one copy" if sharing == "on" else "a copy a rank",
             f"{num_bytes / 1e9:.2f}", *texts]
 
