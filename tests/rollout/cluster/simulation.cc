@@ -498,6 +498,9 @@ void Run::calm_down() {
 
 bool Run::is_quiet() const {
   if (trainer_ && (!trainer_->is_done() || !in_doubt_.empty())) return false;
+  // A trainer may have consumed its last batch while rank 0 was gone: it comes again, is passed
+  // over, and only then released.
+  if (disk_ && life_->journal.log().live().num_groups() > 0) return false;
   return (trainer_ || num_ended_ == samples_.size()) && callbacks_->num_waiting() == 0;
 }
 
