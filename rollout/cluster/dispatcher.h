@@ -249,6 +249,9 @@ class Dispatcher : public bridge::RolloutService {
       std::vector<std::shared_ptr<const std::map<std::string, double>>>& of_workers) const;
   void ask(int32_t worker, const std::shared_ptr<Collection>& collection, const MakeCommand& make);
   void replace(const WorkerState& lost, Effects& effects);
+  void start_unreplaced(Effects& effects);
+  // Whether who joins can be given the current weights.
+  bool can_catch_up() const;
   void end_if_nobody_is_left(const ErrorInfo& last, Effects& effects);
   void begin_join(int32_t worker, Effects& effects);
   void send_weights(int32_t worker, const std::shared_ptr<Collection>& collection);
@@ -295,8 +298,9 @@ class Dispatcher : public bridge::RolloutService {
   std::set<std::pair<int64_t, int32_t>> askers_;  // (outstanding, worker) of those that want work
   std::function<void()> replace_;
   KeptWeights kept_weights_;
-  int32_t num_starting_ = 0;   // replacements asked for and not there yet
-  int32_t num_fruitless_ = 0;  // in a row that were lost without a sample
+  int32_t num_starting_ = 0;    // replacements asked for and not there yet
+  int32_t num_fruitless_ = 0;   // in a row that were lost without a sample
+  int32_t num_unreplaced_ = 0;  // wait for a full update, as others could not catch up
   int64_t num_replacements_ = 0;
   bool is_paused_ = false;
   RequestLog* log_ = nullptr;

@@ -1,5 +1,6 @@
 // The dispatcher's replacements: when one is started in a lost worker's place, and how it catches
 // up with the current weights before it takes part.
+#include <string>
 #include <utility>
 
 #include <fmt/format.h>
@@ -13,6 +14,11 @@ namespace {
 
 // Replacements in a row that are lost without a sample: another would fare no better.
 constexpr int32_t kMaxFruitless = 3;
+
+std::string too_many_partial_updates() {
+  return fmt::format("the current weights came in more partial updates than are kept ({})",
+                     KeptWeights::kMaxPartialUpdates);
+}
 
 }  // namespace
 
@@ -42,24 +48,34 @@ void Dispatcher::replacement_failed(ErrorInfo error) {
 // Not for a rank that was lost while the job started: what ails it would ail another. Nor for one
 // of another node: what starts here would take the CPUs of the ranks here.
 void Dispatcher::replace(const WorkerState& lost, Effects& effects) {
-  if (!replace_ || is_ending_ || lost.link->node() != 0 ||
-      (!lost.is_ready && !lost.is_replacement))
+  if (!replace_ || is_ending_ || lost.link->node() != 0 || (!lost.is_ready && !lost.is_replacement))
     return;
+  if (!can_catch_up()) {
+    ++num_unreplaced_;
+    spdlog::error("no replacement is started until a full update: {}", too_many_partial_updates());
+    return;
+  }
   if (lost.is_replacement && !lost.has_committed && ++num_fruitless_ >= kMaxFruitless) {
     spdlog::error("{} replacements in a row were lost without a sample: no more are started",
                   num_fruitless_);
     return;
   }
   if (num_fruitless_ >= kMaxFruitless) return;
-  if (!kept_weights_.is_complete()) {
-    spdlog::error(
-        "no replacement is started: the current weights came in more partial updates than are kept "
-        "({}); a full update mends that",
-        KeptWeights::kMaxPartialUpdates);
-    return;
-  }
   ++num_starting_;
   effects.push_back(replace_);
+}
+
+// After an update: those that waited for a full one.
+void Dispatcher::start_unreplaced(Effects& effects) {
+  if (is_ending_ || !can_catch_up()) return;
+  for (; num_unreplaced_ > 0; --num_unreplaced_) {
+    ++num_starting_;
+    effects.push_back(replace_);
+  }
+}
+
+bool Dispatcher::can_catch_up() const {
+  return shares_weights_ || kept_weights_.is_complete();
 }
 
 // While an update is under way nobody can say which weights will be the current ones.
@@ -67,6 +83,15 @@ void Dispatcher::begin_join(int32_t worker, Effects& effects) {
   WorkerState& state = workers_[worker];
   state.waits_to_join = update_version_.has_value();
   if (state.waits_to_join) return;
+  if (!can_catch_up()) {  // what came while it loaded was too much
+    return give_up(worker,
+                   {.code = ErrorCode::kFailedPrecondition,
+                    .field = fmt::format("rank {} weights", worker),
+                    .value = fmt::format("version {}", state.joined_version),
+                    .allowed = fmt::format("version {}, the current one", weights_.version),
+                    .message = fmt::format("it cannot catch up: {}", too_many_partial_updates())},
+                   effects);
+  }
   auto collection = std::make_shared<Collection>();
   collection->must_succeed = true;
   const int64_t version = weights_.version;

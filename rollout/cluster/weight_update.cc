@@ -290,6 +290,7 @@ void Dispatcher::end_switch(const bridge::WeightsInUse& switched, bridge::Outcom
       note_switch();
       tell_change(effects);
     }
+    start_unreplaced(effects);
     resume_joins(effects);
   }
   changed_.notify_all();

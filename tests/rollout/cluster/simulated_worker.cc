@@ -37,8 +37,9 @@ int64_t SimulatedWorker::arrival(const std::deque<OnWire<T>>& wire) {
   return wire.empty() ? arrives_ms : std::max(arrives_ms, wire.back().arrives_ms);
 }
 
-void SimulatedWorker::start(int32_t index) {
+void SimulatedWorker::start(int32_t index, bool is_replacement) {
   index_ = index;
+  is_replacement_ = is_replacement;
   // Where ranks share, its weights are those that it adopts.
   emit(WorkerReady{.pid = 100 + index, .fingerprint = "same", .weights_hash = 0});
 }
@@ -170,7 +171,11 @@ void SimulatedWorker::stop_for(int64_t ms) {
 void SimulatedWorker::kill() {
   was_killed_ = true;
   if (!is_alive_) return;
-  world_.check(is_at_fault_, fmt::format("worker {} was given up, and had done nothing", index_));
+  // Who joins is given up when it cannot catch up; of the last update the client does not know yet.
+  const bool cannot_catch_up =
+      is_replacement_ && world_.num_partial_updates >= KeptWeights::kMaxPartialUpdates;
+  world_.check(is_at_fault_ || cannot_catch_up,
+               fmt::format("worker {} was given up, and had done nothing", index_));
   if (world_.dice.chance(0.3) && !world_.has_calmed_down) {
     world_.fault(Fault::kZombie);
     return;

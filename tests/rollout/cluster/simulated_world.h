@@ -48,9 +48,10 @@ struct World {
 
   Dice dice;
   int64_t now_ms = 1000000;
-  double fault_rate = 0;          // of each kind, a chance
-  bool has_calmed_down = false;   // no more faults: the run is to come to its end
-  int64_t committed_version = 0;  // of weights, as the client was told
+  double fault_rate = 0;           // of each kind, a chance
+  bool has_calmed_down = false;    // no more faults: the run is to come to its end
+  int64_t committed_version = 0;   // of weights, as the client was told
+  size_t num_partial_updates = 0;  // since the last full one
   Report report;
   std::set<int64_t> poison;  // prompts, by their number
 };
@@ -85,7 +86,7 @@ class SimulatedWorker : public WorkerLink, public std::enable_shared_from_this<S
   void kill() override;
 
   // Joins the dispatcher and says that it is there.
-  void start(int32_t index);
+  void start(int32_t index, bool is_replacement = false);
   // One turn: commands that have arrived, some work, events that arrive at the dispatcher.
   void turn();
   // Faults.
@@ -153,6 +154,7 @@ class SimulatedWorker : public WorkerLink, public std::enable_shared_from_this<S
   bool was_killed_ = false;  // or should have been
   int64_t stopped_at_ms_ = 0, stopped_until_ms_ = 0;
   bool owed_at_stop_ = false;
+  bool is_replacement_ = false;
   bool is_at_fault_ = false;  // gave a reason to be given up
   int64_t next_word_ms_ = 0;
   int64_t committed_version_ = 0;  // when the command at hand was sent

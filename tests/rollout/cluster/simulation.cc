@@ -181,6 +181,7 @@ void Run::end_life() {
   update_ = Update::kNone;
   reload_.reset();
   world_.committed_version = 0;
+  world_.num_partial_updates = 0;
   for (auto& [name, has_ended] : samples_) has_ended = false;
   num_ended_ = 0;
 }
@@ -331,7 +332,7 @@ void Run::start_replacements() {
     const auto worker =
         std::make_shared<SimulatedWorker>(world_, *dispatcher_, /*is_process=*/true);
     workers_.push_back(worker);
-    worker->start(dispatcher_->add_replacement(worker));
+    worker->start(dispatcher_->add_replacement(worker), /*is_replacement=*/true);
   }
 }
 
@@ -467,6 +468,7 @@ void Run::end_update(bridge::Outcome error) {
   if (error) return;
   ++world_.report.num_updates;
   world_.committed_version = version_;
+  world_.num_partial_updates = is_partial_ ? world_.num_partial_updates + 1 : 0;
   if (!disk_) return;
   life_->journal.when_durable([this, version = version_](const bridge::Outcome&) {
     if (!dispatcher_->awaited_weight_version()) told_version_ = version;

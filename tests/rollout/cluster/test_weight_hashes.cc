@@ -221,6 +221,33 @@ TEST(WeightHashes, AReplacementTakesPartOnlyWithTheCurrentWeights) {
   dispatcher.lose_worker(3, {.code = ErrorCode::kUnavailable, .field = "rank 3", .value = "gone"});
 }
 
+TEST(WeightHashes, WhoCannotCatchUpIsGivenUpAndReplacedAfterAFullUpdate) {
+  ThreadRanks ranks(1, tiny_config(), {.is_on = true});
+  Dispatcher& dispatcher = ranks.dispatcher();
+  int num_started = 0;
+  dispatcher.set_replace([&] { ++num_started; });
+  const auto slow = std::make_shared<SilentLink>();
+  const int32_t number = dispatcher.add_replacement(slow);
+  const std::vector<NamedTensor> tensors = tiny_tensors(2);
+  const Chunk some({tensors.front()}), all(tensors);
+  // One more than is kept comes over the checkpoint while it loads that.
+  const auto num_updates = static_cast<int64_t>(KeptWeights::kMaxPartialUpdates) + 2;
+  for (int64_t version = 1; version <= num_updates; ++version) {
+    ASSERT_FALSE(begin(dispatcher, version, version - 1));
+    ASSERT_FALSE(stage(dispatcher, some));
+    ASSERT_FALSE(commit(dispatcher));
+  }
+  dispatcher.handle(number, WorkerReady{.fingerprint = dispatcher.info().fingerprint,
+                                        .weights_hash = hash_of_tensors(1)});
+  EXPECT_EQ(slow->num_kills, 1);
+  EXPECT_EQ(num_started, 0) << "another could not catch up either";
+  ASSERT_FALSE(begin(dispatcher, num_updates + 1));
+  ASSERT_FALSE(stage(dispatcher, all));
+  ASSERT_FALSE(commit(dispatcher));
+  EXPECT_EQ(num_started, 1);
+  dispatcher.replacement_failed({.code = ErrorCode::kUnavailable, .field = "replacement"});
+}
+
 TEST(WeightHashes, RanksThatStartFromOtherWeightsDoNotStart) {
   EXPECT_EQ(error_text([] {
               ThreadRanks ranks(2, [](int rank) {
