@@ -12,6 +12,7 @@ import resource
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,11 +33,15 @@ def num_fds(server: RealServer) -> int:
     return len(os.listdir(f"/proc/{server.process.pid}/fd"))
 
 
-def wait_for_one_client(client: rollpack.Client) -> None:
+def wait_for(client: rollpack.Client, holds: Callable[[dict[str, float]], bool]) -> None:
     deadline = time.monotonic() + 30
-    while client.stats()["num_clients"] > 1:
-        assert time.monotonic() < deadline, client.stats()
+    while not holds(stats := client.stats()):
+        assert time.monotonic() < deadline, stats
         time.sleep(0.01)
+
+
+def wait_for_one_client(client: rollpack.Client) -> None:
+    wait_for(client, lambda stats: stats["num_clients"] == 1)
 
 
 def test_hand_overs_keep_every_byte(start: Start) -> None:
@@ -123,6 +128,8 @@ def test_a_trainer_that_stands_still_costs_no_memory(start: Start) -> None:
             try:
                 busy.submit([[1 + p] for p in range(50)], n=4)
                 num_accepted += 200
+                # What the service has yet to draw is bounded by itself, if at all.
+                wait_for(busy, lambda stats, made=num_accepted - 1: stats["num_samples_held"] >= made)
             except rollpack.WouldBlock as error:
                 assert "take batches" in str(error)
                 num_refused += 1
