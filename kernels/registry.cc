@@ -28,7 +28,7 @@ std::string runs_anywhere() {
 
 #ifdef ROLLPACK_HAS_CUDA
 std::unique_ptr<Backend> make_cuda(const ModelShape& shape, const BackendOptions& options) {
-  return make_cuda_backend(cuda::make_cudart_device(), shape, options);
+  return make_cuda_backend(cuda::make_cudart_device(options.rank_on_node), shape, options);
 }
 #endif
 

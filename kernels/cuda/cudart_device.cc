@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "kernels/base/error.h"
+#include "kernels/cuda/device_choice.h"
 #include "kernels/cuda/launch_shape.h"
 
 namespace rollpack::kernels::cuda {
@@ -51,11 +52,11 @@ ErrorCode code_of(cudaError_t error) {
 
 // `call` begins the field, so that the backend can tell errors of the device and add its step.
 [[noreturn]] void fail(cudaError_t error, std::string call, std::string value = {}) {
-  throw Error({.code = code_of(error),
-               .field = "device, " + std::move(call),
-               .value = std::move(value),
-               .message =
-                   fmt::format("{}: {}", cudaGetErrorName(error), cudaGetErrorString(error))});
+  throw Error(
+      {.code = code_of(error),
+       .field = "device, " + std::move(call),
+       .value = std::move(value),
+       .message = fmt::format("{}: {}", cudaGetErrorName(error), cudaGetErrorString(error))});
 }
 
 void check(cudaError_t error, const char* call) {
@@ -64,13 +65,13 @@ void check(cudaError_t error, const char* call) {
 
 class CudartDevice final : public Device {
  public:
-  CudartDevice() {
+  explicit CudartDevice(int device) : device_(device) {
     cudaDeviceProp properties{};
-    check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
+    check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
     bind_thread();
     info_ = {.name = properties.name,
-             .description = fmt::format("{}, compute capability {}.{}, {}, images {}",
-                                        properties.name, properties.major, properties.minor,
+             .description = fmt::format("device {}, {}, compute capability {}.{}, {}, images {}",
+                                        device, properties.name, properties.major, properties.minor,
                                         driver_text(), kImages),
              .fingerprint = fmt::format("sm_{}{} toolkit {} images {}", properties.major,
                                         properties.minor, version_text(CUDART_VERSION), kImages),
@@ -81,7 +82,7 @@ class CudartDevice final : public Device {
 
   const DeviceInfo& info() const override { return info_; }
   const KernelSet& kernels() const override { return compiled_kernel_set(); }
-  void bind_thread() override { check(cudaSetDevice(0), "cudaSetDevice"); }
+  void bind_thread() override { check(cudaSetDevice(device_), "cudaSetDevice"); }
   int64_t free_bytes() override {
     size_t free = 0, total = 0;
     check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
@@ -156,8 +157,10 @@ class CudartDevice final : public Device {
                      .field = "device, work on a stream",
                      .message = "it has not ended"});
       }
-      if (now - begin < std::chrono::microseconds(100)) std::this_thread::yield();
-      else std::this_thread::sleep_for(std::chrono::microseconds(20));
+      if (now - begin < std::chrono::microseconds(100))
+        std::this_thread::yield();
+      else
+        std::this_thread::sleep_for(std::chrono::microseconds(20));
     }
   }
 
@@ -170,6 +173,7 @@ class CudartDevice final : public Device {
           "cudaMemcpyAsync");
   }
 
+  const int device_;
   DeviceInfo info_;
 };
 
@@ -181,6 +185,39 @@ void fail_launch(const LaunchShape& shape, int code) {
                    shape.grid.y, shape.grid.z, shape.block, shape.shared_bytes));
 }
 
+namespace {
+
+// Empty, or why it cannot be used.
+std::string why_not(int device) {
+  check(cudaSetDevice(device), "cudaSetDevice");
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+        "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+        "cudaDeviceGetAttribute");
+  cudaDeviceProp properties{};
+  check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
+  const std::string text =
+      fmt::format("device {}, {}, compute capability {}.{}, {}; built for {}", device,
+                  properties.name, major, minor, driver_text(), kImages);
+  if (major < kOldestMajor) {
+    return fmt::format("older than compute capability {}.0: {}", kOldestMajor, text);
+  }
+  const auto image = static_cast<cudaError_t>(probe_image());
+  if (image == cudaSuccess) return "";
+  cudaGetLastError();
+  return fmt::format("no built image runs ({}) on {}", cudaGetErrorString(image), text);
+}
+
+[[noreturn]] void refuse(std::string reason) {
+  throw Error({.code = ErrorCode::kUnsupported,
+               .field = "engine.backend",
+               .value = "cuda",
+               .message = std::move(reason)});
+}
+
+}  // namespace
+
 std::string why_no_device() {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
@@ -191,37 +228,16 @@ std::string why_no_device() {
     return fmt::format("no CUDA device can be used: {} ({}; built for {})", reason, driver_text(),
                        kImages);
   }
-  int major = 0, minor = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0),
-        "cudaDeviceGetAttribute");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0),
-        "cudaDeviceGetAttribute");
-  cudaDeviceProp properties{};
-  check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
-  const std::string device = fmt::format("{}, compute capability {}.{}, {}; built for {}",
-                                         properties.name, major, minor, driver_text(), kImages);
-  if (major < kOldestMajor) {
-    return fmt::format("the device is older than compute capability {}.0: {}", kOldestMajor,
-                       device);
-  }
-  const auto image = static_cast<cudaError_t>(probe_image());
-  if (image != cudaSuccess) {
-    cudaGetLastError();
-    return fmt::format("no built image runs on the device ({}): {}", cudaGetErrorString(image),
-                       device);
-  }
-  return "";
+  return why_not(0);
 }
 
-std::unique_ptr<Device> make_cudart_device() {
-  const std::string reason = why_no_device();
-  if (!reason.empty()) {
-    throw Error({.code = ErrorCode::kUnsupported,
-                 .field = "engine.backend",
-                 .value = "cuda",
-                 .message = reason});
-  }
-  return std::make_unique<CudartDevice>();
+std::unique_ptr<Device> make_cudart_device(int rank_on_node) {
+  if (std::string reason = why_no_device(); !reason.empty()) refuse(std::move(reason));
+  int count = 0;
+  check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+  const int device = choose_device(rank_on_node, count);
+  if (std::string reason = why_not(device); !reason.empty()) refuse(std::move(reason));
+  return std::make_unique<CudartDevice>(device);
 }
 
 }  // namespace rollpack::kernels::cuda

@@ -13,8 +13,9 @@ namespace rollpack::kernels::cuda {
 // as they are known; empty where one can. Starts no context.
 std::string why_no_device();
 
-// The first device that the process may see (CUDA_VISIBLE_DEVICES).
-// Errors: unsupported with the text of why_no_device(); those of CUDA.
-std::unique_ptr<Device> make_cudart_device();
+// Of the devices that the process may see (CUDA_VISIBLE_DEVICES) the one of this rank; see
+// choose_device(). Errors: unsupported with the text of why_no_device(); those of choose_device()
+// and of CUDA.
+std::unique_ptr<Device> make_cudart_device(int rank_on_node);
 
 }  // namespace rollpack::kernels::cuda

@@ -75,7 +75,7 @@ class Dispatcher : public bridge::RolloutService {
   void lose_worker(int32_t worker, ErrorInfo error);
   // How a worker is started in a lost one's place; without it capacity only shrinks. Called from
   // any thread, must not block, and is answered by add_replacement() or replacement_failed().
-  void set_replace(std::function<void()> replace) { replace_ = std::move(replace); }
+  void set_replace(std::function<void(int rank_on_node)> replace) { replace_ = std::move(replace); }
   // As add_worker(). It takes part once it is ready and has the current weights.
   int32_t add_replacement(std::shared_ptr<WorkerLink> link);
   void replacement_failed(ErrorInfo error);
@@ -249,6 +249,7 @@ class Dispatcher : public bridge::RolloutService {
       std::vector<std::shared_ptr<const std::map<std::string, double>>>& of_workers) const;
   void ask(int32_t worker, const std::shared_ptr<Collection>& collection, const MakeCommand& make);
   void replace(const WorkerState& lost, Effects& effects);
+  void start_replacement(int rank_on_node, Effects& effects);
   void start_unreplaced(Effects& effects);
   // Whether who joins can be given the current weights.
   bool can_catch_up() const;
@@ -296,11 +297,11 @@ class Dispatcher : public bridge::RolloutService {
   std::condition_variable changed_;
   std::vector<WorkerState> workers_;
   std::set<std::pair<int64_t, int32_t>> askers_;  // (outstanding, worker) of those that want work
-  std::function<void()> replace_;
+  std::function<void(int)> replace_;
   KeptWeights kept_weights_;
-  int32_t num_starting_ = 0;    // replacements asked for and not there yet
-  int32_t num_fruitless_ = 0;   // in a row that were lost without a sample
-  int32_t num_unreplaced_ = 0;  // wait for a full update, as others could not catch up
+  int32_t num_starting_ = 0;     // replacements asked for and not there yet
+  int32_t num_fruitless_ = 0;    // in a row that were lost without a sample
+  std::vector<int> unreplaced_;  // ranks on this node that wait for a full update
   int64_t num_replacements_ = 0;
   bool is_paused_ = false;
   RequestLog* log_ = nullptr;

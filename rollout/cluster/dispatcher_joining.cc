@@ -51,7 +51,7 @@ void Dispatcher::replace(const WorkerState& lost, Effects& effects) {
   if (!replace_ || is_ending_ || lost.link->node() != 0 || (!lost.is_ready && !lost.is_replacement))
     return;
   if (!can_catch_up()) {
-    ++num_unreplaced_;
+    unreplaced_.push_back(lost.link->rank_on_node());
     spdlog::error("no replacement is started until a full update: {}", too_many_partial_updates());
     return;
   }
@@ -61,16 +61,19 @@ void Dispatcher::replace(const WorkerState& lost, Effects& effects) {
     return;
   }
   if (num_fruitless_ >= kMaxFruitless) return;
+  start_replacement(lost.link->rank_on_node(), effects);
+}
+
+void Dispatcher::start_replacement(int rank_on_node, Effects& effects) {
   ++num_starting_;
-  effects.push_back(replace_);
+  effects.push_back([replace = replace_, rank_on_node] { replace(rank_on_node); });
 }
 
 // After an update: those that waited for a full one.
 void Dispatcher::start_unreplaced(Effects& effects) {
   if (is_ending_ || !can_catch_up()) return;
-  for (; num_unreplaced_ > 0; --num_unreplaced_) {
-    ++num_starting_;
-    effects.push_back(replace_);
+  for (const int rank_on_node : std::exchange(unreplaced_, {})) {
+    start_replacement(rank_on_node, effects);
   }
 }
 

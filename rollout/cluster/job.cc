@@ -152,6 +152,7 @@ Job::Job(const Config& config, Launch& launch, const JobOptions& options)
   replica_ = make_replica(leading_, config, model,
                           {.num_threads = num_threads_,
                            .cpus = placement_.cpus,
+                           .rank_on_node = placement_.rank_on_node,
                            .shared_weights = shares_weights_,
                            .profiles = options.profiles});
   load_checkpoint(leading_, *replica_);
@@ -230,7 +231,8 @@ void Job::start() {
         "engine.tensor_model_parallel_size is not 1");
   }
   if (hub_ && survives_deaths_ && config_.cluster.replace_lost && is_whole) {
-    dispatcher.set_replace([this] { hub_->start_replacement(*dispatcher_, line_); });
+    dispatcher.set_replace(
+        [this](int rank_on_node) { hub_->start_replacement(*dispatcher_, rank_on_node, line_); });
   }
   if (hub_) hub_->serve(dispatcher);
   if (shares_weights_) dispatcher.share_first_weights(std::move(first_weights_));
@@ -291,6 +293,7 @@ std::optional<ReplicaPlacement> own_place(const Config& config, const Launch& la
     follow(std::move(leader), config, read_model_config(config.model.path),
            {.num_threads = threads_per_rank(config.engine, launch.placement()),
             .cpus = launch.placement().cpus,
+            .rank_on_node = launch.placement().rank_on_node,
             .communicator = communicator});
     launch.exit(0);
   } catch (const Error& error) {
@@ -334,6 +337,7 @@ void run_worker_rank(const Config& config, Launch& launch, const JobOptions& opt
         make_replica(leading, config, model,
                      {.num_threads = num_threads,
                       .cpus = launch.placement().cpus,
+                      .rank_on_node = launch.placement().rank_on_node,
                       .shared_weights = meeting.shares_weights,
                       .profiles = options.profiles});
     Replica& replica = *made;

@@ -81,6 +81,7 @@ Placement find_placement() {
   MPI_Comm host = MPI_COMM_NULL;
   MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &host);
   MPI_Comm_size(host, &placement.num_ranks_on_node);
+  MPI_Comm_rank(host, &placement.rank_on_node);
   placement.cpus = sharing_of_cpus(host, placement.num_ranks_on_node);
   int first = placement.rank;  // of the host's ranks
   MPI_Bcast(&first, 1, MPI_INT, 0, host);
@@ -178,8 +179,9 @@ Launch::Launch(int* argc, char*** argv) : join_order_(rollout::join_order()) {
     placement_ = {.rank = join_order_->rank,
                   .num_ranks = num_ranks,
                   .num_ranks_on_node = num_ranks,
+                  .rank_on_node = join_order_->rank_on_node,
                   .node_of_rank = std::vector<int>(static_cast<size_t>(join_order_->rank) + 1),
-                  .cpus = {.num_processes = num_ranks, .index = join_order_->rank % num_ranks}};
+                  .cpus = {.num_processes = num_ranks, .index = join_order_->rank_on_node}};
     die_with(join_order_->parent);
     return;
   }

@@ -24,6 +24,7 @@ struct Placement {
   int rank = 0;
   int num_ranks = 1;
   int num_ranks_on_node = 1;
+  int rank_on_node = 0;  // which of them it is, or takes the place of: whose device it computes on
   // The node of each rank, numbered by their first ranks: rank 0 is on node 0.
   std::vector<int> node_of_rank = {0};
   kernels::CpuSharing cpus;  // with how many ranks this one shares its CPUs

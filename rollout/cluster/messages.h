@@ -149,6 +149,8 @@ class WorkerLink {
   virtual bool is_own_process() const { return false; }
   // Where it runs; 0 is rank 0's node, where a replacement can be started in its place.
   virtual int node() const { return 0; }
+  // Which of its node's ranks it is, or takes the place of.
+  virtual int rank_on_node() const { return 0; }
   // Ends that process, also a stopped one. Called once, when nothing it says counts any more.
   virtual void kill() {}
 };

@@ -63,8 +63,12 @@ void send_in_halves(int socket, const std::vector<uint8_t>& body, const Middle& 
 class RankHub::Link : public WorkerLink, public std::enable_shared_from_this<Link> {
  public:
   // `peer` is asked for by the caller: of a socket pair the kernel only knows who made it.
-  Link(bridge::asio::io_context& io, bridge::Peer peer, OwnedFd fd, bool is_child)
-      : io_(io), peer_(std::move(peer)), is_child_(is_child), process_(io) {
+  Link(bridge::asio::io_context& io, bridge::Peer peer, OwnedFd fd, int rank_on_node, bool is_child)
+      : io_(io),
+        peer_(std::move(peer)),
+        rank_on_node_(rank_on_node),
+        is_child_(is_child),
+        process_(io) {
     if (peer_.pidfd) process_.assign(OwnedFd::duplicate(peer_.pidfd.get()).release());
     socket_ = std::make_shared<bridge::FrameSocket>(
         io, std::move(fd), bridge::FrameSocketOptions{.max_queued_bytes = kMaxQueuedBytes});
@@ -97,6 +101,7 @@ class RankHub::Link : public WorkerLink, public std::enable_shared_from_this<Lin
 
   bool is_own_process() const override { return true; }
   int node() const override { return node_ == nullptr ? 0 : node_->number(); }
+  int rank_on_node() const override { return rank_on_node_; }
 
   // The socket stays open until the process is gone: what it has said before is dropped by the
   // ledger, which counts it. On another node the end of its link ends a rank.
@@ -193,6 +198,7 @@ class RankHub::Link : public WorkerLink, public std::enable_shared_from_this<Lin
   RemoteNode* const node_ = nullptr;  // likewise
   std::function<void()> on_lost_host_;
   int32_t worker_ = 0;
+  const int rank_on_node_ = 0;  // of this node
   const bool is_child_;
   bridge::asio::posix::stream_descriptor process_;  // the peer's pidfd, watched
   std::shared_ptr<bridge::FrameSocket> socket_;
@@ -251,7 +257,7 @@ void RankHub::serve(Dispatcher& dispatcher) {
     } else {
       bridge::Peer peer = bridge::peer_of(each.socket.get());
       link = std::make_shared<Link>(io_, std::move(peer), std::move(each.socket),
-                                    /*is_child=*/false);
+                                    rank_on_first_node(each.rank), /*is_child=*/false);
     }
   }
   ranks_.clear();
@@ -274,6 +280,12 @@ void RankHub::serve(Dispatcher& dispatcher) {
   });
 }
 
+int RankHub::rank_on_first_node(int rank) const {
+  const std::vector<int>& nodes = options_.node_of_rank;
+  return nodes.empty() ? rank
+                       : static_cast<int>(std::count(nodes.begin(), nodes.begin() + rank, 0));
+}
+
 void RankHub::send_node_frame(int32_t worker, std::vector<uint8_t> frame) {
   bridge::asio::post(io_, [this, worker, frame = std::move(frame)]() mutable {
     if (const auto& link = links_[static_cast<size_t>(worker)]) link->send_body(std::move(frame));
@@ -281,13 +293,14 @@ void RankHub::send_node_frame(int32_t worker, std::vector<uint8_t> frame) {
 }
 
 // On the hub's thread, which lives as long as the job: children die with the thread that made them.
-void RankHub::start_replacement(Dispatcher& dispatcher, const std::string& line) {
-  bridge::asio::post(io_, [this, &dispatcher, line] {
+void RankHub::start_replacement(Dispatcher& dispatcher, int rank_on_node, const std::string& line) {
+  bridge::asio::post(io_, [this, &dispatcher, rank_on_node, line] {
     try {
-      Child child = start_child(static_cast<int>(links_.size()), options_.num_ranks_on_node, line);
+      Child child = start_child(static_cast<int>(links_.size()), rank_on_node,
+                                options_.num_ranks_on_node, line);
       links_.push_back(std::make_shared<Link>(
           io_, bridge::Peer{.pid = child.pid, .pidfd = std::move(child.process)},
-          std::move(child.socket), /*is_child=*/true));
+          std::move(child.socket), rank_on_node, /*is_child=*/true));
       links_.back()->start(*this, dispatcher, dispatcher.add_replacement(links_.back()));
     } catch (const Error& error) {
       dispatcher.replacement_failed(error.info);

@@ -53,11 +53,13 @@ class RankHub {
   void post(std::function<void()> task) { bridge::asio::post(io_, std::move(task)); }
 
   // Starts one more worker process on this node, which joins `dispatcher`; any thread, after
-  // serve(). `line` is what ranks are told when they meet.
-  void start_replacement(Dispatcher& dispatcher, const std::string& line);
+  // serve(). `line` is what ranks are told when they meet. It takes the place of this node's rank
+  // `rank_on_node`.
+  void start_replacement(Dispatcher& dispatcher, int rank_on_node, const std::string& line);
 
  private:
   class Link;
+  int rank_on_first_node(int rank) const;
   class NoLink;
 
   void watch_leases(Dispatcher& dispatcher, std::chrono::milliseconds period);

@@ -68,13 +68,13 @@ std::vector<char*> pointers_to(std::vector<std::string>& texts) {
 
 }  // namespace
 
-// "PARENT RANK RANKS LINE"
+// "PARENT RANK PLACE RANKS LINE"
 std::optional<JoinOrder> join_order() {
   const char* text = std::getenv(kVariable);
   if (text == nullptr) return std::nullopt;
   JoinOrder order{.socket = kChildSocket};
   const char* const end = text + std::strlen(text);
-  for (int* number : {&order.parent, &order.rank, &order.num_ranks}) {
+  for (int* number : {&order.parent, &order.rank, &order.rank_on_node, &order.num_ranks}) {
     const auto parsed = std::from_chars(text, end, *number);
     if (parsed.ec != std::errc() || parsed.ptr == end || *parsed.ptr != ' ') {
       throw Error({.code = ErrorCode::kInvalidArgument,
@@ -89,7 +89,7 @@ std::optional<JoinOrder> join_order() {
   return order;
 }
 
-Child start_child(int rank, int num_ranks, const std::string& line) {
+Child start_child(int rank, int rank_on_node, int num_ranks, const std::string& line) {
   int ends[2];
   if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) {
     fail_call("socketpair", errno);
@@ -98,8 +98,8 @@ Child start_child(int rank, int num_ranks, const std::string& line) {
   child.socket.reset(ends[0]);
   const bridge::OwnedFd theirs(ends[1]);
   std::vector<std::string> arguments = own_arguments();
-  std::vector<std::string> environment =
-      child_environment(fmt::format("{} {} {} {}", ::getpid(), rank, num_ranks, line));
+  std::vector<std::string> environment = child_environment(
+      fmt::format("{} {} {} {} {}", ::getpid(), rank, rank_on_node, num_ranks, line));
   posix_spawn_file_actions_t actions;
   posix_spawn_file_actions_init(&actions);
   posix_spawn_file_actions_adddup2(&actions, theirs.get(), kChildSocket);

@@ -14,9 +14,10 @@ namespace rollpack::rollout {
 
 // What a child is told.
 struct JoinOrder {
-  int rank = 0;       // its number, after those of mpirun's ranks
-  int num_ranks = 1;  // of the job, as it was started: they share the machine's CPUs
-  int socket = -1;    // inherited
+  int rank = 0;          // its number, after those of mpirun's ranks
+  int rank_on_node = 0;  // of the one that it replaces
+  int num_ranks = 1;     // of the node, as it was started: they share the machine's CPUs
+  int socket = -1;       // inherited
   pid_t parent = 0;
   std::string line;  // what ranks are told when they meet; see Launch::meet
 };
@@ -32,6 +33,6 @@ struct Child {
 
 // Starts one. It dies with the calling thread (PR_SET_PDEATHSIG), so that thread must live as long
 // as the job. Errors: unavailable or resource_exhausted naming the call that failed.
-Child start_child(int rank, int num_ranks, const std::string& line);
+Child start_child(int rank, int rank_on_node, int num_ranks, const std::string& line);
 
 }  // namespace rollpack::rollout

@@ -29,6 +29,7 @@ std::unique_ptr<kernels::Backend> configured_backend(const Config& config, const
                                        {.num_threads = options.num_threads,
                                         .num_processes = options.cpus.num_processes,
                                         .process_index = options.cpus.index,
+                                        .rank_on_node = options.rank_on_node,
                                         .kv_cache_bytes = engine.kv_cache_memory,
                                         .max_num_seqs = engine.max_num_seqs,
                                         .max_num_batched_tokens = engine.max_num_batched_tokens,

@@ -20,6 +20,7 @@ namespace rollpack::rollout {
 struct ReplicaOptions {
   int32_t num_threads = 1;
   kernels::CpuSharing cpus;  // the processes that compute on the same CPUs
+  int32_t rank_on_node = 0;  // whose device it takes, where it computes on one
   bool shared_weights = false;
   bool profiles = false;  // times every op; see take_profile()
   // Of the ranks that hold the model together; none: this one holds it alone.

@@ -143,7 +143,7 @@ void Run::begin_life() {
   dispatcher_->set_sink(*this);
   if (replaces_lost_) {
     dispatcher_->set_replace(
-        [this] { starts_ms_.push_back(world_.now_ms + world_.dice.between(100, 3000)); });
+        [this](int) { starts_ms_.push_back(world_.now_ms + world_.dice.between(100, 3000)); });
   }
   if (disk_) {
     life_ = std::make_unique<Life>(world_, disk_);

@@ -188,6 +188,7 @@ class SilentLink : public WorkerLink {
  public:
   void send(Command) override {}
   bool is_own_process() const override { return true; }
+  int rank_on_node() const override { return 3; }
   void kill() override { ++num_kills; }
   std::atomic<int> num_kills = 0;
 };
@@ -224,8 +225,8 @@ TEST(WeightHashes, AReplacementTakesPartOnlyWithTheCurrentWeights) {
 TEST(WeightHashes, WhoCannotCatchUpIsGivenUpAndReplacedAfterAFullUpdate) {
   ThreadRanks ranks(1, tiny_config(), {.is_on = true});
   Dispatcher& dispatcher = ranks.dispatcher();
-  int num_started = 0;
-  dispatcher.set_replace([&] { ++num_started; });
+  std::vector<int> started;  // in whose place on the node
+  dispatcher.set_replace([&](int rank_on_node) { started.push_back(rank_on_node); });
   const auto slow = std::make_shared<SilentLink>();
   const int32_t number = dispatcher.add_replacement(slow);
   const std::vector<NamedTensor> tensors = tiny_tensors(2);
@@ -240,11 +241,11 @@ TEST(WeightHashes, WhoCannotCatchUpIsGivenUpAndReplacedAfterAFullUpdate) {
   dispatcher.handle(number, WorkerReady{.fingerprint = dispatcher.info().fingerprint,
                                         .weights_hash = hash_of_tensors(1)});
   EXPECT_EQ(slow->num_kills, 1);
-  EXPECT_EQ(num_started, 0) << "another could not catch up either";
+  EXPECT_TRUE(started.empty()) << "another could not catch up either";
   ASSERT_FALSE(begin(dispatcher, num_updates + 1));
   ASSERT_FALSE(stage(dispatcher, all));
   ASSERT_FALSE(commit(dispatcher));
-  EXPECT_EQ(num_started, 1);
+  EXPECT_EQ(started, std::vector<int>{3});
   dispatcher.replacement_failed({.code = ErrorCode::kUnavailable, .field = "replacement"});
 }
 
