@@ -210,6 +210,8 @@ class Dispatcher : public bridge::RolloutService {
   bool is_cut(const bridge::SampleKey& key);
   bool count_sample(const bridge::SampleKey& key, bridge::FinishReason reason, int32_t worker,
                     int32_t attempt);
+  bool is_on_the_way(int64_t version) const;
+  void log_switch(int64_t version);
   void note_switch();
   bool asks(int32_t worker) const;
   GroupRequest take_group(const Ledger::GroupKey& key, int32_t worker);

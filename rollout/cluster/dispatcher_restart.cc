@@ -69,9 +69,18 @@ bool Dispatcher::is_cut(const bridge::SampleKey& key) {
 }
 
 // Older weights than those awaited are a step on the way to them, unless resume() says otherwise.
+bool Dispatcher::is_on_the_way(int64_t version) const {
+  return awaited_version_ && version < *awaited_version_;
+}
+
+// Before any worker switches: a batch may hold a sample of the new weights before all have, and
+// that batch is written down behind this, so that whoever comes to have it again awaits them.
+void Dispatcher::log_switch(int64_t version) {
+  if (log_ != nullptr && !is_on_the_way(version)) log_->switched(version);
+}
+
 void Dispatcher::note_switch() {
-  if (awaited_version_ && weights_.version < *awaited_version_) return;
-  if (log_ != nullptr) log_->switched(weights_.version);
+  if (is_on_the_way(weights_.version)) return;
   if (!std::exchange(awaited_version_, std::nullopt)) return;
   dispatch();
 }

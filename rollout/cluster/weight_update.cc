@@ -214,6 +214,7 @@ void Dispatcher::switch_weights(bridge::InFlight in_flight, bridge::OutcomeCallb
       error = fatal_;
       if (!error) {
         is_switching_ = true;
+        log_switch(version);
         // Past the point of no return: who cannot switch is given up, so that all others agree.
         const auto collection = broadcast(
             all_workers(),

@@ -69,7 +69,7 @@ MUTANTS = [
     ("a partial sample is made whole", "dispatcher_restart",
      "      request.response_lengths[static_cast<size_t>(sample)] = num_tokens;\n", ""),
     ("a switch is not written down", "dispatcher_restart",
-     "if (log_ != nullptr) log_->switched(weights_.version);", ""),
+     "if (log_ != nullptr && !is_on_the_way(version)) log_->switched(version);", ""),
     ("an acknowledged group is kept", "rollout/journal/live_set",
      "  groups_.erase(found);\n", ""),
     ("half a step is written down", "trainer_bridge/delivery/delivery",
