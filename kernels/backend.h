@@ -46,7 +46,7 @@ struct BackendOptions {
   int64_t kv_cache_bytes = 0;
   int32_t max_num_seqs = 256;             // sequence slots
   int32_t max_num_batched_tokens = 2048;  // token rows of one step
-  bool shared_weights = false;            // stage weights in memory that other processes can map
+  bool shared_weights = false;  // stage weights in memory that other processes can map
   // Of the ranks that hold one model together (kernels/shards.h), all of which are given the same
   // plans; none: this backend holds a whole one.
   std::shared_ptr<Communicator> communicator;
@@ -69,7 +69,7 @@ struct MemoryPlan {
 };
 
 struct BackendInfo {
-  std::string name;  // "cpu", "reference"
+  std::string name;         // "cpu", "reference"
   // e.g. "cpu: avx512_bf16, 2 threads, weights in 2 MiB pages", the last part from the first commit
   std::string description;
   std::string fingerprint;  // two backends with equal fingerprints give equal bits
@@ -148,12 +148,12 @@ struct LinearArgs {
 // Source: Su et al., "RoFormer", arXiv:2104.09864, in the half-split form of Llama.
 struct RopeAppendArgs {
   int32_t layer = 0;
-  Tensor qkv;                   // [T, (H + 2 G) K] f32: Q heads, then K heads, then V heads
-  Tensor rope_table;            // [positions, K] f32: cos in [0, K / 2), sin in [K / 2, K)
+  Tensor qkv;          // [T, (H + 2 G) K] f32: Q heads, then K heads, then V heads
+  Tensor rope_table;   // [positions, K] f32: cos in [0, K / 2), sin in [K / 2, K)
   WeightId q_norm = kNoWeight;  // kVector [K], or none
   WeightId k_norm = kNoWeight;
   float norm_epsilon = 1e-6f;
-  Tensor q;  // [T, H K] compute dtype
+  Tensor q;            // [T, H K] compute dtype
 };
 
 // Causal attention of the step's rows over their page tables.
@@ -161,9 +161,9 @@ struct RopeAppendArgs {
 // kernels/README.md. A pad row's output is 0.
 struct AttentionArgs {
   int32_t layer = 0;
-  int32_t window = 0;     // key j is visible to row i iff i - j < window; 0: all keys
-  Tensor q;               // [T, H K] compute dtype
-  Tensor out;             // [T, H K] compute dtype; on several ranks as wide as the heads of all
+  int32_t window = 0;  // key j is visible to row i iff i - j < window; 0: all keys
+  Tensor q;            // [T, H K] compute dtype
+  Tensor out;          // [T, H K] compute dtype; on several ranks as wide as the heads of all
   int64_t out_begin = 0;  // column of out that this rank's first head goes to
 };
 

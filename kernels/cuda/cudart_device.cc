@@ -52,11 +52,11 @@ ErrorCode code_of(cudaError_t error) {
 
 // `call` begins the field, so that the backend can tell errors of the device and add its step.
 [[noreturn]] void fail(cudaError_t error, std::string call, std::string value = {}) {
-  throw Error(
-      {.code = code_of(error),
-       .field = "device, " + std::move(call),
-       .value = std::move(value),
-       .message = fmt::format("{}: {}", cudaGetErrorName(error), cudaGetErrorString(error))});
+  throw Error({.code = code_of(error),
+               .field = "device, " + std::move(call),
+               .value = std::move(value),
+               .message =
+                   fmt::format("{}: {}", cudaGetErrorName(error), cudaGetErrorString(error))});
 }
 
 void check(cudaError_t error, const char* call) {
@@ -157,10 +157,8 @@ class CudartDevice final : public Device {
                      .field = "device, work on a stream",
                      .message = "it has not ended"});
       }
-      if (now - begin < std::chrono::microseconds(100))
-        std::this_thread::yield();
-      else
-        std::this_thread::sleep_for(std::chrono::microseconds(20));
+      if (now - begin < std::chrono::microseconds(100)) std::this_thread::yield();
+      else std::this_thread::sleep_for(std::chrono::microseconds(20));
     }
   }
 

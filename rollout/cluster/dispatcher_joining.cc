@@ -71,7 +71,7 @@ void Dispatcher::start_replacement(int rank_on_node, Effects& effects) {
 
 // After an update: those that waited for a full one.
 void Dispatcher::start_unreplaced(Effects& effects) {
-  if (is_ending_ || !can_catch_up()) return;
+  if (is_ending_ || num_fruitless_ >= kMaxFruitless || !can_catch_up()) return;
   for (const int rank_on_node : std::exchange(unreplaced_, {})) {
     start_replacement(rank_on_node, effects);
   }
