@@ -307,7 +307,7 @@ void Dispatcher::resume() {
     is_paused_ = false;
     if (awaited_version_) {
       awaited_version_.reset();
-      if (log_ != nullptr) log_->switched(weights_.version);
+      log_switch(is_switching_ ? *update_version_ : weights_.version);
       tell_change(effects);
       dispatch();
     }
