@@ -11,6 +11,7 @@
 
 #include "rollout/config/yaml_tree.h"
 #include "rollout/jsonl/strict_json.h"
+#include "rollout/jsonl/text_file.h"
 #include "rollout/sampling/temperature.h"
 
 namespace rollpack::rollout {
@@ -263,6 +264,9 @@ std::optional<Refusal> Text::read(const YamlNode& node, std::string& value) cons
   const auto is_control = [](char c) { return static_cast<uint8_t>(c) < 0x20; };
   if (std::any_of(node.text.begin(), node.text.end(), is_control)) {
     return refuse("it holds a control character");
+  }
+  if (find_invalid_utf8(node.text)) {  // yaml-cpp makes one byte of "\\N"
+    return refuse("an escape in it makes no UTF-8; write the character itself");
   }
   value = node.text;
   return std::nullopt;

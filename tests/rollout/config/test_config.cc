@@ -241,6 +241,11 @@ TEST(Config, BadFilesNameLineAndReason) {
        "invalid_argument: model.path (default): expected a Hugging Face folder; it has no default"},
       {"model: {path: \"\"}",
        "invalid_argument: model.path = \"\" (f.yaml:1): expected text of 1 to 4096 bytes"},
+      {"model: {path: \"a\\Nb\"}",
+       "invalid_argument: model.path = \"a\x85"
+       "b\" (f.yaml:1): expected text of 1 to 4096 bytes; an escape in it makes no UTF-8; write "
+       "the "
+       "character itself"},
       {"model: {path: }",
        "invalid_argument: model.path = null (f.yaml:1): expected text of 1 to 4096 bytes"},
       {"model: m", "invalid_argument: model = m (f.yaml:1): expected a map of keys"},
