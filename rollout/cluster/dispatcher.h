@@ -274,6 +274,7 @@ class Dispatcher : public bridge::RolloutService {
   void on_event(int32_t worker, Pull& event, Effects& effects);
   void on_event(int32_t worker, SampleDone& event, Effects& effects);
   void on_event(int32_t worker, SampleKept& event, Effects& effects);
+  void on_event(int32_t worker, SampleWithdrawn& event, Effects& effects);
   void on_event(int32_t worker, SampleFailed& event, Effects& effects);
   void on_event(int32_t worker, Scored& event, Effects& effects);
   void on_event(int32_t worker, Ack& event, Effects& effects);

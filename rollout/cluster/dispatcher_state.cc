@@ -25,6 +25,9 @@ std::optional<int64_t> Dispatcher::awaited_weight_version() const {
 Dispatcher::Numbers Dispatcher::stats() const {
   std::vector<std::shared_ptr<const std::map<std::string, double>>> of_workers;
   std::map<std::string, double> sums = own_stats(of_workers);
+  if (kept_ != nullptr) {
+    for (auto& [name, value] : kept_->numbers()) sums[name] = value;
+  }
   for (const auto& of_worker : of_workers) {
     for (const auto& [name, value] : *of_worker) {
       double& sum = sums[name];

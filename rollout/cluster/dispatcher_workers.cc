@@ -173,6 +173,10 @@ void Dispatcher::on_event(int32_t worker, SampleKept& event, Effects&) {
   if (kept_ != nullptr) kept_->decide(worker, event.key, event.attempt, verdict);
 }
 
+void Dispatcher::on_event(int32_t worker, SampleWithdrawn& event, Effects&) {
+  if (kept_ != nullptr) kept_->decide(worker, event.key, event.attempt, Verdict::kDrop);
+}
+
 bool Dispatcher::count_sample(const bridge::SampleKey& key, bridge::FinishReason reason,
                               int32_t worker, int32_t attempt) {
   const std::optional<int64_t> tokens = ledger_.commit(key, worker, attempt);

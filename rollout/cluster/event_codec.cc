@@ -119,6 +119,9 @@ struct EventEncoder {
             {"key", encode_key(m.key)},
             {"finish_reason", static_cast<int>(m.finish_reason)}};
   }
+  json operator()(const SampleWithdrawn& m) const {
+    return {{"type", "withdrawn"}, {"attempt", m.attempt}, {"key", encode_key(m.key)}};
+  }
   json operator()(const SampleFailed& m) const {
     return {{"type", "failed"},
             {"attempt", m.attempt},
@@ -168,6 +171,9 @@ Event decode_known_event(const json& map) {
   if (type == "kept") {
     return SampleKept{decode_key(map.at("key")), integer<int32_t>(map.at("attempt")),
                       enumerator(map.at("finish_reason"), bridge::FinishReason::kAbort)};
+  }
+  if (type == "withdrawn") {
+    return SampleWithdrawn{decode_key(map.at("key")), integer<int32_t>(map.at("attempt"))};
   }
   if (type == "failed") {
     return SampleFailed{{decode_key(map.at("key")), error_from_map(map.at("error"))},

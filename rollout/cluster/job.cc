@@ -67,7 +67,7 @@ void connect_to_rank_0(const Config& config, const Launch& launch, const Placeme
     watch_tcp(made.socket.get(), 2 * lease_of(config));
     client.emplace(std::move(made.socket),
                    std::make_unique<NodeMemory>(meeting.job, placement.rank));
-    if (made.relay) client->relay(std::move(*made.relay), meeting.token, lease_of(config));
+    if (made.relay) client->relay(std::move(*made.relay), meeting, lease_of(config));
   }
 }
 
@@ -79,6 +79,7 @@ bool has_node_bridges(const Config& config) {
 // rank's samples.
 struct NodeSide {
   std::optional<NodeBridge> bridge;
+  std::optional<StraightWay> straight;
   std::optional<SampleWay> way;
 };
 
@@ -87,20 +88,41 @@ void join_node_bridge(const Config& config, const ModelConfig& model, const Plac
                       NodeSide& side) {
   const int node = placement.node();
   const int holder = placement.first_ranks()[static_cast<size_t>(node)];
+  side.straight.emplace(
+      StraightWay::Options{.rank = placement.rank,
+                           .token = meeting.token,
+                           .answer = meeting.answer,
+                           .limit = lease_of(config) / 2},
+      StraightWay::Ways{.tell = tell, .find = [&client](const NodeRequest& request) {
+                          try {
+                            client.send_node_frame(encode(request));
+                          } catch (const Error&) {  // as in tell
+                          }
+                        }});
+  const auto hear = [&side](const told::BridgeAt& bridge) { side.straight->found(bridge); };
   if (placement.rank != holder) {
     side.way.emplace(node, placement.rank,
                      std::make_unique<SampleOutlet>(meeting.job, holder, lease_of(config) / 2),
                      tell);
-    return;
+    client.set_on_node_frame([hear](const std::vector<uint8_t>& frame) {
+      const NodeNews news = decode_node_news(frame);
+      if (const auto* bridge = std::get_if<told::BridgeAt>(&news)) hear(*bridge);
+    });
+  } else {
+    side.bridge.emplace(
+        config, model.written_pad_id(),
+        NodeBridge::Place{
+            .job = meeting.job, .rank = placement.rank, .weights_place = meeting.weights_place},
+        [&client](std::vector<uint8_t> frame) { client.send_node_frame(std::move(frame)); });
+    side.bridge->set_on_bridge_at(hear);
+    client.set_on_node_frame(
+        [&side](std::vector<uint8_t> frame) { side.bridge->handle(std::move(frame)); });
+    client.set_take_samples([&side](int32_t worker, bridge::OwnedFd socket) {
+      side.bridge->admit(worker, std::move(socket));
+    });
+    side.way.emplace(node, *side.bridge, tell);
   }
-  side.bridge.emplace(
-      config, model.written_pad_id(),
-      NodeBridge::Place{
-          .job = meeting.job, .rank = placement.rank, .weights_place = meeting.weights_place},
-      [&client](std::vector<uint8_t> frame) { client.send_node_frame(std::move(frame)); });
-  client.set_on_node_frame(
-      [&side](std::vector<uint8_t> frame) { side.bridge->handle(std::move(frame)); });
-  side.way.emplace(node, *side.bridge, tell);
+  side.way->set_straight_way(*side.straight);
 }
 
 // Where several ranks hold a model: the leader's, once all others have connected.
@@ -255,11 +277,21 @@ NodeDesk* Job::make_node_desk(bridge::SampleSink& own) {
                          [&hub](int32_t worker, std::vector<uint8_t> frame) {
                            hub.send_node_frame(worker, std::move(frame));
                          },
-                     .later = [&hub](std::function<void()> task) { hub.post(std::move(task)); }});
+                     .later = [&hub](std::function<void()> task) { hub.post(std::move(task)); },
+                     .node_of = [this](int32_t worker) { return node_of(worker); },
+                     .endpoint_of = [&hub](int32_t worker) { return hub.endpoint_of(worker); }});
+  hub.set_on_lease_check(
+      [&desk = *desk_, lease = lease_of(config_)] { desk.check_bridges(Clock::now(), lease); });
   hub.set_on_node_frame([&desk = *desk_](int32_t worker, std::vector<uint8_t> frame) {
     desk.handle(worker, std::move(frame));
   });
   return desk_.get();
+}
+
+// Replacements are numbered after mpirun's ranks, and run on this node.
+int32_t Job::node_of(int32_t rank) const {
+  const auto place = static_cast<size_t>(rank);
+  return place < placement_.node_of_rank.size() ? placement_.node_of_rank[place] : 0;
 }
 
 void Job::stop(bool hand_back) {
@@ -352,6 +384,7 @@ void run_worker_rank(const Config& config, Launch& launch, const JobOptions& opt
     worker.start(/*has_weights=*/!meeting.shares_weights);
     while (std::optional<Command> command = client.receive()) {
       const bool stops = std::holds_alternative<Stop>(*command);
+      if (side.way) side.way->expect(*command);
       worker.send(std::move(*command));
       if (!stops) continue;
       worker.join();

@@ -52,6 +52,7 @@ class Job {
 
  private:
   void meet_ranks();
+  int32_t node_of(int32_t rank) const;
 
   const Config config_;
   const Placement placement_;  // of replicas' leaders, by replica

@@ -1,9 +1,10 @@
-// Samples that rank 0 never sees: made on the node whose bridge asked for them, they wait there
-// until rank 0 says whether they count.
+// Samples that rank 0 never sees: handed to the bridge of the node that asked for them, they wait
+// there until rank 0 says whether they count.
 #pragma once
 
 #include <cstdint>
 
+#include "trainer_bridge/contract/rollout_service.h"
 #include "trainer_bridge/contract/sample.h"
 
 namespace rollpack::rollout {
@@ -25,6 +26,8 @@ class KeptSamples {
                       Verdict verdict) = 0;
   // `worker` is lost: what it has left anywhere and was not decided about is dropped.
   virtual void forget(int32_t worker) = 0;
+  // Counters and gauges, by name; part of the dispatcher's.
+  virtual bridge::RolloutService::Numbers numbers() const = 0;
 };
 
 }  // namespace rollpack::rollout

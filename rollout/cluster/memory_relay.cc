@@ -10,8 +10,7 @@
 #include <vector>
 
 #include "kernels/base/error.h"
-#include "rollout/cluster/meeting.h"
-#include "trainer_bridge/wire/message.h"
+#include "rollout/cluster/handshake.h"
 
 namespace rollpack::rollout {
 namespace {
@@ -86,8 +85,9 @@ bool MemoryRelay::hear(Sender& sender) {
     if (status == bridge::IoStatus::kEnd) return false;
     const bridge::Frame frame = sender.reader.take();
     if (!sender.is_known) {
-      const std::string token = bridge::decode_message(frame.body).at("token");
-      sender.is_known = is_same_token(token, options_.token);
+      const std::optional<Hello> hello = decode_hello(frame.body, options_.token);
+      if (hello && hello->brings_samples) hand_over(sender, hello->rank);
+      sender.is_known = hello && !hello->brings_samples;
       return sender.is_known;
     }
     const MemoryFrame heard = decode_memory_frame(frame.body);
@@ -98,6 +98,24 @@ bool MemoryRelay::hear(Sender& sender) {
   } catch (const std::exception&) {
     return false;
   }
+}
+
+// What it says next is read by another thread: a reader takes nothing beyond its frame.
+void MemoryRelay::hand_over(Sender& sender, int32_t rank) {
+  TakeSamples take;
+  {
+    const std::lock_guard lock(mutex_);
+    take = take_samples_;
+  }
+  if (!take) return;
+  bridge::send_frame(sender.socket.get(), encode_answer(options_.reply), {},
+                     Clock::now() + kConnectLimit);
+  take(rank, std::move(sender.socket));
+}
+
+void MemoryRelay::set_take_samples(TakeSamples take) {
+  const std::lock_guard lock(mutex_);
+  take_samples_ = std::move(take);
 }
 
 void MemoryRelay::forward(const MemoryForward& order) {
@@ -144,7 +162,7 @@ void MemoryRelay::send_on(const MemoryForward& order) {
   if (!socket) {
     socket = connect_tcp(order.address, order.port, Clock::now() + kConnectLimit);
     watch_tcp(socket.get(), options_.limit);
-    bridge::send_frame(socket.get(), bridge::encode_message({{"token", options_.token}}), {},
+    bridge::send_frame(socket.get(), encode_hello({}, options_.token), {},
                        Clock::now() + kConnectLimit);
   }
   std::vector<uint8_t> buffer;

@@ -1,7 +1,7 @@
 // Memory passed from node to node: a rank that has it, or is getting it, sends it on to a rank of
 // the next one, so that rank 0 sends it once however many nodes there are. Each rank of a node
 // other than rank 0's listens for that at the address by which it reached rank 0, and answers to
-// rank 0.
+// rank 0. Who brings samples for the bridge of this node (../node_bridge) connects there too.
 #pragma once
 
 #include <chrono>
@@ -25,6 +25,7 @@ class MemoryRelay {
  public:
   struct Options {
     std::string token;                        // of the job: who sends shows it
+    std::string reply;                        // likewise: who brings samples is shown it
     std::chrono::milliseconds limit{30000};   // for a piece to come or go
     std::function<void(MemoryState)> answer;  // to rank 0; from the relay's thread
   };
@@ -34,6 +35,10 @@ class MemoryRelay {
   // Sends a memory on, from what has come of it to its end. Where that fails nobody is told: rank 0
   // sees that nothing comes, and sends it itself.
   void forward(const MemoryForward& order);
+
+  // Connections of ranks that bring samples, on the relay's thread; without it they are closed.
+  using TakeSamples = std::function<void(int32_t rank, bridge::OwnedFd socket)>;
+  void set_take_samples(TakeSamples take);
 
  private:
   struct Sender {
@@ -45,7 +50,8 @@ class MemoryRelay {
 
   void receive();
   void drop_oldest_stranger();
-  bool hear(Sender& sender);  // false: its connection is of no more use
+  bool hear(Sender& sender);  // false: its connection is of no more use here
+  void hand_over(Sender& sender, int32_t rank);
   void send();
   bool is_ending();
   void send_on(const MemoryForward& order);
@@ -61,6 +67,7 @@ class MemoryRelay {
   std::condition_variable wake_;
   std::deque<MemoryForward> orders_;
   bool is_ending_ = false;
+  TakeSamples take_samples_;
   std::map<int32_t, bridge::OwnedFd> targets_;  // connections by rank
   std::thread receiving_, sending_;
 };

@@ -99,12 +99,18 @@ struct SampleDone {
   bridge::Sample sample;
   int32_t attempt = 0;  // of its group, as the request said
 };
-// A sample that was made on the node that asked for it: it waits at the bridge there for word
-// whether it counts (kept_samples.h).
+// A sample that is at the bridge of the node that asked for it, where it was made or was sent to:
+// it waits there for word whether it counts (kept_samples.h).
 struct SampleKept {
   bridge::SampleKey key;
   int32_t attempt = 0;
   bridge::FinishReason finish_reason = bridge::FinishReason::kLength;
+};
+// A sample that was sent to such a bridge, which has not said that it has it, and came to rank 0
+// instead: what the bridge may have of it is dropped.
+struct SampleWithdrawn {
+  bridge::SampleKey key;
+  int32_t attempt = 0;
 };
 struct SampleFailed {
   bridge::FailedSample sample;
@@ -137,8 +143,9 @@ struct WorkerFailed {  // the worker can do no more work
   ErrorInfo error;
 };
 
-using Event = std::variant<WorkerReady, Pull, SampleDone, SampleKept, SampleFailed, Scored, Ack,
-                           StepProgress, WorkerStats, Measured, WorkerStopped, WorkerFailed>;
+using Event =
+    std::variant<WorkerReady, Pull, SampleDone, SampleKept, SampleWithdrawn, SampleFailed, Scored,
+                 Ack, StepProgress, WorkerStats, Measured, WorkerStopped, WorkerFailed>;
 
 // Where commands for one worker go: a mailbox beside us or a socket. Never blocks.
 class WorkerLink {

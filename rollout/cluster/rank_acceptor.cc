@@ -15,7 +15,7 @@
 #include <fmt/ranges.h>
 
 #include "kernels/base/error.h"
-#include "trainer_bridge/wire/message.h"
+#include "rollout/cluster/handshake.h"
 
 namespace rollpack::rollout {
 namespace {
@@ -57,10 +57,6 @@ std::string host_name() {
   return name;
 }
 
-bridge::Json hello_of(const Meeting& meeting, int rank) {
-  return {{"rank", rank}, {"token", meeting.token}, {"host", host_name()}};
-}
-
 // Without a port nobody relays through this rank: what is for it comes from rank 0.
 std::optional<TcpListener> try_listen(const TcpListenOptions& options) {
   try {
@@ -72,19 +68,11 @@ std::optional<TcpListener> try_listen(const TcpListenOptions& options) {
 
 void check_answer(int socket, const Meeting& meeting, Clock::time_point deadline) {
   const std::optional<Frame> frame = bridge::receive_frame(socket, deadline);
-  if (frame &&
-      is_same_token(bridge::decode_message(frame->body).value("answer", ""), meeting.answer)) {
-    return;
-  }
+  if (frame && is_answer(frame->body, meeting.answer)) return;
   throw Error({.code = ErrorCode::kUnavailable,
                .field = "rank 0",
                .value = frame ? "another program" : "closed",
                .allowed = "rank 0 of this job"});
-}
-
-TcpEndpoint relay_of(const bridge::Json& hello) {
-  if (!hello.contains("relay")) return {};
-  return {.addresses = {hello["relay"].at(0)}, .port = hello["relay"].at(1)};
 }
 
 }  // namespace
@@ -156,22 +144,20 @@ bool RankAcceptor::listen_to(Stranger& stranger) {
   return true;
 }
 
-void RankAcceptor::greet(Stranger& stranger, const Frame& hello) {
-  const bridge::Json map = bridge::decode_message(hello.body);
-  const int rank = map.at("rank");
-  if (rank < 1 || rank >= num_ranks_) return;
-  if (!is_same_token(map.at("token"), meeting_.token)) return;
+void RankAcceptor::greet(Stranger& stranger, const Frame& frame) {
+  std::optional<Hello> hello = decode_hello(frame.body, meeting_.token);
+  if (!hello || hello->rank < 1 || hello->rank >= num_ranks_) return;
   if (stranger.is_remote) {
-    bridge::send_frame(stranger.socket.get(), bridge::encode_message({{"answer", meeting_.answer}}),
-                       {}, stranger.deadline);
+    bridge::send_frame(stranger.socket.get(), encode_answer(meeting_.answer), {},
+                       stranger.deadline);
   }
   // A rank that has waited too long for the answer comes once more, by another address.
-  std::optional<AcceptedRank>& place = accepted_[static_cast<size_t>(rank)];
+  std::optional<AcceptedRank>& place = accepted_[static_cast<size_t>(hello->rank)];
   if (!place) ++num_accepted_;
-  place = AcceptedRank{.rank = rank,
+  place = AcceptedRank{.rank = hello->rank,
                        .is_remote = stranger.is_remote,
-                       .host = map.at("host"),
-                       .relay = relay_of(map),
+                       .host = std::move(hello->host),
+                       .relay = std::move(hello->relay),
                        .socket = std::move(stranger.socket)};
 }
 
@@ -183,7 +169,8 @@ OwnedFd connect_on_this_node(const Meeting& meeting, int rank, Clock::time_point
   if (::connect(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) != 0) {
     fail_call("connect", meeting.socket);
   }
-  bridge::send_frame(socket.get(), bridge::encode_message(hello_of(meeting, rank)), {}, deadline);
+  bridge::send_frame(socket.get(), encode_hello({.rank = rank, .host = host_name()}, meeting.token),
+                     {}, deadline);
   return socket;
 }
 
@@ -196,11 +183,11 @@ RemoteConnection connect_from_other_node(const Meeting& meeting, int rank, TcpLi
       RemoteConnection made{.socket = connect_tcp(address, meeting.endpoint.port, limit)};
       relay.interface = own_address(made.socket.get());
       made.relay = try_listen(relay);
-      bridge::Json hello = hello_of(meeting, rank);
+      Hello hello{.rank = rank, .host = host_name()};
       if (made.relay) {
-        hello["relay"] = {relay.interface, made.relay->endpoint.port};
+        hello.relay = {.addresses = {relay.interface}, .port = made.relay->endpoint.port};
       }
-      bridge::send_frame(made.socket.get(), bridge::encode_message(hello), {}, limit);
+      bridge::send_frame(made.socket.get(), encode_hello(hello, meeting.token), {}, limit);
       check_answer(made.socket.get(), meeting, limit);
       return made;
     } catch (const Error& error) {

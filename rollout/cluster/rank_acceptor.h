@@ -20,7 +20,7 @@ struct AcceptedRank {
   int rank = 0;
   bool is_remote = false;  // on another node
   std::string host;        // its name for itself
-  TcpEndpoint relay;       // where it takes memory from other ranks; port 0: nowhere
+  TcpEndpoint relay;       // where it takes memory and samples from other ranks; port 0: nowhere
   bridge::OwnedFd socket;
 };
 
@@ -49,7 +49,7 @@ class RankAcceptor {
   void admit(int listener, bool is_remote);
   // Whether there is nothing more to hear from it.
   bool listen_to(Stranger& stranger);
-  void greet(Stranger& stranger, const bridge::Frame& hello);
+  void greet(Stranger& stranger, const bridge::Frame& frame);
 
   const Meeting meeting_;
   const int num_ranks_;

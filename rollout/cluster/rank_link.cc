@@ -102,6 +102,7 @@ class RankHub::Link : public WorkerLink, public std::enable_shared_from_this<Lin
   bool is_own_process() const override { return true; }
   int node() const override { return node_ == nullptr ? 0 : node_->number(); }
   int rank_on_node() const override { return rank_on_node_; }
+  const TcpEndpoint& relay() const { return relay_; }
 
   // The socket stays open until the process is gone: what it has said before is dropped by the
   // ledger, which counts it. On another node the end of its link ends a rank.
@@ -292,6 +293,11 @@ void RankHub::send_node_frame(int32_t worker, std::vector<uint8_t> frame) {
   });
 }
 
+TcpEndpoint RankHub::endpoint_of(int32_t worker) const {
+  const auto& link = links_.at(static_cast<size_t>(worker));
+  return link ? link->relay() : TcpEndpoint{};
+}
+
 // On the hub's thread, which lives as long as the job: children die with the thread that made them.
 void RankHub::start_replacement(Dispatcher& dispatcher, int rank_on_node, const std::string& line) {
   bridge::asio::post(io_, [this, &dispatcher, rank_on_node, line] {
@@ -313,19 +319,21 @@ void RankHub::watch_leases(Dispatcher& dispatcher, std::chrono::milliseconds per
   lease_timer_.async_wait([this, &dispatcher, period](bridge::SystemError error) {
     if (error) return;
     dispatcher.check_leases();
+    if (on_lease_check_) on_lease_check_();
     // Well before the lease of those who wait.
     for (const auto& [number, node] : nodes_) node->check_feeder(Clock::now(), options_.lease / 3);
     watch_leases(dispatcher, period);
   });
 }
 
-void RankClient::relay(TcpListener listener, const std::string& token,
+void RankClient::relay(TcpListener listener, const Meeting& meeting,
                        std::chrono::milliseconds limit) {
   relay_ = std::make_unique<MemoryRelay>(
       memory_->received(), std::move(listener),
-      MemoryRelay::Options{.token = token, .limit = limit, .answer = [this](MemoryState state) {
-                             send_body(encode(state));
-                           }});
+      MemoryRelay::Options{.token = meeting.token,
+                           .reply = meeting.answer,
+                           .limit = limit,
+                           .answer = [this](MemoryState state) { send_body(encode(state)); }});
 }
 
 void RankClient::send_body(std::vector<uint8_t> body) {

@@ -49,6 +49,10 @@ class RankHub {
   }
   // Any thread, after serve(); in the order of the calls.
   void send_node_frame(int32_t worker, std::vector<uint8_t> frame);
+  // Where a rank takes samples from other ranks; port 0: nowhere. The hub's thread.
+  TcpEndpoint endpoint_of(int32_t worker) const;
+  // Done as often as leases are looked at, on the hub's thread. Before serve().
+  void set_on_lease_check(std::function<void()> check) { on_lease_check_ = std::move(check); }
   // Does it on the hub's thread. Any thread.
   void post(std::function<void()> task) { bridge::asio::post(io_, std::move(task)); }
 
@@ -73,6 +77,7 @@ class RankHub {
   std::map<int, std::unique_ptr<RemoteNode>> nodes_;  // but rank 0's
   std::vector<std::shared_ptr<Link>> links_;          // by rank
   std::function<void(int32_t worker, std::vector<uint8_t> frame)> hear_node_;
+  std::function<void()> on_lease_check_;
   std::thread thread_;
 };
 
@@ -91,7 +96,12 @@ class RankClient {
   }
   void send_node_frame(std::vector<uint8_t> frame) { send_body(std::move(frame)); }
   // Memory may also come from other ranks, and go on to others.
-  void relay(TcpListener listener, const std::string& token, std::chrono::milliseconds limit);
+  void relay(TcpListener listener, const Meeting& meeting, std::chrono::milliseconds limit);
+  // Ranks of other nodes may bring samples for this node's bridge; where nobody can connect to this
+  // rank none does.
+  void set_take_samples(MemoryRelay::TakeSamples take) {
+    if (relay_) relay_->set_take_samples(std::move(take));
+  }
 
   void send(const Event& event);  // thread-safe; waits while the socket is full
   // The next command; nullopt when rank 0 is gone.

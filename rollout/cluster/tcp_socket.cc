@@ -208,17 +208,21 @@ TcpListener listen_tcp(const TcpListenOptions& options) {
                .message = fmt::format("the last one: {}", std::strerror(error))});
 }
 
-OwnedFd connect_tcp(const std::string& address, int port, Clock::time_point deadline) {
+OwnedFd begin_connect_tcp(const std::string& address, int port) {
   std::optional<SocketAddress> target = parse_address(address);
   if (!target) fail_connect(ErrorCode::kInvalidArgument, address, port, "no numeric address");
   target->set_port(port);
   OwnedFd socket(
       ::socket(target->storage.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   if (!socket) fail_connect(ErrorCode::kUnavailable, address, port, std::strerror(errno));
-  if (::connect(socket.get(), target->get(), target->size) == 0) return socket;
-  if (errno != EINPROGRESS) {
+  if (::connect(socket.get(), target->get(), target->size) != 0 && errno != EINPROGRESS) {
     fail_connect(ErrorCode::kUnavailable, address, port, std::strerror(errno));
   }
+  return socket;
+}
+
+OwnedFd connect_tcp(const std::string& address, int port, Clock::time_point deadline) {
+  OwnedFd socket = begin_connect_tcp(address, port);
   for (;;) {
     pollfd waiting{.fd = socket.get(), .events = POLLOUT};
     const int timeout_ms = bridge::milliseconds_until(deadline);

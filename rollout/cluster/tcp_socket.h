@@ -34,6 +34,10 @@ TcpListener listen_tcp(const TcpListenOptions& options);
 bridge::OwnedFd connect_tcp(const std::string& address, int port,
                             std::chrono::steady_clock::time_point deadline);
 
+// Begins to connect: the socket can be written to once it is there, and is at its end where that
+// fails. Never waits. Errors: unavailable with the system's reason.
+bridge::OwnedFd begin_connect_tcp(const std::string& address, int port);
+
 // By which the peer of a connection sees this host.
 std::string own_address(int socket);
 

@@ -27,7 +27,7 @@ void KeptStore::decide(int32_t worker, const bridge::SampleKey& key, int32_t att
     return carry_out(verdict, std::move(kept.mapped().sample));
   }
   const Decided decided{worker, key, verdict};
-  if (ended_.contains(worker)) return lose(decided);
+  if (has_ended(worker)) return lose(decided);
   if (verdict == Verdict::kDrop && forgotten_.contains(worker)) return;
   decided_.insert_or_assign(name, decided);
 }
@@ -39,9 +39,19 @@ void KeptStore::forget(int32_t worker) {
       std::erase_if(kept_, [&](const auto& each) { return each.second.worker == worker; }));
 }
 
+void KeptStore::begin(int32_t worker) {
+  const std::lock_guard lock(mutex_);
+  ++num_connections_[worker];
+}
+
+bool KeptStore::has_ended(int32_t worker) const {
+  const auto found = num_connections_.find(worker);
+  return found != num_connections_.end() && found->second == 0;
+}
+
 void KeptStore::end(int32_t worker) {
   const std::lock_guard lock(mutex_);
-  ended_.insert(worker);
+  if (--num_connections_[worker] > 0) return;
   std::erase_if(decided_, [&](const auto& each) {
     if (each.second.worker != worker) return false;
     lose(each.second);

@@ -1,5 +1,5 @@
-// Samples that this node's ranks made for its own bridge, from when they are made until rank 0 has
-// said whether they count. Sample and verdict come by different ways and may overtake each other.
+// Samples that ranks have handed to this node's bridge, from then until rank 0 has said whether
+// they count. Sample and verdict come by different ways and may overtake each other.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,9 @@ class KeptStore {
   void decide(int32_t worker, const bridge::SampleKey& key, int32_t attempt, Verdict verdict);
   // Rank 0 has given `worker` up: no verdict but kDrop follows for what has none yet.
   void forget(int32_t worker);
-  // Nothing more comes from `worker`: what counts and has not come fails, with data_loss.
+  // A connection of `worker` begins or ends. After its last one nothing more comes: what counts and
+  // has not come fails, with data_loss.
+  void begin(int32_t worker);
   void end(int32_t worker);
 
   int64_t num_samples() const;  // without a verdict
@@ -45,14 +47,16 @@ class KeptStore {
   static Name name_of(const bridge::SampleKey& key, int32_t attempt) {
     return {key.request_id, key.prompt_index, key.sample_index, attempt};
   }
+  bool has_ended(int32_t worker) const;
   void carry_out(Verdict verdict, bridge::Sample sample);
   void lose(const Decided& decided);
 
   bridge::SampleSink& sink_;
   mutable std::mutex mutex_;
   std::map<Name, Kept> kept_;
-  std::map<Name, Decided> decided_;  // ahead of their samples
-  std::set<int32_t> forgotten_, ended_;
+  std::map<Name, Decided> decided_;             // ahead of their samples
+  std::map<int32_t, int32_t> num_connections_;  // by worker; 0: the last one has ended
+  std::set<int32_t> forgotten_;
   int64_t num_dropped_ = 0;
 };
 

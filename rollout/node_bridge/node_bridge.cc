@@ -75,6 +75,11 @@ void NodeBridge::on_news(told::Stats& news) {
   service_.answer(std::move(news));
 }
 
+// Answered by the thread that serves clients: what it does is what counts.
+void NodeBridge::on_news(told::Ping&) {
+  server_.ask_numbers([this](const bridge::ServerNumbers&) { send(asked::Present{}); });
+}
+
 void NodeBridge::stop(const bridge::Outcome& error) {
   if (error) {
     service_.lose(*error);

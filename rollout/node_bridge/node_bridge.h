@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "rollout/config/config.h"
@@ -32,8 +33,15 @@ class NodeBridge {
   // Stops.
   ~NodeBridge();
 
+  // Where other bridges are, which rank 0 tells this rank, goes to `hear`. Before the first frame.
+  void set_on_bridge_at(std::function<void(const told::BridgeAt&)> hear) {
+    hear_bridge_at_ = std::move(hear);
+  }
+
   // A frame of rank 0's. Errors: data_loss.
   void handle(std::vector<uint8_t> frame);
+  // A rank of another node has connected to bring samples, and is known. Any thread.
+  void admit(int32_t worker, bridge::OwnedFd socket) { inlet_.admit(worker, std::move(socket)); }
   // A sample of this rank's own.
   void keep(int32_t attempt, bridge::Sample sample);
   // Nothing more comes from rank 0, for this reason where it is none of its own will: clients that
@@ -53,9 +61,14 @@ class NodeBridge {
     store_.decide(news.worker, news.key, news.attempt, news.verdict);
   }
   void on_news(told::Forgotten& news) { store_.forget(news.worker); }
+  void on_news(told::Ping& news);
+  void on_news(told::BridgeAt& news) {
+    if (hear_bridge_at_) hear_bridge_at_(news);
+  }
 
   const int rank_;
   const std::function<void(std::vector<uint8_t>)> send_;
+  std::function<void(const told::BridgeAt&)> hear_bridge_at_;
   bridge::asio::thread_pool sender_{1};  // the server's thread never waits for the link
   NodeService service_;
   bridge::Server server_;

@@ -182,6 +182,10 @@ struct RequestEncoder {
     return {{"type", "find_stats"}, {"ticket", m.ticket}};
   }
   json operator()(const asked::Shutdown&) const { return {{"type", "shutdown"}}; }
+  json operator()(const asked::Present&) const { return {{"type", "present"}}; }
+  json operator()(const asked::FindBridge& m) const {
+    return {{"type", "find_bridge"}, {"node", m.node}};
+  }
   json operator()(const asked::Formed& m) const {
     return {{"type", "formed"}, {"batches", encode_batches(m.batches)}};
   }
@@ -249,6 +253,10 @@ struct NewsEncoder {
   json operator()(const told::Forgotten& m) const {
     return {{"type", "forgotten"}, {"worker", m.worker}};
   }
+  json operator()(const told::Ping&) const { return {{"type", "ping"}}; }
+  json operator()(const told::BridgeAt& m) const {
+    return {{"type", "bridge_at"}, {"node", m.node}, {"address", m.address}, {"port", m.port}};
+  }
 };
 
 uint64_t ticket_of(const json& map) {
@@ -278,6 +286,8 @@ NodeRequest decode_known_request(const json& map) {
   if (type == "find_weights") return asked::FindWeights{ticket_of(map)};
   if (type == "find_stats") return asked::FindStats{ticket_of(map)};
   if (type == "shutdown") return asked::Shutdown{};
+  if (type == "present") return asked::Present{};
+  if (type == "find_bridge") return asked::FindBridge{integer<int32_t>(map.at("node"))};
   if (type == "formed") return asked::Formed{decode_batches(map.at("batches"))};
   if (type == "released") return asked::Released{integer<uint64_t>(map.at("batch_seq"))};
   if (type == "when_durable") return asked::WhenDurable{ticket_of(map)};
@@ -327,6 +337,11 @@ NodeNews decode_known_news(const json& map) {
                          enumerator(map.at("verdict"), Verdict::kDrop)};
   }
   if (type == "forgotten") return told::Forgotten{integer<int32_t>(map.at("worker"))};
+  if (type == "ping") return told::Ping{};
+  if (type == "bridge_at") {
+    return told::BridgeAt{integer<int32_t>(map.at("node")), map.at("address"),
+                          integer<int32_t>(map.at("port"))};
+  }
   fail_invariant("unknown news for a node " + type);
 }
 

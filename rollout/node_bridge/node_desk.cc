@@ -27,7 +27,9 @@ NodeDesk::NodeDesk(Dispatcher& dispatcher, bridge::SampleSink& own, std::vector<
                    Ways ways)
     : dispatcher_(dispatcher), own_(own), ways_(std::move(ways)) {
   for (size_t i = 0; i < bridges.size(); ++i) {
-    nodes_[static_cast<int32_t>(i) + 1].worker = bridges[i];
+    const int32_t number = static_cast<int32_t>(i) + 1;
+    nodes_[number].worker = bridges[i];
+    held_by_.emplace(bridges[i], number);
   }
 }
 
@@ -63,7 +65,7 @@ void NodeDesk::tell_state() {
   const told::State now = state();
   const std::lock_guard lock(mutex_);
   for (const auto& [number, node] : nodes_) {
-    if (node.is_open && !node.is_gone) ways_.send(node.worker, encode(now));
+    if (node.is_there()) ways_.send(node.worker, encode(now));
   }
 }
 
@@ -115,9 +117,12 @@ void NodeDesk::pump(Node& node) {
 
 void NodeDesk::decide(int32_t worker, const bridge::SampleKey& key, int32_t attempt,
                       Verdict verdict) {
-  {
+  if (verdict != Verdict::kDrop) {
     const std::lock_guard lock(mutex_);
-    ++(nodes_.at(key.node).is_gone ? num_undeliverable_ : num_samples_kept_);
+    const bool is_its_own = ways_.node_of(worker) == key.node;
+    ++(nodes_.at(key.node).is_gone ? num_undeliverable_
+       : is_its_own                ? num_samples_kept_
+                                   : num_samples_straight_);
   }
   tell(key.node, told::Decided{worker, key, attempt, verdict});
 }
@@ -158,21 +163,70 @@ void NodeDesk::lose(int32_t number) {
 
 void NodeDesk::handle(int32_t worker, std::vector<uint8_t> frame) {
   NodeRequest request = decode_node_request(frame);
-  int32_t number = 0;
+  if (const auto* find = std::get_if<asked::FindBridge>(&request)) {
+    return tell_place(worker, find->node);
+  }
+  const auto held = held_by_.find(worker);
+  if (held == held_by_.end()) return;
+  const int32_t number = held->second;
   {
     const std::lock_guard lock(mutex_);
-    for (const auto& [each, node] : nodes_) {
-      if (node.worker == worker && !node.is_gone) number = each;
+    if (nodes_.at(number).is_gone) return;
+  }
+  std::visit([&](auto& known) { on_request(number, known); }, request);
+}
+
+void NodeDesk::tell_place(int32_t worker, int32_t node) {
+  told::BridgeAt place{.node = node, .address = "", .port = 0};
+  const std::lock_guard lock(mutex_);
+  // It takes samples before it takes clients: a life before may have left it some.
+  if (const auto found = nodes_.find(node); found != nodes_.end() && !found->second.is_gone) {
+    const TcpEndpoint endpoint = ways_.endpoint_of(found->second.worker);
+    if (endpoint.port != 0) {
+      place.address = endpoint.addresses.at(0);
+      place.port = endpoint.port;
     }
   }
-  if (number == 0) return;  // given up, or no bridge at all
-  std::visit([&](auto& known) { on_request(number, known); }, request);
+  ways_.send(worker, encode(place));
+}
+
+// A bridge that nobody asks for anything owes nothing else: so it is asked. A quarter of a lease
+// lies between an answer and the next question, the rest is for the answer.
+void NodeDesk::check_bridges(std::chrono::steady_clock::time_point now,
+                             std::chrono::milliseconds lease) {
+  std::vector<int32_t> silent;
+  {
+    const std::lock_guard lock(mutex_);
+    const bool was_stopped = now - std::exchange(last_check_, now) > lease / 2;
+    for (auto& [number, node] : nodes_) {
+      if (!node.is_there()) continue;
+      if (was_stopped) node.last_change = now;
+      if (now - node.last_change <= (node.owes_answer ? lease - lease / 4 : lease / 4)) continue;
+      if (node.owes_answer) {
+        silent.push_back(node.worker);
+        continue;
+      }
+      node.owes_answer = true;
+      node.last_change = now;
+      ways_.send(node.worker, encode(told::Ping{}));
+    }
+  }
+  // Its samples are dropped with all else that is lost with a rank: see forget().
+  for (const int32_t worker : silent) {
+    dispatcher_.lose_worker(worker,
+                            {.code = ErrorCode::kDeadlineExceeded,
+                             .field = fmt::format("rank {}", worker),
+                             .value = "its node's bridge has not answered",
+                             .allowed = fmt::format("an answer within cluster.lease_s = {}",
+                                                    std::chrono::duration<double>(lease).count())});
+  }
 }
 
 void NodeDesk::on_request(int32_t node, asked::Opened&) {
   {
     const std::lock_guard lock(mutex_);
     nodes_.at(node).is_open = true;
+    nodes_.at(node).last_change = last_check_;
   }
   changed_.notify_all();
   tell_state();  // which may have changed since it was told to open
@@ -238,13 +292,17 @@ void NodeDesk::on_request(int32_t node, asked::FindWeights& request) {
 }
 
 void NodeDesk::on_request(int32_t node, asked::FindStats& request) {
-  told::Stats stats{request.ticket, dispatcher_.stats()};
-  for (auto& number : numbers()) stats.values.push_back(std::move(number));
-  tell(node, stats);
+  tell(node, told::Stats{request.ticket, dispatcher_.stats()});
 }
 
 void NodeDesk::on_request(int32_t, asked::Shutdown&) {
   dispatcher_.shutdown();
+}
+
+void NodeDesk::on_request(int32_t number, asked::Present&) {
+  const std::lock_guard lock(mutex_);
+  nodes_.at(number).owes_answer = false;
+  nodes_.at(number).last_change = last_check_;
 }
 
 void NodeDesk::on_request(int32_t number, asked::Received& request) {
@@ -281,13 +339,14 @@ void NodeDesk::forget_journal() {
 
 bridge::RolloutService::Numbers NodeDesk::numbers() const {
   const std::lock_guard lock(mutex_);
-  const auto num_open = std::ranges::count_if(
-      nodes_, [](const auto& each) { return each.second.is_open && !each.second.is_gone; });
+  const auto num_open =
+      std::ranges::count_if(nodes_, [](const auto& each) { return each.second.is_there(); });
   size_t num_waiting = 0;
   for (const auto& [number, node] : nodes_) num_waiting += node.waiting.size();
   return {{"num_node_bridges", static_cast<double>(num_open)},
           {"num_samples_sent_to_nodes", static_cast<double>(num_samples_sent_)},
           {"num_samples_kept_on_nodes", static_cast<double>(num_samples_kept_)},
+          {"num_samples_straight_to_nodes", static_cast<double>(num_samples_straight_)},
           {"num_samples_waiting_for_nodes", static_cast<double>(num_waiting)},
           {"num_samples_undeliverable", static_cast<double>(num_undeliverable_)}};
 }

@@ -1,5 +1,5 @@
 // What rank 0 and the bridges of other nodes say to each other, on the links of the ranks that hold
-// those bridges, between the messages of cluster/messages.h.
+// those bridges, between the messages of cluster/messages.h; and how other ranks find them.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,8 @@
 #include "trainer_bridge/contract/rollout_service.h"
 #include "trainer_bridge/contract/sample.h"
 
-// From a node's bridge; a ticket is answered once, under its number.
+// From a node's bridge, but where another sender is named; a ticket is answered once, under its
+// number.
 namespace rollpack::rollout::asked {
 
 struct Opened {};  // its clients may connect from now on
@@ -43,6 +44,11 @@ struct FindStats {
   uint64_t ticket = 0;
 };
 struct Shutdown {};
+struct Present {};  // the answer to Ping
+// From any rank that works for another node: where is its bridge? Answered by BridgeAt.
+struct FindBridge {
+  int32_t node = 0;
+};
 // What its delivery writes down, in order.
 struct Formed {
   std::vector<bridge::FormedBatch> batches;
@@ -59,7 +65,7 @@ struct Received {  // of samples; rank 0 may send as much again
 
 }  // namespace rollpack::rollout::asked
 
-// To a node's bridge.
+// To a node's bridge, but where another receiver is named.
 namespace rollpack::rollout::told {
 
 struct State {
@@ -103,6 +109,13 @@ struct Decided {  // KeptSamples::decide
 struct Forgotten {  // KeptSamples::forget
   int32_t worker = 0;
 };
+struct Ping {};  // answered by the thread that serves its clients
+// To a rank that asked. port 0: there is none that could be reached.
+struct BridgeAt {
+  int32_t node = 0;
+  std::string address;
+  int32_t port = 0;
+};
 
 }  // namespace rollpack::rollout::told
 
@@ -111,9 +124,11 @@ namespace rollpack::rollout {
 using NodeRequest =
     std::variant<asked::Opened, asked::Submit, asked::Abort, asked::Pause, asked::Resume,
                  asked::Score, asked::FindWeights, asked::FindStats, asked::Shutdown,
-                 asked::Received, asked::Formed, asked::Released, asked::WhenDurable>;
-using NodeNews = std::variant<told::State, told::Open, told::Number, told::Scores, told::Weights,
-                              told::Stats, told::Failed, told::Decided, told::Forgotten>;
+                 asked::Present, asked::FindBridge, asked::Received, asked::Formed, asked::Released,
+                 asked::WhenDurable>;
+using NodeNews =
+    std::variant<told::State, told::Open, told::Number, told::Scores, told::Weights, told::Stats,
+                 told::Failed, told::Decided, told::Forgotten, told::Ping, told::BridgeAt>;
 
 // Frames begin with a byte with which no message between ranks begins; samples travel as those of
 // sample_frame.h. Errors of encode(): resource_exhausted for what no frame holds.

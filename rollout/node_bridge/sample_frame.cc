@@ -146,4 +146,17 @@ SampleFrame decode_sample_frame(std::vector<uint8_t> body) {
   }
 }
 
+std::vector<uint8_t> encode_receipt(uint64_t num_samples) {
+  return bridge::encode_message({{"type", "receipt"}, {"num_samples", num_samples}});
+}
+
+uint64_t decode_receipt(std::span<const uint8_t> body) {
+  const json map = bridge::decode_message(body);
+  try {
+    return integer<uint64_t>(map.at("num_samples"));
+  } catch (const std::exception& error) {
+    fail_decoding(map, error);
+  }
+}
+
 }  // namespace rollpack::rollout

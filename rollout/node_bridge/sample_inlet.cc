@@ -52,36 +52,69 @@ void SampleInlet::wait() {
   listener_.async_wait(bridge::asio::posix::stream_descriptor::wait_read,
                        [this](bridge::SystemError error) {
                          if (error) return;
-                         admit();
+                         admit_next();
                          wait();
                        });
 }
 
 // A connection is one rank's; what it sends is taken in whatever the trainer does.
-void SampleInlet::admit() {
+struct SampleInlet::Link {
+  int32_t worker = -1;  // -1: it has said nothing yet
+  bool is_remote = false;
+  uint64_t num_samples = 0;
+  std::weak_ptr<bridge::FrameSocket> socket;  // whose callbacks keep this
+};
+
+void SampleInlet::admit_next() {
   OwnedFd peer(::accept4(listener_.native_handle(), nullptr, nullptr, SOCK_CLOEXEC));
   if (!peer || bridge::other_user(bridge::peer_of(peer.get()))) return;
+  serve(std::make_shared<Link>(), std::move(peer));
+}
+
+void SampleInlet::admit(int32_t worker, OwnedFd socket) {
+  const auto shared = std::make_shared<OwnedFd>(std::move(socket));
+  bridge::asio::post(io_, [this, worker, shared] {
+    store_.begin(worker);
+    if (num_remote_links_ == kMaxRemoteLinks) return store_.end(worker);
+    ++num_remote_links_;
+    serve(std::make_shared<Link>(Link{.worker = worker, .is_remote = true, .socket = {}}),
+          std::move(*shared));
+  });
+}
+
+void SampleInlet::serve(std::shared_ptr<Link> link, OwnedFd peer) {
   const auto socket = std::make_shared<bridge::FrameSocket>(
       io_, std::move(peer), bridge::FrameSocketOptions{.frame_deadline = {}});
-  const auto worker = std::make_shared<int32_t>(-1);
-  // Its callbacks live as long as the socket: they may not keep it.
-  const auto end = [this, socket = std::weak_ptr(socket),
-                    worker](const std::optional<ErrorInfo>& error) {
-    if (error) spdlog::warn("samples of rank {}: {}", *worker, format_error(*error));
-    if (*worker >= 0) store_.end(*worker);
-    if (const auto ended = socket.lock()) ended->close();
+  link->socket = socket;
+  const auto end = [this, link](const std::optional<ErrorInfo>& error) {
+    const auto ended = link->socket.lock();
+    if (!ended || !ended->is_open()) return;
+    if (error) spdlog::warn("samples of rank {}: {}", link->worker, format_error(*error));
+    if (link->worker >= 0) store_.end(link->worker);
+    if (link->is_remote) --num_remote_links_;
+    ended->close();
   };
   socket->start(
-      [this, worker, end](bridge::Frame frame) {
+      [this, link, end](bridge::Frame frame) {
         try {
-          SampleFrame taken = decode_sample_frame(std::move(frame.body));
-          *worker = taken.worker;
-          store_.keep(taken.worker, taken.attempt, std::move(taken.sample));
+          take(*link, std::move(frame.body));
         } catch (const Error& error) {
           end(error.info);
         }
       },
       end);
+}
+
+void SampleInlet::take(Link& link, std::vector<uint8_t> body) {
+  SampleFrame taken = decode_sample_frame(std::move(body));
+  if (link.worker < 0) {
+    link.worker = taken.worker;
+    store_.begin(link.worker);
+  }
+  store_.keep(taken.worker, taken.attempt, std::move(taken.sample));
+  ++link.num_samples;
+  const auto socket = link.socket.lock();
+  if (link.is_remote && socket) socket->send(encode_receipt(link.num_samples));
 }
 
 bool SampleOutlet::put(const std::vector<uint8_t>& frame) {

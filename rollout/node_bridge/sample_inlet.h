@@ -1,9 +1,10 @@
-// Where a node's bridge takes samples from the other ranks of its node: a Unix socket of abstract
-// name, so that no crash leaves a file. Frames are those of sample_frame.h.
+// Where a node's bridge takes samples from other ranks: those of its node connect to a Unix socket
+// of abstract name, so that no crash leaves a file; those of other nodes by TCP
+// (cluster/handshake), and get receipts. Frames are those of sample_frame.h.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -24,11 +25,24 @@ class SampleInlet {
   SampleInlet(const std::string& job, int rank, KeptStore& store);
   ~SampleInlet();
 
+  // A rank of another node has connected and is known. Closed at once where there are
+  // kMaxRemoteLinks already. Any thread.
+  void admit(int32_t worker, bridge::OwnedFd socket);
+
+  // More ranks of other nodes than that go through rank 0 until some have gone: a descriptor and
+  // some KiB each.
+  static constexpr int kMaxRemoteLinks = 256;
+
  private:
+  struct Link;
+
   void wait();
-  void admit();
+  void admit_next();
+  void serve(std::shared_ptr<Link> link, bridge::OwnedFd socket);
+  void take(Link& link, std::vector<uint8_t> body);
 
   KeptStore& store_;
+  int num_remote_links_ = 0;  // the thread's
   bridge::asio::io_context io_{1};
   bridge::asio::posix::stream_descriptor listener_{io_};
   std::thread thread_;

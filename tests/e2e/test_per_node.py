@@ -9,7 +9,8 @@ import contextlib
 import os
 import pathlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import rollpack
@@ -63,22 +64,30 @@ def hosts(tmp_path: pathlib.Path) -> Iterator[Hosts]:
         yield hosts
 
 
-def _serve(hosts: Hosts, folder: pathlib.Path, tmp_path: pathlib.Path,
-           max_num_seqs: int = 16) -> Job:
+def _serve(hosts: Hosts, folder: pathlib.Path, tmp_path: pathlib.Path, max_num_seqs: int = 16,
+           launcher: Sequence[str] = (), **settings: object) -> Job:
+    """Starts four ranks, or what `launcher` starts; `settings` are of the section `cluster`."""
     config = _write_config(folder, tmp_path, max_num_seqs, endpoints="per_node",
                            socket=str(tmp_path / "s" / "{host}.sock"))
-    return Job(["serve", "--config", config], launcher=hosts.launcher(num_ranks=4))
+    for path in _sockets(hosts, tmp_path):
+        path.unlink(missing_ok=True)  # of a job that was killed
+    options = [part for name, value in settings.items()
+               for part in ("--set", f"cluster.{name}={value}")]
+    return Job(["serve", "--config", config, *options],
+               launcher=launcher or hosts.launcher(num_ranks=4))
 
 
 def _sockets(hosts: Hosts, tmp_path: pathlib.Path) -> list[pathlib.Path]:
     return [tmp_path / "s" / f"{name}.sock" for name in hosts.names]
 
 
-def _connect(job: Job, hosts: Hosts, tmp_path: pathlib.Path) -> list[rollpack.Client]:
-    """Connects one trainer to each host's bridge."""
+def _connect(job: Job, hosts: Hosts, tmp_path: pathlib.Path,
+             states: Sequence[dict[str, Any] | None] = ()) -> list[rollpack.Client]:
+    """Connects one trainer to each host's bridge; `states`: what they go on from."""
     paths = _sockets(hosts, tmp_path)
     job.wait_until(lambda: all(path.exists() for path in paths))
-    return [rollpack.connect(path) for path in paths]
+    return [rollpack.connect(path, resume=state)
+            for path, state in zip(paths, states or [None] * len(paths), strict=True)]
 
 
 def _slots_of(pid: int) -> set[int]:
@@ -175,4 +184,71 @@ def test_the_loss_of_a_bridge_ends_what_its_host_asked_for_and_nothing_else(
             assert take_rest(here, {}, COUNT) == undisturbed
             stats = wait_for_stats(here, lambda stats: stats["num_open_samples"] == 0)
             assert (stats["num_workers"], stats["num_worker_deaths"]) == (3, 1)
+            end_well(job, here)
+
+
+def test_samples_of_a_third_host_do_not_pass_rank_0s(
+        folder: pathlib.Path, tmp_path: pathlib.Path, undisturbed: Samples) -> None:
+    with (Hosts(tmp_path, num_hosts=3) as hosts,
+          _serve(hosts, folder, tmp_path, max_num_seqs=4,
+                 launcher=hosts.launcher(num_ranks=3, map_by="node")) as job):
+        here, there, third = _connect(job, hosts, tmp_path)
+        with here, there, third:
+            # Rank 0 has its own host's work and never runs out of it, so what the second host asks
+            # for is made there and on the third.
+            here.pause("keep")
+            here.submit([{"prompt_id": "first", "input_ids": [5]}], n=32)
+            there.submit(PROMPTS)
+            more = here.submit([{**prompt, "prompt_id": f"more {index}"}
+                                for index, prompt in enumerate(PROMPTS * 8)])
+            here.resume()
+            num_bytes_before = hosts.num_bytes_sent()
+            assert take_rest(there, {}, COUNT) == undisturbed
+            num_bytes = hosts.num_bytes_sent() - num_bytes_before
+            stats = here.stats()
+            assert stats["num_samples_sent_to_nodes"] == 0
+            assert stats["num_samples_straight_to_nodes"] > 0
+            assert (stats["num_samples_straight_to_nodes"]
+                    + stats["num_samples_kept_on_nodes"]) == COUNT
+            # A response's token is an id and three floats, 16 bytes; what rank 0 says of a sample
+            # takes less than that of a whole one.
+            assert num_bytes < COUNT * RESPONSE_LENGTH * 16
+            here.abort(more)
+            # That host's bridge, idle, stands still.
+            os.kill(job.rank_pids()[1], signal.SIGSTOP)
+            lost = wait_for_stats(here, lambda stats: stats["num_node_bridges"] == 1)
+            assert lost["num_worker_deaths"] == 1
+            third.submit(PROMPTS)
+            assert take_rest(third, {}, COUNT) == undisturbed
+            os.kill(job.rank_pids()[1], signal.SIGCONT)
+            end_well(job, here)
+
+
+def test_a_job_that_was_killed_goes_on_at_each_host(
+        hosts: Hosts, folder: pathlib.Path, tmp_path: pathlib.Path, undisturbed: Samples) -> None:
+    samples: list[Samples] = [{}, {}]
+    states: list[dict[str, Any]] = []
+    with _serve(hosts, folder, tmp_path, journal=tmp_path / "journal") as job:
+        clients = _connect(job, hosts, tmp_path)
+        for client, prompts, taken in zip(clients, (PROMPTS[:8], PROMPTS[8:]), samples,
+                                          strict=True):
+            client.submit(prompts)
+            take(client.next_batch(num_groups=2, order="canonical", timeout_s=60), taken)
+            states.append(client.state_dict())
+        held = clients[1].next_batch(num_groups=3, order="canonical", timeout_s=60)
+        contents = _contents(held)
+        job.kill()
+    assert job.wait_for_no_process() == []
+    with _serve(hosts, folder, tmp_path, journal=tmp_path / "journal") as job:
+        here, there = _connect(job, hosts, tmp_path, states)
+        with here, there:
+            again = there.next_batch(timeout_s=60)
+            assert _contents(again) == contents
+            take(again, samples[1])
+            for client, taken in zip((here, there), samples, strict=True):
+                assert take_rest(client, taken, COUNT // 2).keys().isdisjoint(
+                    samples[client is here])
+                with pytest.raises(rollpack.DeadlineExceeded):
+                    client.next_batch(timeout_s=0)
+            assert {**samples[0], **samples[1]} == undisturbed
             end_well(job, here)

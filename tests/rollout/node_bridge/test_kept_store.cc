@@ -72,6 +72,7 @@ TEST_F(KeptStoreTest, WhatALostRankLeftIsDroppedAndWhatCountsStaysUntilItHasCome
 TEST_F(KeptStoreTest, WhatCountsAndNeverCameFails) {
   decide(0, 1, Verdict::kCommit);
   decide(1, 1, Verdict::kDrop);
+  store.begin(kRank);
   store.end(kRank);
   decide(2, 1, Verdict::kCommit);
   decide(3, 1, Verdict::kDrop);
@@ -79,6 +80,22 @@ TEST_F(KeptStoreTest, WhatCountsAndNeverCameFails) {
   EXPECT_EQ(sink.failed()[0].error.code, ErrorCode::kDataLoss);
   EXPECT_EQ(sink.failed()[0].key.sample_index, 0);
   EXPECT_EQ(sink.failed()[1].key.sample_index, 2);
+}
+
+// A rank of another node may have closed its link and opened one more.
+TEST_F(KeptStoreTest, ARankHasEndedWithItsLastConnection) {
+  store.begin(kRank);
+  store.begin(kRank);
+  store.end(kRank);
+  decide(0, 1, Verdict::kCommit);
+  store.keep(kRank, 1, sample_of(0));
+  EXPECT_EQ(sink.samples().size(), 1u);
+  store.end(kRank);
+  store.begin(kRank);
+  decide(1, 1, Verdict::kCommit);
+  store.keep(kRank, 1, sample_of(1));
+  EXPECT_EQ(sink.samples().size(), 2u);
+  EXPECT_TRUE(sink.failed().empty());
 }
 
 }  // namespace

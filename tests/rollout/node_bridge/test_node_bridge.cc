@@ -150,6 +150,51 @@ TEST(NodeBridge, WhatALostRankHasHandedOverIsNotDelivered) {
   EXPECT_EQ(trainer.request("stats")["stats"]["num_duplicate_samples"], 0);
 }
 
+TEST(NodeBridge, SamplesOfAThirdNodeGoStraightToTheirNode) {
+  const auto prompts = some_prompts(20);
+  ThreadNodes nodes("", /*num_nodes=*/3);
+  TestClient trainer = nodes.trainer();
+  trainer.submit(prompts, 3);
+  EXPECT_EQ(whole_batch(trainer, 20), reference_batch(prompts));
+  const double num_straight = nodes.number("num_samples_straight_to_nodes");
+  EXPECT_GT(num_straight, 0);
+  EXPECT_EQ(nodes.num_detours, 0) << "none of them came to rank 0";
+  EXPECT_EQ(nodes.number("num_samples_sent_to_nodes") + nodes.number("num_samples_kept_on_nodes") +
+                num_straight,
+            60);
+  EXPECT_EQ(nodes.number("num_open_samples"), 0);
+  EXPECT_EQ(trainer.request("stats")["stats"]["num_samples_kept"], 0);
+}
+
+TEST(NodeBridge, WhereThereIsNoWayBetweenTwoNodesSamplesGoThroughRank0) {
+  const auto prompts = some_prompts(20);
+  ThreadNodes nodes("", /*num_nodes=*/3);
+  nodes.cut();
+  TestClient trainer = nodes.trainer();
+  trainer.submit(prompts, 3);
+  EXPECT_EQ(whole_batch(trainer, 20), reference_batch(prompts));
+  EXPECT_GT(nodes.num_detours, 0);
+  EXPECT_EQ(nodes.number("num_samples_straight_to_nodes"), 0);
+  EXPECT_EQ(nodes.number("num_open_samples"), 0);
+}
+
+// Rank 3's samples have gone straight, and it is lost before it says so.
+TEST(NodeBridge, WhatAFencedRankOfAThirdNodeHasSentIsNotDelivered) {
+  const auto prompts = some_prompts(20);
+  ThreadNodes nodes("", /*num_nodes=*/3);
+  nodes.third_is_mute = true;
+  TestClient trainer = nodes.trainer();
+  trainer.submit(prompts, 3);
+  const auto num_kept = [&] { return trainer.request("stats")["stats"]["num_samples_kept"]; };
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+  while (num_kept() == 0) ASSERT_LT(std::chrono::steady_clock::now(), deadline);
+  nodes.dispatcher().lose_worker(ThreadNodes::kThird, {.code = ErrorCode::kUnavailable});
+  EXPECT_EQ(whole_batch(trainer, 20), reference_batch(prompts)) << "made again, the same bits";
+  EXPECT_EQ(num_kept(), 0);
+  EXPECT_GT(trainer.request("stats")["stats"]["num_kept_samples_dropped"], 0);
+  EXPECT_EQ(trainer.request("stats")["stats"]["num_duplicate_samples"], 0);
+}
+
 TEST(NodeBridge, WithItsBridgeANodesRequestsEndAndOthersGoOn) {
   ThreadNodes nodes;
   TestClient trainer = nodes.trainer();

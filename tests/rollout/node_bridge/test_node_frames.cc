@@ -135,6 +135,18 @@ TEST(NodeMessages, NewsComeAsTheyWent) {
   EXPECT_EQ(open.state.health->value, "none left");
 }
 
+TEST(NodeMessages, WhereABridgeIsComesAsItWent) {
+  const auto find = std::get<asked::FindBridge>(decode_node_request(encode(asked::FindBridge{7})));
+  EXPECT_EQ(find.node, 7);
+  const auto bridge = std::get<told::BridgeAt>(
+      decode_node_news(encode(told::BridgeAt{.node = 7, .address = "fd00::1", .port = 4242})));
+  EXPECT_EQ(bridge.node, 7);
+  EXPECT_EQ(bridge.address, "fd00::1");
+  EXPECT_EQ(bridge.port, 4242);
+  EXPECT_EQ(decode_receipt(encode_receipt(~uint64_t{0})), ~uint64_t{0});
+  EXPECT_THROW(decode_receipt(std::vector<uint8_t>{0x80}), Error);
+}
+
 TEST(NodeMessages, WhatADeliveryWritesDownComesAsItWent) {
   const bridge::FormedBatch batch{.batch_seq = 7,
                                   .num_groups = 1,
