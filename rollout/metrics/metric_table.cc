@@ -115,6 +115,17 @@ constexpr Row kRows[] = {
     {kCounter, "batch_padding_avoided_tokens_total", "num_pads_avoided",
      "Pads that rows as long as each batch's longest would have had besides"},
 
+    // Bridges of other nodes.
+    {kGauge, "node_bridges", "num_node_bridges", "Bridges of other nodes that serve"},
+    {kCounter, "node_samples_total", "num_samples_kept_on_nodes",
+     "Samples for bridges of other nodes, by the way they went", "way", "kept"},
+    {kCounter, "node_samples_total", "num_samples_straight_to_nodes", "", "way", "straight"},
+    {kCounter, "node_samples_total", "num_samples_sent_to_nodes", "", "way", "through_rank_0"},
+    {kGauge, "node_samples_waiting", "num_samples_waiting_for_nodes",
+     "Samples at rank 0 that bridges of other nodes have not taken yet"},
+    {kCounter, "node_samples_undeliverable_total", "num_samples_undeliverable",
+     "Samples dropped because the bridge that asked for them is gone"},
+
     // What the trainer reports.
     {kCounter, "probs_diff_reports_total", "num_probs_diff_reports",
      "Reports of the trainer's probabilities"},

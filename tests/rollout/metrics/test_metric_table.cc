@@ -44,7 +44,8 @@ TEST(MetricTable, AnUnknownCounterIsZeroAndAnUnknownGaugeIsAbsent) {
 
 TEST(MetricTable, NumbersLabelsRanksAndHealthAreWritten) {
   Snapshot snapshot;
-  snapshot.values = {{"num_running_seqs", 3}, {"num_samples_length", 1e15}};
+  snapshot.values = {
+      {"num_running_seqs", 3}, {"num_samples_length", 1e15}, {"num_samples_straight_to_nodes", 4}};
   snapshot.workers = {
       {.rank = 0, .values = numbers({{"num_kv_pages", 8}, {"num_kv_pages_used", 2}})},
       {.rank = 7, .silence_s = 1.5}};
@@ -52,6 +53,7 @@ TEST(MetricTable, NumbersLabelsRanksAndHealthAreWritten) {
   for (const char* line :
        {"rollpack:num_requests_running 3",
         "rollpack:request_success_total{finished_reason=\"length\"} 1000000000000000",
+        "rollpack:node_samples_total{way=\"straight\"} 4",
         "rollpack:rank_kv_cache_usage_perc{rank=\"0\"} 0.25",
         "rollpack:rank_kv_cache_usage_perc{rank=\"7\"} 0",
         "rollpack:rank_seconds_without_progress{rank=\"7\"} 1.5", "rollpack:healthy 0",
