@@ -5,8 +5,9 @@
 Prints a row a configuration, medians over the updates after the first: the whole call (tensors
 written into shared memory, checked, packed by every rank or by one, switched); of the rank that
 stood still longest the time for packing; the rate of all else, which is how fast weights come in;
-the pause beyond packing and the prefill of live samples, as the engine reports them; last, the longest time between two tokens of a sample of length
-one that was asked for over and over, which sees all three and the wait for its turn.
+the pause beyond packing and the prefill of live samples, as the engine reports them; last, the
+longest time between two tokens of a sample of length one that was asked for over and over, which
+sees all three and the wait for its turn.
 """
 
 from __future__ import annotations

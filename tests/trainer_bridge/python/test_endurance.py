@@ -129,7 +129,8 @@ def test_a_trainer_that_stands_still_costs_no_memory(start: Start) -> None:
                 busy.submit([[1 + p] for p in range(50)], n=4)
                 num_accepted += 200
                 # What the service has yet to draw is bounded by itself, if at all.
-                wait_for(busy, lambda stats, made=num_accepted - 1: stats["num_samples_held"] >= made)
+                wait_for(busy, lambda stats, num_made=num_accepted - 1:
+                         stats["num_samples_held"] >= num_made)
             except rollpack.WouldBlock as error:
                 assert "take batches" in str(error)
                 num_refused += 1
