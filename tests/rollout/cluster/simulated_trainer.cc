@@ -134,7 +134,12 @@ void SimulatedTrainer::compare(const bridge::BatchNotice& notice) {
     for (const auto& [name, sample] : now.samples) {
       const auto same = before->second.samples.find(name);
       if (same == before->second.samples.end()) continue;  // it failed then
-      const bool is_of_same_weights = std::get<0>(same->second) == std::get<0>(sample);
+      const auto& [version, was_aborted, tokens] = same->second;
+      // Under other weights too: a sample of the simulation ends by length or by an abort.
+      world_.check(
+          was_aborted == std::get<1>(sample) && tokens.size() == std::get<2>(sample).size(),
+          text_of(name) + " ends elsewhere than before");
+      const bool is_of_same_weights = version == std::get<0>(sample);
       world_.check(!is_of_same_weights || same->second == sample,
                    text_of(name) + " is not what it was");
     }
