@@ -55,6 +55,11 @@ struct StepSequence {
 // Draws the next token of `slot` from the logits of `row`. Siblings of a group name the same row
 // for their first token; its logits are computed once.
 //
+// A slot has finished when it drew a stop token, its last token, or from logits that are not
+// finite. It draws nothing more until a SlotInit fills it again: its samples are rejected. So a
+// step may be planned before the results of the one before are known: where a sample has ended
+// meanwhile, its pending row is computed, into its own pages, and draws nothing.
+//
 // Drafts: entries next to each other may name one slot, at consecutive rows of that slot's own
 // sequence. Entry k of them draws at the slot's next position + k, and the rows of entries 1, 2, ..
 // carry guesses of what the entries before them draw, as token ids. Entry k counts if entry k - 1
@@ -105,7 +110,8 @@ struct HeadResult {
   float entropy = 0;         // of the scaled distribution, full vocabulary; NaN if not asked for
   SlotFinish finish = SlotFinish::kRunning;
   bool is_finite = true;     // false: some logit was NaN or +-infinity; token and numbers are void
-  bool is_rejected = false;  // a draw behind a wrong draft: all but `slot` is void
+  // A draw behind a wrong draft, or of a slot that had finished before: all but `slot` is void.
+  bool is_rejected = false;
 };
 
 struct StepResult {

@@ -40,6 +40,7 @@ void StepContext::begin(const StepPlan& plan) {
     slot.is_set = true;
     slot.pending_token = kPendingToken;
     slot.next_position = init.next_position;
+    slot.is_finished = false;
   }
   derive_rows();
   derive_tiles();

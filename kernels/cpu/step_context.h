@@ -15,6 +15,7 @@ struct Slot {
   bool is_set = false;
   int32_t pending_token = kPendingToken;  // sampled last; kPendingToken: nothing yet
   int32_t next_position = 0;              // of the next token to be sampled
+  bool is_finished = false;               // draws nothing more until it is filled again
 };
 
 // Consecutive query rows of one sequence: entries [begin, begin + num_rows) of

@@ -373,12 +373,13 @@ void VocabHead<Element>::advance_slots(StepContext& step) {
   std::vector<HeadResult>& samples = step.result.samples;
   for (size_t i = 0; i < samples.size(); ++i) {
     HeadResult& result = samples[i];
-    result.is_rejected = !is_draw_accepted(step.plan(), samples, i);
-    if (result.is_rejected) continue;
     Slot& slot = step.slots[static_cast<size_t>(result.slot)];
+    result.is_rejected = slot.is_finished || !is_draw_accepted(step.plan(), samples, i);
+    if (result.is_rejected) continue;
     const std::vector<int32_t>& stops = slot.init.stop_token_ids;
     slot.pending_token = result.token;
     slot.next_position = result.position + 1;
+    slot.is_finished = !result.is_finite;
     if (!result.is_finite) continue;
     if (result.position >= slot.init.min_position &&
         std::binary_search(stops.begin(), stops.end(), result.token)) {
@@ -386,6 +387,7 @@ void VocabHead<Element>::advance_slots(StepContext& step) {
     } else if (slot.next_position == slot.init.end_position) {
       result.finish = SlotFinish::kLength;
     }
+    slot.is_finished = result.finish != SlotFinish::kRunning;
   }
 }
 

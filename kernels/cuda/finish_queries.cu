@@ -246,14 +246,15 @@ __global__ void __launch_bounds__(kWarp) finish_query(HeadWork work) {
 }
 
 // A thread a slot that draws: the draws of a slot follow each other, and each counts if the one
-// before counts, goes on and drew the token in this one's row.
+// before counts, goes on and drew the token in this one's row; none if an earlier step has finished
+// the sample.
 __global__ void accept_draws(LmHeadInputs in) {
   const HeadRows& head = in.head;
   int32_t i = static_cast<int32_t>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i >= head.num_samples || head.sample_draw[i] != 0) return;
   const int32_t index = head.sample_slot[i];
   SlotState& slot = in.slots.states[index];
-  bool counts = true;
+  bool counts = slot.is_finished == 0;
   for (; i < head.num_samples && head.sample_slot[i] == index; ++i) {
     HeadResult& result = head.results[i];
     if (!counts) {
@@ -271,8 +272,9 @@ __global__ void accept_draws(LmHeadInputs in) {
         result.finish = SlotFinish::kLength;
       }
     }
-    counts = i + 1 < head.num_samples && head.sample_slot[i + 1] == index && result.is_finite &&
-             result.finish == SlotFinish::kRunning &&
+    const bool goes_on = result.is_finite && result.finish == SlotFinish::kRunning;
+    slot.is_finished = goes_on ? 0 : 1;
+    counts = i + 1 < head.num_samples && head.sample_slot[i + 1] == index && goes_on &&
              result.token == in.rows.input_ids[head.rows[head.sample_head_row[i + 1]]];
   }
 }

@@ -12,6 +12,8 @@
 namespace rollpack::kernels::cuda {
 
 inline constexpr int32_t kPageTokens = 16;
+// Steps that the device may have been given: each has a place of its own for rows and results.
+inline constexpr int32_t kMaxStepsUnderWay = 2;
 
 // The token rows of a step. Row r of sequence s lies in page
 // page_tables[page_table_starts[s] + positions[r] / kPageTokens].
@@ -44,6 +46,7 @@ struct SlotState {
   float top_p = 1.0f;
   float min_p = 0.0f;
   int32_t num_stop_tokens = 0;
+  int32_t is_finished = 0;  // 1: draws nothing more until it is filled again
 };
 
 // All slots. The stop set of slot s is a bit a token id, stop_words words from s * stop_words; it

@@ -239,12 +239,14 @@ void ReferenceBackend::lm_head(const LmHeadArgs& args) {
     for (size_t s = 0; s < plan.samples.size(); ++s) {
       if (plan.samples[s].row != row) continue;
       // Rows ascend, and so do the draws of a slot: the one before has its result.
-      if (!is_draw_accepted(plan, step.result.samples, s)) {
+      Slot& slot = slots_[static_cast<size_t>(plan.samples[s].slot)];
+      if (slot.is_finished || !is_draw_accepted(plan, step.result.samples, s)) {
         step.result.samples[s] = {.slot = plan.samples[s].slot, .is_rejected = true};
         continue;
       }
-      Slot& slot = slots_[static_cast<size_t>(plan.samples[s].slot)];
-      step.result.samples[s] = sampler_.sample(slot, plan.wants_entropy);
+      HeadResult& result = step.result.samples[s];
+      result = sampler_.sample(slot, plan.wants_entropy);
+      slot.is_finished = !result.is_finite || result.finish != SlotFinish::kRunning;
     }
     for (size_t s = 0; s < plan.scores.size(); ++s) {
       const ScoreRow& score = plan.scores[s];

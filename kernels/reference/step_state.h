@@ -15,6 +15,7 @@ struct Slot {
   SlotInit init;
   int32_t next_position = 0;
   int32_t token = kPendingToken;  // the one sampled last; kPendingToken before the first
+  bool is_finished = false;       // draws nothing more until it is filled again
 };
 
 // KV memory: [L][num_pages][2: keys, values][page_tokens][G][K] in the compute dtype. Page
