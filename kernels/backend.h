@@ -76,6 +76,9 @@ struct BackendInfo {
   KvLayout kv;
   MemoryPlan memory;
   std::vector<int32_t> row_buckets;  // row counts steps are padded to; empty: any count as it is
+  // Steps that it profits from having in flight: 2 where it computes while the host does something
+  // else, so that the next step is planned meanwhile.
+  int32_t max_steps_under_way = 1;
 };
 
 // Memory of the backend; on the CPU `data` is an ordinary pointer.

@@ -22,9 +22,13 @@ class BatchingPolicy {
   // Admits waiting sequences and fills `batch` with the rows of the next step; leaves it empty when
   // there is nothing to compute.
   virtual void plan(EngineState& state, StepBatch& batch) = 0;
-  // The step ran: every entry's rows now have keys and values. Called before tokens are appended.
-  virtual void after_step(EngineState& state, const StepBatch& batch) = 0;
-  // Takes out of `running` what is finished and may go, giving back its pages and slot.
+  // Whether plan() may be called while a step is under way, whose results are not known: rows of it
+  // count as computed, tokens it draws are pending, and nothing that is called for needs more.
+  virtual bool can_plan_ahead(const EngineState&) const { return false; }
+  // The step ran: every entry's rows now have keys and values. Called before its tokens are known.
+  virtual void after_step(EngineState&, const StepBatch&) {}
+  // Takes out of `running` what is finished and no step under way names, giving back its pages and
+  // slot.
   virtual void retire(EngineState& state) = 0;
   // All running sequences go back to the queue with their keys and values forgotten.
   virtual void drop_kv(EngineState& state) = 0;

@@ -23,13 +23,14 @@ bool is_prefilling(const Sequence& sequence) {
 
 // A follower whose leader is gone: back in the queue, one of them will lead.
 bool is_orphan(const Sequence& sequence) {
-  return sequence.pages.empty() && sequence.group->leader == nullptr;
+  return !sequence.is_finished && sequence.pages.empty() && sequence.group->leader == nullptr;
 }
 
 // Gives `sequence` what it lacks for its known tokens; the pool must have it free.
 void add_lacking_pages(Sequence& sequence, EngineState& state, StepBatch& batch) {
   bool has_room = try_make_writable(sequence, sequence.num_computed, state.limits.page_tokens,
                                     state.pool, batch.plan.page_copies);
+  batch.copying.resize(batch.plan.page_copies.size(), &sequence);
   const int32_t num_more = num_pages_lacking(sequence, sequence.known_end(), state);
   has_room = has_room && state.pool.try_allocate(num_more, sequence.pages);
   if (!has_room) fail_invariant("KV pages that were counted as free are not");
@@ -105,7 +106,13 @@ void ContinuousBatching::plan(EngineState& state, StepBatch& batch) {
   admit(state, batch);
   add_decoding_rows(state, batch);
   add_prefill_chunks(state, batch);
-  if (batch.empty() && !state.running.empty()) fail_invariant("sequences run but none has a row");
+  if (batch.empty() && !state.running.empty() && state.num_steps_under_way == 0) {
+    fail_invariant("sequences run but none has a row");
+  }
+}
+
+bool ContinuousBatching::can_plan_ahead(const EngineState& state) const {
+  return !may_propose_drafts(state) && sum_of_wants(state) <= state.pool.num_available();
 }
 
 void ContinuousBatching::secure_pages(EngineState& state, StepBatch& batch) {
@@ -189,6 +196,8 @@ ContinuousBatching::Admission ContinuousBatching::try_admit(EngineState& state, 
       sequence.was_preempted ? std::min(sequence.end_position, 2 * sequence.length()) : 0;
   Group* group = state.limits.prefix_sharing ? sequence.group.get() : nullptr;
   if (group != nullptr && group->leader != nullptr) {
+    // The prompt's last row is under way: it will be found.
+    if (group->leader->num_computed >= group->leader->num_prompt) return Admission::kDeferred;
     sequence.promised_end = promised_end;
     const int32_t num_own = num_pages_wanted(sequence, state);
     const int32_t num_copies = group->followers.empty() ? 1 : 0;  // of the leader, see there
@@ -287,18 +296,17 @@ void ContinuousBatching::add_prefill_chunks(EngineState& state, StepBatch& batch
 
 void ContinuousBatching::after_step(EngineState& state, const StepBatch& batch) {
   for (const StepBatch::Entry& entry : batch.entries) {
-    if (entry.sequence == nullptr) continue;
+    if (entry.sequence == nullptr || entry.sequence->is_finished) continue;
     Sequence& sequence = *entry.sequence;
-    const bool was_in_prompt = sequence.num_computed < sequence.num_prompt;
-    sequence.num_computed += entry.num_tokens;
-    if (was_in_prompt && !sequence.is_finished) share_prompt(state, sequence);
+    const bool was_in_prompt = sequence.num_done() - entry.num_tokens < sequence.num_prompt;
+    if (was_in_prompt) share_prompt(state, sequence);
   }
 }
 
 void ContinuousBatching::share_prompt(EngineState& state, Sequence& sequence) {
   const int32_t page_tokens = state.limits.page_tokens;
-  if (sequence.num_computed < sequence.num_prompt) {
-    state.file(sequence, sequence.num_computed / page_tokens * page_tokens);
+  if (sequence.num_done() < sequence.num_prompt) {
+    state.file(sequence, sequence.num_done() / page_tokens * page_tokens);
     return;
   }
   state.file(sequence, sequence.num_prompt);
@@ -318,7 +326,7 @@ void ContinuousBatching::share_prompt(EngineState& state, Sequence& sequence) {
 
 void ContinuousBatching::retire(EngineState& state) {
   std::erase_if(state.running, [&](const std::unique_ptr<Sequence>& sequence) {
-    if (!sequence->is_finished) return false;
+    if (!sequence->is_finished || sequence->num_uses_under_way > 0) return false;
     // Its text may be part of a later prompt.
     state.file(*sequence, sequence->num_computed);
     remember_text(state, *sequence);

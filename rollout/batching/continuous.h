@@ -18,6 +18,8 @@ class PagesUnderWay;
 class ContinuousBatching : public BatchingPolicy {
  public:
   void plan(EngineState& state, StepBatch& batch) override;
+  // Not where sequences have to be preempted or may have drafts: both look at all their tokens.
+  bool can_plan_ahead(const EngineState& state) const override;
   void after_step(EngineState& state, const StepBatch& batch) override;
   void retire(EngineState& state) override;
   void drop_kv(EngineState& state) override;

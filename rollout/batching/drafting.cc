@@ -10,6 +10,9 @@
 namespace rollpack::rollout {
 namespace {
 
+// Of steps that would be planned ahead where nothing is drafted.
+constexpr int32_t kLookInterval = 8;
+
 DraftIndex& texts_of(Group& group) {
   if (!group.texts) group.texts = std::make_unique<DraftIndex>(*group.request.prompt_ids);
   return *group.texts;
@@ -65,6 +68,21 @@ void fit_drafts(std::span<Sequence* const> drafting, int32_t num_rows) {
   }
 }
 
+bool may_propose_drafts(const EngineState& state) {
+  if (state.limits.speculation != Speculation::kAuto) {
+    return state.limits.speculation == Speculation::kOn;
+  }
+  const auto num_running = static_cast<int32_t>(state.running.size());
+  if (num_running >= kMaxDraftingRows || !state.acceptance.is_due(num_running)) return false;
+  // Texts in which nothing was found lately are looked at less often: each look waits for a step.
+  const int32_t num_skipped = state.acceptance.num_skipped();
+  if (num_skipped > kLookInterval && num_skipped % kLookInterval != 0) return false;
+  if (num_rows_for_drafts(state) == 0) return false;
+  return std::ranges::any_of(state.running, [num_running](const auto& sequence) {
+    return sequence->acceptance.is_due(num_running);
+  });
+}
+
 void propose_drafts(EngineState& state) {
   if (state.limits.speculation == Speculation::kOff) return;
   const bool is_auto = state.limits.speculation == Speculation::kAuto;
@@ -79,7 +97,8 @@ void propose_drafts(EngineState& state) {
     Sequence& sequence = *owned;
     const bool has_newest = computes(sequence) && sequence.has_started();
     if (!has_newest || sequence.num_remaining() != 1) continue;
-    if (is_due && (!is_auto || sequence.acceptance.is_due(num_running))) {
+    const bool is_known = sequence.num_pending == 0;
+    if (is_due && is_known && (!is_auto || sequence.acceptance.is_due(num_running))) {
       DraftIndex& texts = texts_of(*sequence.group);
       // The last draw that may count is the one at end_position - 1.
       const int32_t room = sequence.end_position - sequence.length() - 1;
@@ -117,20 +136,20 @@ void add_draft_rows(Sequence& sequence, EngineState& state, StepBatch& batch) {
 
 void settle_drafts(EngineState& state, StepBatch& batch, const kernels::StepResult& result) {
   for (StepBatch::Entry& entry : batch.entries) {
-    if (entry.num_draft_tokens == 0) continue;
+    if (entry.num_draft_tokens == 0 || entry.sequence == nullptr) continue;
     int32_t num_accepted = 0;
     for (int32_t i = 1; i <= entry.num_draft_tokens; ++i) {
       num_accepted += result.samples[static_cast<size_t>(entry.first_draw + i)].is_rejected ? 0 : 1;
     }
     Sequence& sequence = *entry.sequence;
     entry.num_tokens -= entry.num_draft_tokens - num_accepted;
+    sequence.num_computed -= entry.num_draft_tokens - num_accepted;
     ++state.counters.num_drafts;
     state.counters.num_draft_tokens += entry.num_draft_tokens;
     state.counters.num_accepted_tokens += num_accepted;
     sequence.acceptance.learn(num_accepted, entry.num_draft_tokens);
     state.acceptance.learn(num_accepted, entry.num_draft_tokens);
-    const int32_t num_kept =
-        pages_for(sequence.num_computed + entry.num_tokens, state.limits.page_tokens);
+    const int32_t num_kept = pages_for(sequence.num_computed, state.limits.page_tokens);
     while (static_cast<int32_t>(sequence.pages.size()) > num_kept) {
       state.pool.release(sequence.pages.back());
       sequence.pages.pop_back();

@@ -17,6 +17,8 @@ namespace rollpack::rollout {
 // 0.5B on two cores a step of 24 rows takes 1.06 x the time of one of 4; beyond, products count.
 inline constexpr int32_t kMaxDraftingRows = 24;
 
+// Whether someone may have a draft in the step about to be planned: all tokens must be known then.
+bool may_propose_drafts(const EngineState& state);
 // Fills the `draft` of running sequences for the step about to be planned.
 void propose_drafts(EngineState& state);
 // Cuts the longest drafts to one length, so that all of them together have `num_rows` rows at most:

@@ -116,12 +116,6 @@ void LeftPaddedBatching::add_next_column(EngineState& state, StepBatch& batch) {
   }
 }
 
-void LeftPaddedBatching::after_step(EngineState&, const StepBatch& batch) {
-  for (const StepBatch::Entry& entry : batch.entries) {
-    if (entry.sequence != nullptr) entry.sequence->num_computed += entry.num_tokens;
-  }
-}
-
 void LeftPaddedBatching::retire(EngineState& state) {
   if (std::ranges::all_of(state.running, [](const auto& s) { return s->is_finished; })) {
     release_finished(state);

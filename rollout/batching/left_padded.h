@@ -23,7 +23,6 @@ class LeftPaddedBatching : public BatchingPolicy {
 
   int32_t num_wanted(const EngineLimits& limits) const override;
   void plan(EngineState& state, StepBatch& batch) override;
-  void after_step(EngineState& state, const StepBatch& batch) override;
   void retire(EngineState& state) override;
   void drop_kv(EngineState& state) override;
 

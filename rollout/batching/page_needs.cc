@@ -27,7 +27,8 @@ int32_t num_pages_wanted(const Sequence& sequence, const EngineState& state) {
   const bool is_followed =
       group != nullptr && group->leader == &sequence && !group->followers.empty();
   const int32_t end = std::max(sequence.known_end(), sequence.promised_end);
-  return num_pages_lacking(sequence, end, state) + (is_followed ? 1 : 0);
+  const int32_t num_own = computes(sequence) ? num_pages_lacking(sequence, end, state) : 0;
+  return num_own + (is_followed ? 1 : 0);
 }
 
 int32_t num_private_tokens(const Sequence& sequence, const EngineState& state) {

@@ -8,9 +8,10 @@
 
 namespace rollpack::rollout {
 
-// Whether the sequence holds pages and goes on computing; a follower has none yet.
+// Whether the sequence holds pages and has rows to compute; a follower has no pages yet, and whose
+// last token is being drawn no rows.
 inline bool computes(const Sequence& sequence) {
-  return !sequence.is_finished && !sequence.pages.empty();
+  return !sequence.is_finished && !sequence.pages.empty() && sequence.num_remaining() > 0;
 }
 
 // Whether pages were promised to it for all it may compute now.

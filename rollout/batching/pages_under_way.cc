@@ -15,7 +15,7 @@ PagesUnderWay::PagesUnderWay(const EngineState& state) : page_tokens_(state.limi
 void PagesUnderWay::add(const Sequence& sequence) {
   const int32_t begin = sequence.num_filed * page_tokens_;
   // What lies past the prompt is filed when the sequence ends: nobody can wait for it.
-  if (begin + page_tokens_ > sequence.num_prompt || sequence.num_computed >= sequence.num_prompt) {
+  if (begin + page_tokens_ > sequence.num_prompt || sequence.num_done() >= sequence.num_prompt) {
     return;
   }
   const Page page{.parent = sequence.num_filed == 0 ? -1 : sequence.pages[sequence.num_filed - 1],

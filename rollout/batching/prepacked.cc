@@ -86,12 +86,6 @@ void PrepackedBatching::add_columns(const Row& row, int32_t end, StepBatch& batc
   batch.add_pads(end - std::max(column_, std::min(row.back().end, end)));
 }
 
-void PrepackedBatching::after_step(EngineState&, const StepBatch& batch) {
-  for (const StepBatch::Entry& entry : batch.entries) {
-    if (entry.sequence != nullptr) entry.sequence->num_computed += entry.num_tokens;
-  }
-}
-
 void PrepackedBatching::retire(EngineState& state) {
   // The rows point to their sequences while prompts are computed: those stay, finished or not.
   const bool is_prefilling = column_ < num_columns_;

@@ -19,7 +19,6 @@ class PrepackedBatching : public BatchingPolicy {
  public:
   int32_t num_wanted(const EngineLimits& limits) const override;
   void plan(EngineState& state, StepBatch& batch) override;
-  void after_step(EngineState& state, const StepBatch& batch) override;
   void retire(EngineState& state) override;
   void drop_kv(EngineState& state) override;
 

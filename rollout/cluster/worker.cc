@@ -126,6 +126,14 @@ bool Worker::step() {
   return reference_->step(kStepTimeout, is_interrupted) != Engine::StepOutcome::kNothingToDo;
 }
 
+// Steps planned ahead end before weights, policy or pages change under them.
+void Worker::finish_steps() {
+  engine_.finish_steps(kStepTimeout, [this] {
+    tell_progress();
+    return false;
+  });
+}
+
 // Rank 0 gives a worker up that says nothing for a lease. What counts is that layers get done, not
 // that this thread lives: it only waits for them.
 void Worker::tell_progress() {
@@ -203,6 +211,7 @@ std::vector<std::pair<std::string, double>> Worker::stats() const {
       {"num_preemptions", static_cast<double>(counters.num_preemptions)},
       {"num_rows_computed", static_cast<double>(counters.num_rows_computed)},
       {"num_pad_rows", static_cast<double>(counters.num_pad_rows)},
+      {"num_rows_after_stop", static_cast<double>(counters.num_rows_after_stop)},
       {"num_tokens_generated", static_cast<double>(counters.num_tokens_generated)},
       {"num_prompt_tokens", static_cast<double>(counters.num_prompt_tokens)},
       {"num_samples", static_cast<double>(counters.num_samples)},
@@ -269,6 +278,7 @@ void Worker::handle(Pause& command) {
     return;
   }
   if (command.in_flight == bridge::InFlight::kAbort) engine_.abort(std::nullopt);
+  finish_steps();
   is_paused_ = true;
   acknowledge(command.ticket, [] {});
 }
@@ -281,6 +291,7 @@ void Worker::handle(Resume&) {
 }
 
 void Worker::handle(Measure& command) {
+  finish_steps();
   acknowledge(command.ticket, [&] {
     if (!command.batching.empty()) engine_.set_policy(make_batching_policy(command.batching));
     meter_.emplace(replica_.model(), replica_.dtype(), replica_.backend().info().kv);

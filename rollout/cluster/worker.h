@@ -43,6 +43,7 @@ class Worker : public WorkerLink, private EngineOutput {
   void run(bool has_weights);
   void work();
   bool step();  // false: there is nothing to do
+  void finish_steps();
   bool must_stop();
   void tell_progress();
   bool take_commands();  // false: stopped

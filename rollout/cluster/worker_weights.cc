@@ -129,6 +129,7 @@ void Worker::handle(DiscardWeights&) {
 
 // What it acknowledges with: the hash that goes with the set which steps use from now on.
 void Worker::switch_weights(const CommitWeights& command) {
+  finish_steps();
   Ack ack{.ticket = command.ticket};
   try {
     {

@@ -13,8 +13,6 @@
 namespace rollpack::rollout {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
 bridge::SampleKey key_of(const Sequence& sequence) {
   bridge::SampleKey key = sequence.group->request.key;
   key.sample_index = sequence.sample_index;
@@ -22,7 +20,7 @@ bridge::SampleKey key_of(const Sequence& sequence) {
 }
 
 ErrorInfo non_finite_error(const Sequence& sequence, const char* what) {
-  const int32_t position = sequence.length();
+  const int32_t position = sequence.num_known();
   return {.code = ErrorCode::kNonFinite,
           .field = what,
           .value = "NaN or infinity",
@@ -39,7 +37,11 @@ ErrorInfo non_finite_error(const Sequence& sequence, const char* what) {
 
 Engine::Engine(const EngineLimits& limits, std::unique_ptr<BatchingPolicy> policy,
                kernels::Backend& backend, EngineOutput& output)
-    : state_(limits), policy_(std::move(policy)), backend_(backend), output_(output) {}
+    : state_(limits),
+      policy_(std::move(policy)),
+      backend_(backend),
+      output_(output),
+      max_steps_under_way_(static_cast<size_t>(backend.info().max_steps_under_way)) {}
 
 void Engine::add(GroupRequest request) {
   auto group = std::make_shared<Group>();
@@ -123,9 +125,36 @@ Engine::StepOutcome Engine::step(std::chrono::milliseconds timeout,
                                  const std::function<bool()>& is_interrupted) {
   fault_at(FaultPoint::kStepBegun);
   const auto started = Clock::now();
+  backend_time_ = {};
+  while (may_plan() && submit_next()) {
+  }
+  if (flights_.empty()) return StepOutcome::kNothingToDo;
+  if (!finish_oldest(timeout, is_interrupted)) return StepOutcome::kInterrupted;
+  const std::chrono::duration<double> all = Clock::now() - started;
+  state_.counters.steps_s += all.count();
+  state_.counters.scheduling_s += (all - backend_time_).count();
+  return StepOutcome::kDone;
+}
+
+bool Engine::finish_steps(std::chrono::milliseconds timeout,
+                          const std::function<bool()>& is_interrupted) {
+  while (!flights_.empty()) {
+    if (!finish_oldest(timeout, is_interrupted)) return false;
+  }
+  return true;
+}
+
+// How many tokens a step with drafts gives is known from its result alone.
+bool Engine::may_plan() const {
+  if (flights_.empty()) return true;
+  return flights_.size() < max_steps_under_way_ && !flights_.back().batch.has_drafts &&
+         policy_->can_plan_ahead(state_);
+}
+
+bool Engine::submit_next() {
   batch_.clear();
   policy_->plan(state_, batch_);
-  if (batch_.empty()) return StepOutcome::kNothingToDo;
+  if (batch_.empty()) return false;
   batch_.plan.wants_entropy = state_.limits.wants_entropy;
   ++state_.counters.num_steps;
   state_.counters.num_rows_computed += batch_.num_rows();
@@ -133,19 +162,51 @@ Engine::StepOutcome Engine::step(std::chrono::milliseconds timeout,
     state_.counters.num_pad_rows -= entry.num_tokens;
   }
   state_.counters.num_pad_rows += batch_.num_rows();
-  work_.num_rows = batch_.num_rows();
+  const int64_t num_rows = batch_.num_rows();
   const auto submitted = Clock::now();
   const kernels::StepHandle handle = backend_.submit(std::move(batch_.plan));
-  const std::optional<kernels::StepResult> result = wait(handle, timeout, is_interrupted);
-  if (!result) return StepOutcome::kInterrupted;
+  backend_time_ += Clock::now() - submitted;
+  batch_.begin();
+  flights_.push_back({.batch = std::exchange(batch_, {}),
+                      .handle = handle,
+                      .num_rows = num_rows,
+                      .submitted = submitted});
+  state_.num_steps_under_way = static_cast<int32_t>(flights_.size());
+  return true;
+}
+
+bool Engine::finish_oldest(std::chrono::milliseconds timeout,
+                           const std::function<bool()>& is_interrupted) {
+  const auto asked = Clock::now();
+  const std::optional<kernels::StepResult> result =
+      wait(flights_.front().handle, timeout, is_interrupted);
+  if (!result) {
+    give_up_steps();
+    return false;
+  }
   fault_at(FaultPoint::kStepComputed);
-  const auto computed = Clock::now();
-  work_.compute_s = std::chrono::duration<double>(computed - submitted).count();
-  apply(*result);
-  const std::chrono::duration<double> all = Clock::now() - started, backend = computed - submitted;
-  state_.counters.steps_s += all.count();
-  state_.counters.scheduling_s += (all - backend).count();
-  return StepOutcome::kDone;
+  const auto ended = Clock::now();
+  backend_time_ += ended - asked;
+  Flight flight = std::move(flights_.front());
+  flights_.pop_front();
+  state_.num_steps_under_way = static_cast<int32_t>(flights_.size());
+  // It began when the step before had ended, if that was later.
+  const auto begun = std::max(flight.submitted, std::exchange(last_ended_, ended));
+  work_.compute_s = std::chrono::duration<double>(ended - begun).count();
+  work_.num_rows = flight.num_rows;
+  apply(flight.batch, *result);
+  batch_ = std::move(flight.batch);  // its memory serves the next step
+  return true;
+}
+
+void Engine::give_up_steps() {
+  for (Flight& flight : flights_) flight.batch.give_up();
+  flights_.clear();
+  state_.num_steps_under_way = 0;
+}
+
+void Engine::require_no_steps(const char* call) const {
+  if (!flights_.empty()) fail_invariant(fmt::format("{} while a step is under way", call));
 }
 
 std::optional<kernels::StepResult> Engine::wait(kernels::StepHandle handle,
@@ -163,19 +224,20 @@ std::optional<kernels::StepResult> Engine::wait(kernels::StepHandle handle,
   }
 }
 
-void Engine::apply(const kernels::StepResult& result) {
-  settle_drafts(state_, batch_, result);
+void Engine::apply(StepBatch& batch, const kernels::StepResult& result) {
+  state_.counters.num_rows_after_stop += batch.end();
+  settle_drafts(state_, batch, result);
   // Before the policy sees them: nobody may share pages that hold NaN or infinity.
   for (const int32_t index : result.failed_sequences) {
-    Sequence* sequence = batch_.entries[index].sequence;
+    Sequence* sequence = batch.entries[static_cast<size_t>(index)].sequence;
     if (sequence != nullptr && !sequence->is_finished) {
       fail(*sequence, non_finite_error(*sequence, "keys and values"));
     }
   }
-  policy_->after_step(state_, batch_);
+  policy_->after_step(state_, batch);
   for (size_t i = 0; i < result.samples.size(); ++i) {
-    Sequence& sequence = *batch_.sampled[i];
-    if (result.samples[i].is_rejected) continue;
+    if (batch.sampled[i] == nullptr || result.samples[i].is_rejected) continue;
+    Sequence& sequence = *batch.sampled[i];
     // A follower still without pages drew from a row of its leader that has failed: the draw is
     // void, and it will compute the prompt for itself.
     if (sequence.is_finished || sequence.pages.empty()) continue;
@@ -183,28 +245,34 @@ void Engine::apply(const kernels::StepResult& result) {
       fail(sequence, non_finite_error(sequence, "logits"));
       continue;
     }
-    append_token(sequence, result.samples[i]);
+    take_token(sequence, result.samples[i]);
   }
-  for (const StepBatch::Entry& entry : batch_.entries) {
+  for (const StepBatch::Entry& entry : batch.entries) {
     if (entry.sequence != nullptr && entry.sequence->is_score()) append_scores(entry, result);
   }
-  if (observer_ != nullptr) tell_observer();
+  if (observer_ != nullptr) tell_observer(batch);
   policy_->retire(state_);
 }
 
-void Engine::tell_observer() {
+void Engine::tell_observer(const StepBatch& batch) {
   work_.num_pages_used = state_.pool.num_pages() - state_.pool.num_available();
-  describe_step(batch_, work_);
+  describe_step(batch, work_);
   observer_->on_step(work_);
 }
 
-void Engine::append_token(Sequence& sequence, const kernels::HeadResult& result) {
+void Engine::take_token(Sequence& sequence, const kernels::HeadResult& result) {
+  const int32_t index = sequence.num_known() - sequence.num_prompt;  // in the response
   if (sequence.weight_versions.empty() ||
       sequence.weight_versions.back().version != state_.weight_version) {
-    sequence.weight_versions.push_back({sequence.num_response(), state_.weight_version});
+    sequence.weight_versions.push_back({index, state_.weight_version});
   }
-  if (sequence.num_response() == 0) state_.counters.num_prompt_tokens += sequence.num_prompt;
-  sequence.tokens.push_back(result.token);
+  if (index == 0) state_.counters.num_prompt_tokens += sequence.num_prompt;
+  if (sequence.num_pending > 0) {
+    sequence.tokens[static_cast<size_t>(sequence.num_known())] = result.token;
+    --sequence.num_pending;
+  } else {  // an accepted draft's, or the first of a follower
+    sequence.tokens.push_back(result.token);
+  }
   sequence.logprobs.push_back(result.logprob);
   sequence.scaled_logprobs.push_back(result.scaled_logprob);
   sequence.support_logmass.push_back(result.support_logmass);
@@ -233,30 +301,31 @@ void Engine::append_scores(const StepBatch::Entry& entry, const kernels::StepRes
     sequence.scaled_logprobs.push_back(score.scaled_logprob);
     sequence.entropy.push_back(score.entropy);
   }
-  if (sequence.num_remaining() == 0) emit_scored(sequence);
+  if (sequence.num_done() == sequence.known_end()) emit_scored(sequence);
 }
 
 void Engine::emit(Sequence& sequence) {
   sequence.is_finished = true;
+  sequence.forget_steps_under_way();
   ++state_.counters.num_samples;
   const GroupRequest& request = sequence.group->request;
-  output_.on_sample(
-      {.key = key_of(sequence),
-       .prompt_ids = request.prompt_ids,
-       .response_ids = std::vector<int32_t>(sequence.tokens.begin() + sequence.num_prompt,
-                                            sequence.tokens.end()),
-       .logprobs = std::move(sequence.logprobs),
-       .scaled_logprobs = std::move(sequence.scaled_logprobs),
-       .support_logmass = std::move(sequence.support_logmass),
-       .entropy = std::move(sequence.entropy),
-       .finish_reason = sequence.finish_reason,
-       .stop_token_id = sequence.stop_token_id,
-       .temperature = request.sampling.params.temperature,
-       .weight_versions = std::move(sequence.weight_versions)});
+  output_.on_sample({.key = key_of(sequence),
+                     .prompt_ids = request.prompt_ids,
+                     .response_ids = std::vector<int32_t>(
+                         sequence.tokens.begin() + sequence.num_prompt, sequence.tokens.end()),
+                     .logprobs = std::move(sequence.logprobs),
+                     .scaled_logprobs = std::move(sequence.scaled_logprobs),
+                     .support_logmass = std::move(sequence.support_logmass),
+                     .entropy = std::move(sequence.entropy),
+                     .finish_reason = sequence.finish_reason,
+                     .stop_token_id = sequence.stop_token_id,
+                     .temperature = request.sampling.params.temperature,
+                     .weight_versions = std::move(sequence.weight_versions)});
 }
 
 void Engine::emit_scored(Sequence& sequence) {
   sequence.is_finished = true;
+  sequence.forget_steps_under_way();
   output_.on_scored(sequence.score->ticket, std::nullopt,
                     {.id = sequence.score->sequence.id,
                      .logprobs = std::move(sequence.logprobs),
@@ -267,6 +336,7 @@ void Engine::emit_scored(Sequence& sequence) {
 void Engine::fail(Sequence& sequence, ErrorInfo error) {
   sequence.is_finished = true;
   sequence.is_failed = true;
+  sequence.forget_steps_under_way();
   if (sequence.is_score()) {
     output_.on_scored(sequence.score->ticket, std::move(error),
                       {.id = sequence.score->sequence.id});
@@ -276,12 +346,14 @@ void Engine::fail(Sequence& sequence, ErrorInfo error) {
 }
 
 void Engine::set_policy(std::unique_ptr<BatchingPolicy> policy) {
+  require_no_steps("set_policy");
   policy_->drop_kv(state_);
   state_.index.begin_version(state_.weight_version);
   policy_ = std::move(policy);
 }
 
 void Engine::switch_version(int64_t version) {
+  require_no_steps("switch_version");
   policy_->drop_kv(state_);
   state_.index.begin_version(version);
   state_.weight_version = version;

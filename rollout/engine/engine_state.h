@@ -41,6 +41,8 @@ struct EngineCounters {
   int64_t num_preemptions = 0;
   int64_t num_rows_computed = 0;  // pads included
   int64_t num_pad_rows = 0;
+  // Planned before the stop of their sample was known: at most one a sample, drawn from in vain.
+  int64_t num_rows_after_stop = 0;
   int64_t num_tokens_generated = 0;
   int64_t num_prompt_tokens = 0;  // of samples whose first token was drawn, cached ones included
   int64_t num_samples = 0;
@@ -82,7 +84,8 @@ struct EngineState {
   WaitingQueue waiting;
   std::vector<std::unique_ptr<Sequence>> running;  // by admission
   int64_t weight_version = 0;
-  bool admits = true;  // false: nothing new starts, what runs goes on
+  bool admits = true;               // false: nothing new starts, what runs goes on
+  int32_t num_steps_under_way = 0;  // submitted, their results not applied
   EngineCounters counters;
   Acceptance acceptance;  // of all sequences' drafts
 

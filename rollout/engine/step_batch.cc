@@ -1,6 +1,7 @@
 #include "rollout/engine/step_batch.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "kernels/base/checksum.h"
 #include "kernels/base/error.h"
@@ -14,6 +15,8 @@ void StepBatch::clear() {
   plan = {};
   entries.clear();
   sampled.clear();
+  copying.clear();
+  has_drafts = false;
 }
 
 void StepBatch::add_rows(Sequence& sequence, int32_t num_tokens, int32_t num_pads) {
@@ -85,6 +88,56 @@ void StepBatch::add_sample(Sequence& target, int32_t row) {
   sampled.push_back(&target);
 }
 
+void StepBatch::begin() {
+  for (const Entry& entry : entries) {
+    if (entry.sequence == nullptr) continue;
+    ++entry.sequence->num_uses_under_way;
+    entry.sequence->num_computed += entry.num_tokens;
+    entry.sequence->num_rows_under_way += entry.num_tokens;
+  }
+  for (Sequence* sequence : copying) ++sequence->num_uses_under_way;
+  const Sequence* last = nullptr;
+  for (Sequence* sequence : sampled) {
+    ++sequence->num_uses_under_way;
+    // Draws behind the first are of a draft, and may not count.
+    if (std::exchange(last, sequence) == sequence || sequence->pages.empty()) continue;
+    sequence->tokens.push_back(kPendingToken);
+    ++sequence->num_pending;
+  }
+}
+
+int32_t StepBatch::end() {
+  int32_t num_rows_after_stop = 0;
+  for (Entry& entry : entries) {
+    if (entry.sequence == nullptr) continue;
+    Sequence& sequence = *entry.sequence;
+    --sequence.num_uses_under_way;
+    if (!sequence.is_finished) {
+      sequence.num_rows_under_way -= entry.num_tokens;
+      continue;
+    }
+    if (sequence.stop_token_id >= 0) num_rows_after_stop += entry.num_tokens;
+    entry.sequence = nullptr;
+  }
+  for (Sequence*& sequence : sampled) {
+    --sequence->num_uses_under_way;
+    if (sequence->is_finished) sequence = nullptr;
+  }
+  for (Sequence* sequence : copying) --sequence->num_uses_under_way;
+  return num_rows_after_stop;
+}
+
+void StepBatch::give_up() {
+  const auto forget = [](Sequence* sequence) {
+    if (sequence == nullptr) return;
+    --sequence->num_uses_under_way;
+    sequence->forget_steps_under_way();
+  };
+  for (const Entry& entry : entries) forget(entry.sequence);
+  for (Sequence* sequence : sampled) forget(sequence);
+  for (Sequence* sequence : copying) forget(sequence);
+}
+
 void StepBatch::add_draft(Sequence& sequence, const std::vector<int32_t>& tokens) {
   Entry& entry = entries.back();
   if (entry.sequence != &sequence || sampled.empty() || sampled.back() != &sequence) {
@@ -92,6 +145,7 @@ void StepBatch::add_draft(Sequence& sequence, const std::vector<int32_t>& tokens
   }
   entry.first_draw = static_cast<int32_t>(plan.samples.size()) - 1;
   entry.num_draft_tokens = static_cast<int32_t>(tokens.size());
+  has_drafts = true;
   entry.num_tokens += entry.num_draft_tokens;
   kernels::StepSequence& rows = plan.sequences.back();
   rows.num_rows += entry.num_draft_tokens;

@@ -33,6 +33,15 @@ class StepBatch {
   void add_rows(Sequence& sequence, int32_t num_tokens, int32_t num_pads = 0);
   // Rows that are pads only: a finished sequence of a dense wave.
   void add_pads(int32_t num_pads);
+  // The step is under way: its rows count as computed, a token that it draws for a sequence stands
+  // at the end of that one's tokens until its value is known. A sequence that shares its leader's
+  // row and has no pages yet gets its token with the result.
+  void begin();
+  // The step has ended. Sequences that ended before are out of `entries` and `sampled` (null) from
+  // here on. Returns how many rows were computed for some that had drawn a stop token.
+  int32_t end();
+  // Nobody waits for the step any more: what it was to compute is not computed.
+  void give_up();
   // Draws the next token of `target` from row `row` (-1: the last one added), preparing its slot if
   // needed.
   void add_sample(Sequence& target, int32_t row = -1);
@@ -43,6 +52,8 @@ class StepBatch {
   kernels::StepPlan plan;
   std::vector<Entry> entries;      // one a plan.sequences element
   std::vector<Sequence*> sampled;  // one a plan.samples element
+  std::vector<Sequence*> copying;  // one a plan.page_copies element: whose page is written
+  bool has_drafts = false;
 };
 
 // Makes the page of position `position` of `sequence` writable: allocates it where it is missing,

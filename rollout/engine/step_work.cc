@@ -7,7 +7,7 @@ namespace {
 
 void add_span(const StepBatch::Entry& entry, StepWork& work) {
   Sequence& sequence = *entry.sequence;
-  const int32_t end = sequence.num_computed;
+  const int32_t end = sequence.num_done();
   int32_t begin = std::max(sequence.num_told_rows, end - entry.num_tokens);
   if (Group* group = sequence.group.get()) {
     const int32_t end_of_prompt = std::min(end, sequence.num_prompt);
@@ -30,9 +30,11 @@ void describe_step(const StepBatch& batch, StepWork& work) {
     add_span(entry, work);
   }
   for (Sequence* sequence : batch.sampled) {
-    const int32_t num_tokens = sequence->num_response() - sequence->num_told_draws;
+    if (sequence == nullptr) continue;
+    const int32_t num_known = sequence->num_known() - sequence->num_prompt;
+    const int32_t num_tokens = num_known - sequence->num_told_draws;
     if (num_tokens == 0) continue;  // it failed, or is listed once more
-    sequence->num_told_draws = sequence->num_response();
+    sequence->num_told_draws = num_known;
     work.draws.push_back(
         {.arrival = sequence->arrival, .num_tokens = num_tokens, .is_last = sequence->is_finished});
   }

@@ -73,6 +73,8 @@ constexpr Row kRows[] = {
      "Of it, exchanges between the ranks that hold one model"},
     {kCounter, "engine_rows_total", "num_rows_computed", "Token rows computed, pads included"},
     {kCounter, "engine_pad_rows_total", "num_pad_rows", "Pad rows computed"},
+    {kCounter, "engine_rows_after_stop_total", "num_rows_after_stop",
+     "Rows planned before the stop of their sample was known"},
     {kGauge, "peak_memory_bytes", "peak_memory_bytes", "Peak resident memory, all ranks"},
     {kGauge, "paused", "is_paused", "1 while generation is paused"},
 

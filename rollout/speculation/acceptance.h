@@ -20,6 +20,8 @@ class Acceptance {
   bool is_due(int32_t num_active) const {
     return share_ >= kRowCost * static_cast<float>(num_active) || num_skipped_ >= kProbeInterval;
   }
+  // Steps without a draft, since the last one.
+  int32_t num_skipped() const { return num_skipped_; }
   // A step went by without a draft.
   void skip() { ++num_skipped_; }
   // A draft was verified.

@@ -4,11 +4,14 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <map>
+#include <memory>
 #include <random>
 
 #include "kernels/base/checksum.h"
 #include "rollout/engine/engine.h"
+#include "tests/kernels/delayed_backend.h"
 #include "tests/rollout/engine/simulated_backend.h"
 
 namespace rollpack::rollout {
@@ -41,6 +44,13 @@ struct Collected : EngineOutput {
   std::map<uint64_t, ErrorInfo> failed_scores;
 };
 
+// When the backend computes.
+enum class Timing : uint8_t {
+  kAtOnce,   // before submit() returns
+  kLate,     // with a step more under way, by chance when it is waited for
+  kDelayed,  // the same on a thread of its own, some time later
+};
+
 struct RigOptions {
   std::string batching = "continuous";
   Speculation speculation = Speculation::kOff;
@@ -51,14 +61,13 @@ struct RigOptions {
   int32_t num_speculative_tokens = 5;
   bool chunked_prefill = true;
   bool prefix_sharing = true;
+  Timing timing = Timing::kAtOnce;
+  uint32_t lateness = 0;  // seed
 };
 
 struct Rig {
   explicit Rig(const RigOptions& options)
-      : backend({.num_pages = options.num_pages,
-                 .num_slots = options.max_num_seqs,
-                 .max_rows = options.max_num_batched_tokens,
-                 .vocab_size = options.vocab_size}),
+      : timed_backend(make_backend(options, backend)),
         engine({.max_num_seqs = options.max_num_seqs,
                 .max_num_batched_tokens = options.max_num_batched_tokens,
                 .page_tokens = 4,
@@ -69,7 +78,7 @@ struct Rig {
                 .prefix_sharing = options.prefix_sharing,
                 .speculation = options.speculation,
                 .num_speculative_tokens = options.num_speculative_tokens},
-               make_batching_policy(options.batching), backend, collected) {}
+               make_batching_policy(options.batching), *timed_backend, collected) {}
 
   void run_to_end() {
     for (int steps = 0; engine.has_work(); ++steps) {
@@ -106,8 +115,25 @@ struct Rig {
     EXPECT_NO_THROW(state.index.check());
   }
 
+  // The backend as the engine sees it; `simulated`: the one that computes.
+  static std::unique_ptr<kernels::Backend> make_backend(const RigOptions& options,
+                                                        SimulatedBackend*& simulated) {
+    auto made = std::make_unique<SimulatedBackend>(
+        SimulatedBackend::Options{.num_pages = options.num_pages,
+                                  .num_slots = options.max_num_seqs,
+                                  .max_rows = options.max_num_batched_tokens,
+                                  .max_steps_under_way = options.timing == Timing::kLate ? 2 : 1,
+                                  .lateness = options.lateness,
+                                  .vocab_size = options.vocab_size});
+    simulated = made.get();
+    if (options.timing != Timing::kDelayed) return made;
+    return std::make_unique<kernels::testing::DelayedBackend>(std::move(made), options.lateness,
+                                                              std::chrono::microseconds(3));
+  }
+
   Collected collected;
-  SimulatedBackend backend;
+  SimulatedBackend* backend = nullptr;
+  std::unique_ptr<kernels::Backend> timed_backend;
   Engine engine;
 };
 

@@ -2,18 +2,23 @@
 // all tokens up to its position), a token is drawn from the hash of its row. So a step that reads a
 // wrong, stale or foreign key draws a wrong token, and a few microseconds a step allow thousands of
 // random schedules. It also checks each plan: ranges, the token budget, no slot of memory written
-// twice.
+// twice. Where steps may be under way, they run as late as a seed says, at the latest when they are
+// waited for; unused slots of pages hold what no key depends on.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <deque>
+#include <random>
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/backend.h"
 #include "kernels/philox.h"
+#include "tests/kernels/step_overlap.h"
 
 namespace rollpack::rollout {
 
@@ -31,13 +36,19 @@ class SimulatedBackend : public kernels::Backend {
     int32_t page_tokens = 4;
     int32_t num_slots = 8;
     int32_t max_rows = 32;
+    int32_t max_steps_under_way = 1;
+    uint32_t lateness = 0;     // seed
     int32_t vocab_size = 100;  // a row of token `vocab_size`, never drawn, has keys that are NaN
   };
 
   explicit SimulatedBackend(const Options& options)
       : options_(options),
+        random_(options.lateness),
         pages_(options.num_pages, std::vector<uint64_t>(options.page_tokens, 0)),
-        slots_(options.num_slots) {}
+        slots_(options.num_slots) {
+    info_.max_steps_under_way = options.max_steps_under_way;
+    info_.kv.page_tokens = options.page_tokens;
+  }
 
   // What a row's hash is, given the hash of the row before it.
   static uint64_t row_hash(uint64_t version, uint64_t previous, int32_t token) {
@@ -57,11 +68,10 @@ class SimulatedBackend : public kernels::Backend {
   // From here on siblings draw alike, as greedy ones do.
   void ignore_sample_index() { sees_sample_index_ = false; }
   int64_t num_rows_run() const { return num_rows_run_; }
+  size_t num_steps_under_way() const { return steps_.size(); }
 
   kernels::StepHandle submit(kernels::StepPlan plan) override;
-  kernels::StepResult wait(kernels::StepHandle, kernels::Deadline) override {
-    return std::move(result_);
-  }
+  kernels::StepResult wait(kernels::StepHandle handle, kernels::Deadline) override;
   bool poll(kernels::StepHandle) override { return true; }
   const kernels::BackendInfo& info() const override { return info_; }
 
@@ -98,17 +108,31 @@ class SimulatedBackend : public kernels::Backend {
     int32_t pending_token = -1;
     int32_t next_position = 0;
     bool is_set = false;
+    bool is_finished = false;
+  };
+  struct Step {
+    kernels::StepHandle handle = 0;
+    kernels::StepPlan plan;
+    kernels::testing::StepOverlap overlap;
+    kernels::StepResult result;
+    bool is_done = false;
   };
 
   static void check(bool holds, const char* what) {
     if (!holds) throw std::logic_error(what);
   }
+  void run_up_to(kernels::StepHandle handle);
+  kernels::StepResult run(const kernels::StepPlan& plan);
+  void spoil_unused_slots(const kernels::StepPlan& plan);
   void run_sequence(const kernels::StepPlan& plan, const kernels::StepSequence& sequence,
                     std::vector<uint64_t>& hashes);
   kernels::HeadResult sample(const kernels::StepPlan& plan, const kernels::SampleRow& row,
                              uint64_t hash);
 
   const Options options_;
+  std::mt19937 random_;
+  std::deque<Step> steps_;  // under way, oldest first
+  kernels::StepHandle last_handle_ = 0;
   uint64_t version_ = 0;
   bool sees_sample_index_ = true;
   std::vector<std::vector<uint64_t>> pages_;  // [num_pages][page_tokens] row hashes
@@ -121,6 +145,49 @@ class SimulatedBackend : public kernels::Backend {
 };
 
 inline kernels::StepHandle SimulatedBackend::submit(kernels::StepPlan plan) {
+  check(steps_.size() < static_cast<size_t>(options_.max_steps_under_way), "a step too many");
+  for (const Step& step : steps_) step.overlap.check(plan, options_.page_tokens);
+  const kernels::StepHandle handle = ++last_handle_;
+  kernels::testing::StepOverlap overlap;
+  if (options_.max_steps_under_way > 1) overlap = {plan, options_.page_tokens};
+  steps_.push_back({.handle = handle, .plan = std::move(plan), .overlap = std::move(overlap)});
+  if (options_.max_steps_under_way == 1 || random_() % 2 == 0) run_up_to(handle);
+  return handle;
+}
+
+inline kernels::StepResult SimulatedBackend::wait(kernels::StepHandle handle, kernels::Deadline) {
+  check(!steps_.empty() && steps_.front().handle == handle, "waits for the oldest step");
+  run_up_to(handle);
+  kernels::StepResult result = std::move(steps_.front().result);
+  steps_.pop_front();
+  return result;
+}
+
+inline void SimulatedBackend::run_up_to(kernels::StepHandle handle) {
+  for (Step& step : steps_) {
+    if (step.handle > handle || std::exchange(step.is_done, true)) continue;
+    step.result = run(step.plan);
+  }
+}
+
+// A page whose first slot is written starts a life; behind what a copy brings nothing is of use.
+inline void SimulatedBackend::spoil_unused_slots(const kernels::StepPlan& plan) {
+  for (const kernels::PageCopy& copy : plan.page_copies) {
+    for (int32_t i = copy.num_tokens; i < options_.page_tokens; ++i) {
+      pages_.at(copy.target)[i] = random_();
+    }
+  }
+  for (const kernels::StepSequence& sequence : plan.sequences) {
+    for (int32_t row = sequence.row_begin; row < sequence.row_begin + sequence.num_rows; ++row) {
+      const int32_t position = plan.positions[row];
+      if (position < 0 || position % options_.page_tokens != 0) continue;
+      const int32_t entry = sequence.page_table_begin + position / options_.page_tokens;
+      for (uint64_t& key : pages_.at(plan.page_tables.at(entry))) key = random_();
+    }
+  }
+}
+
+inline kernels::StepResult SimulatedBackend::run(const kernels::StepPlan& plan) {
   check(plan.num_rows() >= 1 && plan.num_rows() <= options_.max_rows, "rows within the budget");
   check(plan.positions.size() == plan.input_ids.size(), "a position a row");
   num_rows_run_ += plan.num_rows();
@@ -130,6 +197,7 @@ inline kernels::StepHandle SimulatedBackend::submit(kernels::StepPlan plan) {
       pages_.at(copy.target)[i] = pages_.at(copy.source)[i];
     }
   }
+  spoil_unused_slots(plan);
   for (const kernels::SlotInit& init : plan.slot_inits) {
     slots_.at(init.slot) = {.init = init, .next_position = init.next_position, .is_set = true};
   }
@@ -166,7 +234,7 @@ inline kernels::StepHandle SimulatedBackend::submit(kernels::StepPlan plan) {
                               .token = row.token,
                               .logprob = logprob(hashes.at(row.row), row.token)});
   }
-  return 1;
+  return std::move(result_);
 }
 
 inline void SimulatedBackend::run_sequence(const kernels::StepPlan& plan,
@@ -209,6 +277,7 @@ inline kernels::HeadResult SimulatedBackend::sample(const kernels::StepPlan& pla
                                                     const kernels::SampleRow& row, uint64_t hash) {
   Slot& slot = slots_.at(row.slot);
   check(slot.is_set, "a sampled slot that was set");
+  if (slot.is_finished) return {.slot = row.slot, .is_rejected = true};
   check(plan.positions.at(row.row) + 1 == slot.next_position, "a draw at the slot's position");
   const kernels::SlotInit& init = slot.init;
   kernels::HeadResult result{.slot = row.slot, .position = slot.next_position};
@@ -222,6 +291,7 @@ inline kernels::HeadResult SimulatedBackend::sample(const kernels::StepPlan& pla
   } else if (slot.next_position + 1 == init.end_position) {
     result.finish = kernels::SlotFinish::kLength;
   }
+  slot.is_finished = result.finish != kernels::SlotFinish::kRunning;
   slot.pending_token = result.token;
   ++slot.next_position;
   return result;

@@ -212,7 +212,7 @@ TEST(Drafting, FinishedSiblingsAreTheDraft) {
   Rig rig(
       {.speculation = Speculation::kAuto, .vocab_size = 50, .num_pages = 100, .max_num_seqs = 1});
   GroupRequest group = group_of(0, {1, 2, 3, 4, 5}, 2, 61);
-  rig.backend.ignore_sample_index();
+  rig.backend->ignore_sample_index();
   rig.engine.add(group);
   ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
   EXPECT_EQ(rig.collected.samples.at({0, 0}).response_ids,

@@ -47,7 +47,7 @@ TEST(Engine, PrefillsAGroupsPromptOnceAndComputesNoPad) {
   rig.engine.add(group);
   ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
   // The last sampled token of a sample is never fed back.
-  EXPECT_EQ(rig.backend.num_rows_run(), static_cast<int64_t>(group.prompt_ids->size()) + 8 * 4);
+  EXPECT_EQ(rig.backend->num_rows_run(), static_cast<int64_t>(group.prompt_ids->size()) + 8 * 4);
 }
 
 TEST(Engine, LeftPaddedComputesEveryColumnOfEveryRow) {
@@ -60,7 +60,7 @@ TEST(Engine, LeftPaddedComputesEveryColumnOfEveryRow) {
     rig.engine.add(group);
   }
   ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
-  EXPECT_EQ(rig.backend.num_rows_run(), 4 * (10 + 5));
+  EXPECT_EQ(rig.backend->num_rows_run(), 4 * (10 + 5));
   EXPECT_EQ(rig.engine.state().counters.num_pad_rows, 2 * 7 + 2 * 4);
 }
 
@@ -84,7 +84,7 @@ TEST(Engine, PrepackedComputesPackedRowsThenLiveRows) {
     ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
     const int64_t expected = is_one_wave ? 2 * 10 + (2 + 0 + 4)     // decoding: no finished row
                                          : 10 * 2 + 2 + 8 * 2 + 5;  // {6, 10}, then {3, 8}
-    EXPECT_EQ(rig.backend.num_rows_run(), expected) << "budget " << budget;
+    EXPECT_EQ(rig.backend->num_rows_run(), expected) << "budget " << budget;
   }
 }
 
@@ -94,9 +94,9 @@ TEST(Engine, LengthSortedPutsLikeLengthsInOneWaveAndLetsNoneStarve) {
   rig.engine.step(1s);  // the two short ones
   // Shorter prompts that come later do not overtake those already sorted.
   for (int64_t id = 4; id < 8; ++id) rig.engine.add(plain_group(id, 1, 1));
-  EXPECT_EQ(rig.backend.num_rows_run(), 2 * 3);
+  EXPECT_EQ(rig.backend->num_rows_run(), 2 * 3);
   rig.engine.step(1s);
-  EXPECT_EQ(rig.backend.num_rows_run(), 2 * 3 + 2 * 12);
+  EXPECT_EQ(rig.backend->num_rows_run(), 2 * 3 + 2 * 12);
   ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
   EXPECT_EQ(rig.engine.state().counters.num_pad_rows, 0);
 }
@@ -199,7 +199,7 @@ TEST(Engine, KeepsSamplesOverAWeightSwitchAndStampsTheirVersions) {
       rig.engine.add(groups.back());
     }
     for (int steps = static_cast<int>(random() % 15); steps > 0; --steps) rig.engine.step(1s);
-    rig.backend.set_version(1);
+    rig.backend->set_version(1);
     rig.engine.switch_version(1);
     ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
     for (const GroupRequest& group : groups) {

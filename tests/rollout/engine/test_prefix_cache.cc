@@ -28,13 +28,13 @@ GroupRequest group_of(int64_t request_id, std::vector<int32_t> prompt, int32_t n
 
 // Runs to the end; returns the rows that took.
 int64_t run(Rig& rig, const std::vector<GroupRequest>& groups) {
-  const int64_t before = rig.backend.num_rows_run();
+  const int64_t before = rig.backend->num_rows_run();
   for (const GroupRequest& group : groups) rig.engine.add(group);
   rig.run_to_end();
   for (const GroupRequest& group : groups) {
     expect_alone(rig.collected, group, static_cast<uint64_t>(rig.engine.weight_version()));
   }
-  return rig.backend.num_rows_run() - before;
+  return rig.backend->num_rows_run() - before;
 }
 
 TEST(PrefixCache, ComputesOfAKnownPromptItsLastTokenOnly) {
@@ -102,13 +102,13 @@ TEST(PrefixCache, ScoresSharePromptsButComputeEveryScoredRow) {
   }
   ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
   // Rows 9 to 11 of each score a token; those before are computed once.
-  EXPECT_EQ(rig.backend.num_rows_run(), 9 + 6 * 3);
+  EXPECT_EQ(rig.backend->num_rows_run(), 9 + 6 * 3);
   // The same again: whatever is cached, scored rows need logits of their own.
   for (uint64_t i = 0; i < 6; ++i) {
     rig.engine.add_score({.ticket = 6 + i, .sequence = sequences[i]});
   }
   ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
-  EXPECT_EQ(rig.backend.num_rows_run(), 9 + 12 * 3);
+  EXPECT_EQ(rig.backend->num_rows_run(), 9 + 12 * 3);
   for (uint64_t i = 0; i < 12; ++i) {
     EXPECT_EQ(rig.collected.scored.at(i).logprobs, score_alone(sequences[i % 6], 0));
   }
@@ -117,7 +117,7 @@ TEST(PrefixCache, ScoresSharePromptsButComputeEveryScoredRow) {
 TEST(PrefixCache, ForgetsEverythingWhenWeightsChange) {
   Rig rig({});
   run(rig, {group_of(0, ascending(12))});
-  rig.backend.set_version(1);
+  rig.backend->set_version(1);
   rig.engine.switch_version(1);
   EXPECT_EQ(run(rig, {group_of(1, ascending(12))}), 12 + 4);
   EXPECT_EQ(rig.engine.state().counters.prefix_cache_hits, 0);

@@ -1,7 +1,7 @@
 // A thousand random lives of an engine: prompts that share beginnings, arrivals, aborts,
 // preemption, weight switches, pauses, scores, prompts whose keys are NaN; the books checked after
-// every step, every result against the sample computed alone. ROLLPACK_FULL=1 runs 20,000,
-// ROLLPACK_SCHEDULES any other number.
+// every step, every result against the sample computed alone; at once, and with the next step
+// planned while one is under way. ROLLPACK_FULL=1 runs 20,000, ROLLPACK_SCHEDULES any other number.
 #include <gtest/gtest.h>
 
 #include <array>
@@ -26,8 +26,11 @@ uint32_t num_schedules() {
 
 class Schedule {
  public:
-  explicit Schedule(uint32_t seed)
-      : random_(seed), options_(random_options()), rig_(options_), num_left_(4 + below(12)) {
+  Schedule(uint32_t seed, Timing timing)
+      : random_(seed),
+        options_(random_options(timing, seed)),
+        rig_(options_),
+        num_left_(4 + below(12)) {
     for (std::vector<int32_t>& text : texts_) {
       text.resize(kMaxPrompt);
       for (int32_t& token : text) token = below(kVocab);
@@ -45,17 +48,24 @@ class Schedule {
   }
 
   const EngineCounters& counters() const { return rig_.engine.state().counters; }
+  int64_t num_stopped() const {
+    return std::ranges::count_if(rig_.collected.samples, [](const auto& named) {
+      return named.second.finish_reason == bridge::FinishReason::kStop;
+    });
+  }
 
  private:
   int32_t below(int32_t n) { return static_cast<int32_t>(random_() % n); }
 
-  RigOptions random_options() {
+  RigOptions random_options(Timing timing, uint32_t seed) {
     return {.batching = below(8) == 0 ? "left_padded" : "continuous",
             .num_pages = 11 + below(40),
             .max_num_seqs = 1 + below(9),
             .max_num_batched_tokens = 1 + below(40),
             .chunked_prefill = below(4) != 0,
-            .prefix_sharing = below(6) != 0};
+            .prefix_sharing = below(6) != 0,
+            .timing = timing,
+            .lateness = seed};
   }
 
   // A new text, the beginning of one that others begin with too, or an earlier conversation.
@@ -130,8 +140,10 @@ class Schedule {
   }
 
   void switch_weights() {
+    ASSERT_TRUE(rig_.engine.finish_steps(10s));
+    stamp_scores();
     ++version_;
-    rig_.backend.set_version(static_cast<uint64_t>(version_));
+    rig_.backend->set_version(static_cast<uint64_t>(version_));
     rig_.engine.switch_version(version_);
     num_steps_of_oldest_ = 0;
     EXPECT_EQ(rig_.engine.state().pool.num_free(), rig_.engine.state().pool.num_pages())
@@ -148,7 +160,7 @@ class Schedule {
     for (const auto& sequence : rig_.engine.state().running) {
       if (computes(*sequence) && has_promise(*sequence)) promised.push_back(sequence->arrival);
     }
-    const Engine::StepOutcome outcome = rig_.engine.step(1s);
+    const Engine::StepOutcome outcome = rig_.engine.step(10s);
     for (const uint64_t arrival : promised) {
       ASSERT_FALSE(rig_.engine.state().waiting.contains(arrival)) << "a promise was broken";
     }
@@ -247,24 +259,53 @@ class Schedule {
   int32_t num_steps_of_oldest_ = 0;
 };
 
-TEST(Schedules, KeepTheBooksStarveNobodyAndGiveEveryResultOnce) {
-  int64_t num_hits = 0, num_preemptions = 0, num_recomputed = 0;
-  for (uint32_t seed = 0; seed < num_schedules(); ++seed) {
+struct Totals {
+  int64_t num_hits = 0;
+  int64_t num_preemptions = 0;
+  int64_t num_recomputed = 0;
+  int64_t num_rows_after_stop = 0;
+};
+
+// The first `count` schedules.
+void run_schedules(uint32_t count, Timing timing, Totals& totals) {
+  for (uint32_t seed = 0; seed < count; ++seed) {
     SCOPED_TRACE("seed " + std::to_string(seed));
-    Schedule schedule(seed);
+    Schedule schedule(seed, timing);
     ASSERT_NO_FATAL_FAILURE(schedule.run());
-    ASSERT_FALSE(HasFailure());
-    num_hits += schedule.counters().prefix_cache_hits;
-    num_preemptions += schedule.counters().num_preemptions;
-    num_recomputed += schedule.counters().num_tokens_recomputed;
+    ASSERT_FALSE(testing::Test::HasFailure());
+    totals.num_hits += schedule.counters().prefix_cache_hits;
+    totals.num_preemptions += schedule.counters().num_preemptions;
+    totals.num_recomputed += schedule.counters().num_tokens_recomputed;
+    totals.num_rows_after_stop += schedule.counters().num_rows_after_stop;
+    ASSERT_LE(schedule.counters().num_rows_after_stop, schedule.num_stopped());
   }
   // The schedules do what they are for.
-  EXPECT_GT(num_hits, 0);
-  EXPECT_GT(num_preemptions, 0);
-  EXPECT_GT(num_recomputed, 0);
-  RecordProperty("prefix_cache_hits", std::to_string(num_hits));
-  RecordProperty("num_preemptions", std::to_string(num_preemptions));
-  RecordProperty("num_tokens_recomputed", std::to_string(num_recomputed));
+  EXPECT_GT(totals.num_hits, 0);
+  EXPECT_GT(totals.num_preemptions, 0);
+  EXPECT_GT(totals.num_recomputed, 0);
+  testing::Test::RecordProperty("prefix_cache_hits", std::to_string(totals.num_hits));
+  testing::Test::RecordProperty("num_preemptions", std::to_string(totals.num_preemptions));
+  testing::Test::RecordProperty("num_tokens_recomputed", std::to_string(totals.num_recomputed));
+  testing::Test::RecordProperty("num_rows_after_stop", std::to_string(totals.num_rows_after_stop));
+}
+
+TEST(Schedules, KeepTheBooksStarveNobodyAndGiveEveryResultOnce) {
+  Totals totals;
+  ASSERT_NO_FATAL_FAILURE(run_schedules(num_schedules(), Timing::kAtOnce, totals));
+  EXPECT_EQ(totals.num_rows_after_stop, 0);
+}
+
+TEST(Schedules, KeepTheirPromisesWhilePlannedAhead) {
+  Totals totals;
+  ASSERT_NO_FATAL_FAILURE(run_schedules(num_schedules(), Timing::kLate, totals));
+  EXPECT_GT(totals.num_rows_after_stop, 0);
+}
+
+// The same with threads, of which the machine has few.
+TEST(Schedules, KeepTheirPromisesOnABackendThatTakesItsTime) {
+  Totals totals;
+  ASSERT_NO_FATAL_FAILURE(run_schedules(num_schedules() / 10, Timing::kDelayed, totals));
+  EXPECT_GT(totals.num_rows_after_stop, 0);
 }
 
 }  // namespace

@@ -24,6 +24,7 @@
 #include <fmt/ranges.h>
 
 #include "kernels/base/checksum.h"
+#include "tests/kernels/delayed_backend.h"
 #include "tests/rollout/cluster/thread_ranks.h"
 #include "tests/rollout/invariance/request_sets.h"
 #include "tests/rollout/invariance/scattered_backend.h"
@@ -38,10 +39,14 @@ constexpr int kNumShards = 4;  // tests that ctest may run beside each other
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 // There for races and bad reads; bits are the other builds' task, and portable code is the slowest.
 constexpr uint32_t kNumSeeds = 24;
-Isa isa_of_alone() { return kernels::cpu::supported_isas().front(); }
+Isa isa_of_alone() {
+  return kernels::cpu::supported_isas().front();
+}
 #else
 constexpr uint32_t kNumSeeds = 500;
-Isa isa_of_alone() { return Isa::kPortable; }
+Isa isa_of_alone() {
+  return Isa::kPortable;
+}
 #endif
 constexpr uint32_t kNumSeedsFull = 10000;
 
@@ -81,7 +86,9 @@ std::string bytes_of(const bridge::ScoredSequence& score) {
 struct Output {
   Samples samples;
   std::vector<bridge::ScoredSequence> scored;
-  double num_accepted_tokens = 0;  // drafts that have come true; not hashed
+  // Not hashed: drafts that have come true, rows planned ahead of a stop.
+  double num_accepted_tokens = 0;
+  double num_rows_after_stop = 0;
 
   uint64_t hash() const {
     std::string bytes;
@@ -129,15 +136,16 @@ struct Variant {
   bool widens_products = false;              // of bf16 models, whatever the machine prefers
   int num_passes = 1;                        // the second finds a warm prefix cache
   std::optional<uint32_t> scatter_seed;
+  std::optional<uint32_t> delay_seed;  // steps take their time: the next one is planned ahead
 
   std::string text() const {
     std::vector<std::string_view> names;
     for (const Isa isa : isas) names.push_back(kernels::cpu::isa_name(isa));
     return fmt::format(
-        "{}, {} pages, ranks on {} with {} threads, products {}, {} passes, pages {}",
+        "{}, {} pages, ranks on {} with {} threads, products {}, {} passes, pages {}, steps {}",
         fmt::join(settings, " "), num_pages, names, num_threads,
         widens_products ? "widened" : "of pairs", num_passes,
-        scatter_seed ? "scattered" : "in order");
+        scatter_seed ? "scattered" : "in order", delay_seed ? "delayed" : "waited for");
   }
 };
 
@@ -229,6 +237,7 @@ Variant draw_variant(uint32_t seed) {
   variant.num_passes = static_cast<int>(1 + below(2));
   if (below(2) == 0) variant.scatter_seed = seed;
   variant.widens_products = below(2) == 0;
+  if (below(3) == 0) variant.delay_seed = seed;
   return variant;
 }
 
@@ -267,6 +276,10 @@ std::unique_ptr<Replica> make_replica(const Variant& variant, const Task& task, 
   } else {
     backend = kernels::make_cpu_backend(shape, options, cpu_options);
   }
+  if (variant.delay_seed) {
+    backend = std::make_unique<kernels::testing::DelayedBackend>(
+        std::move(backend), *variant.delay_seed + static_cast<uint32_t>(rank), 100us);
+  }
   auto replica = std::make_unique<Replica>(config, task.model.config, std::move(backend));
   load_tensors(*replica, task.tensors);
   return replica;
@@ -289,8 +302,9 @@ std::vector<Output> run(const Variant& variant, const Task& task) {
     for (const bridge::FailedSample& failed : ranks.sink.failed()) {
       ADD_FAILURE() << format_error(failed.error);
     }
+    const std::map<std::string, double> stats = ranks.stats();
     outputs.push_back({ranks.sink.take_samples(), scored.get_future().get(),
-                       ranks.stats().at("num_accepted_tokens")});
+                       stats.at("num_accepted_tokens"), stats.at("num_rows_after_stop")});
   }
   return outputs;
 }
@@ -354,6 +368,7 @@ TEST(Configurations, DrawEveryValueOfEveryAxis) {
     for (const Isa isa : variant.isas)
       drawn["isas"].insert(std::string(kernels::cpu::isa_name(isa)));
     drawn["tasks"].insert(std::to_string(variant.task));
+    drawn["delays"].insert(variant.delay_seed ? "delayed" : "waited for");
   }
   for (const Task& task : tasks()) {
     for (const Axis& axis : axes_of(task.requests)) {
@@ -365,6 +380,7 @@ TEST(Configurations, DrawEveryValueOfEveryAxis) {
   }
   EXPECT_EQ(drawn["ranks"].size(), 3u);
   EXPECT_EQ(drawn["threads"].size(), 3u);
+  EXPECT_EQ(drawn["delays"].size(), 2u);
   EXPECT_EQ(drawn["isas"].size(), kernels::cpu::supported_isas().size());
   EXPECT_EQ(drawn["tasks"].size(), tasks().size());
 }
@@ -381,7 +397,7 @@ TEST_P(EveryConfiguration, GivesTheHashOfSamplesThatAreAlone) {
     if (seed % kNumShards != static_cast<uint32_t>(GetParam())) GTEST_SKIP() << "another's seed";
     seeds = {seed};
   }
-  double num_accepted = 0;
+  double num_accepted = 0, num_rows_after_stop = 0;
   for (const uint32_t seed : seeds) {
     const Variant variant = draw_variant(seed);
     Task& task = tasks()[variant.task];
@@ -393,9 +409,12 @@ TEST_P(EveryConfiguration, GivesTheHashOfSamplesThatAreAlone) {
     for (const Output& output : run(variant, task)) {
       ASSERT_EQ(output.hash(), task.hash) << "first: " << first_difference(output, task.alone);
       num_accepted += output.num_accepted_tokens;
+      num_rows_after_stop += output.num_rows_after_stop;
     }
   }
   EXPECT_TRUE(num_accepted > 0 || seeds.size() < 100) << "no draft came true: they prove nothing";
+  EXPECT_TRUE(num_rows_after_stop > 0 || seeds.size() < 100)
+      << "no step was planned ahead of a stop";
   std::string hashes;
   for (Task& task : tasks()) {
     if (task.hash == 0) {
