@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -81,7 +82,9 @@ class CudaBackend final : public Backend {
         partials_(*device_, kLinearWorkspaceBytes, "partial sums"),
         attention_workspace_(*device_, attention_workspace_bytes(shape), "attention"),
         head_workspace_(*device_, lm_head_workspace_bytes(shape, options), "the head"),
-        queue_([this](const StepPlan& plan, StepProgram& program) { return run(plan, program); }) {
+        queue_(StepQueue::DeviceRun{
+            .begin = [this](const StepPlan& plan, StepProgram& program) { begin(plan, program); },
+            .end = [this] { return end(); }}) {
     describe();
   }
 
@@ -182,7 +185,8 @@ class CudaBackend final : public Backend {
 
  private:
   void describe();
-  StepResult run(const StepPlan& plan, StepProgram& program);
+  void begin(const StepPlan& plan, StepProgram& program);
+  std::optional<StepResult> end();
   void check_layer(int32_t layer, const char* op) const;
   const float* optional_vector(WeightId id, int64_t size, const char* op) const {
     return id == kNoWeight ? nullptr : weights_.vector(id, size, op);
@@ -215,6 +219,7 @@ class CudaBackend final : public Backend {
   DeviceMemory partials_, attention_workspace_, head_workspace_;
   bool has_head_results_ = false;
   uint64_t step_number_ = 0;
+  Deadline step_due_;  // of the oldest step handed over
   std::shared_ptr<StepProgram> program_;
   StepQueue queue_;  // last: its thread uses all of the above
 };
@@ -233,9 +238,18 @@ void CudaBackend::describe() {
                   .staging_bytes = memory_.weights,
                   .kv_bytes = memory_.kv_cache,
                   .activation_bytes = memory_.activations + memory_.workspaces + memory_.steps};
+  info_.max_steps_under_way = kMaxStepsUnderWay;
 }
 
-StepResult CudaBackend::run(const StepPlan& plan, StepProgram& program) {
+// Errors of the device say which step's kernels it was.
+Error of_step(const Error& error, uint64_t number) {
+  if (error.info.field.rfind("device", 0) != 0) return error;
+  ErrorInfo info = error.info;
+  info.field = fmt::format("step {}, {}", number, info.field);
+  return Error(std::move(info));
+}
+
+void CudaBackend::begin(const StepPlan& plan, StepProgram& program) {
   ++step_number_;
   if (!weights_.has_committed()) {
     throw Error({.code = ErrorCode::kFailedPrecondition,
@@ -244,26 +258,40 @@ StepResult CudaBackend::run(const StepPlan& plan, StepProgram& program) {
   }
   device_->bind_thread();
   has_head_results_ = false;
-  StepResult result;
+  if (!step_.has_step()) step_due_ = step_deadline();
   try {
     step_.begin(stream_, plan);
     program.run(*this, plan.num_rows(), step_.head().num_rows);
     if (step_.head().num_rows > 0 && !has_head_results_) {
       fail_invariant("the step's program did not run lm_head, though rows are sampled or scored");
     }
-    result = step_.finish(stream_, step_deadline());
+    step_.hand_over(stream_, step_number_);
   } catch (const Error& error) {
-    step_.end();
-    if (error.info.field.rfind("device", 0) != 0) throw;
-    ErrorInfo info = error.info;  // of the device: which step's kernels it was
-    info.field = fmt::format("step {}, {}", step_number_, info.field);
-    throw Error(std::move(info));
+    step_.abandon(stream_, step_deadline());
+    throw of_step(error, step_number_);
   } catch (...) {
-    step_.end();
+    step_.abandon(stream_, step_deadline());
     throw;
   }
-  step_.end();
-  return result;
+}
+
+std::optional<StepResult> CudaBackend::end() {
+  const uint64_t number = step_.number();
+  try {
+    std::optional<StepResult> result = step_.take_result();
+    if (result) {
+      step_due_ = step_deadline();
+    } else if (std::chrono::steady_clock::now() > step_due_) {
+      throw Error(
+          {.code = ErrorCode::kUnavailable,
+           .field = "device, work on a stream",
+           .message = fmt::format("it has not ended after {} minutes", kStepLimit.count())});
+    }
+    return result;
+  } catch (const Error& error) {
+    step_.forget_step();
+    throw of_step(error, number);
+  }
 }
 
 void CudaBackend::check_layer(int32_t layer, const char* op) const {

@@ -121,6 +121,24 @@ class CudartDevice final : public Device {
   }
   void free_stream(Stream stream) noexcept override { cudaStreamDestroy(handle(stream)); }
 
+  Event make_event() override {
+    cudaEvent_t event = nullptr;
+    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+    return {event};
+  }
+  void free_event(Event event) noexcept override {
+    cudaEventDestroy(static_cast<cudaEvent_t>(event.handle));
+  }
+  void record(Event event, Stream stream) override {
+    check(cudaEventRecord(static_cast<cudaEvent_t>(event.handle), handle(stream)),
+          "cudaEventRecord");
+  }
+  bool has_passed(Event event) override {
+    const cudaError_t state = cudaEventQuery(static_cast<cudaEvent_t>(event.handle));
+    if (state != cudaSuccess && state != cudaErrorNotReady) fail(state, "work on a stream");
+    return state == cudaSuccess;
+  }
+
   void copy_to_device(Stream stream, void* target, const void* source, int64_t bytes) override {
     copy(stream, target, source, bytes, cudaMemcpyHostToDevice);
   }

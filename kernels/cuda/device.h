@@ -44,6 +44,13 @@ class Device {
   virtual Stream make_stream() = 0;
   virtual void free_stream(Stream stream) noexcept = 0;
 
+  virtual Event make_event() = 0;
+  virtual void free_event(Event event) noexcept = 0;
+  // The event stands for all that is enqueued on the stream so far.
+  virtual void record(Event event, Stream stream) = 0;
+  // Whether that is done. Errors: those of the work.
+  virtual bool has_passed(Event event) = 0;
+
   // Enqueued on the stream; host memory must last until it is waited for.
   virtual void copy_to_device(Stream stream, void* target, const void* source, int64_t bytes) = 0;
   virtual void copy_to_host(Stream stream, void* target, const void* source, int64_t bytes) = 0;
@@ -91,6 +98,20 @@ class OwnMemory {
 
 using DeviceMemory = OwnMemory<&Device::alloc, &Device::free>;
 using HostMemory = OwnMemory<&Device::alloc_host, &Device::free_host>;  // pinned
+
+// An event that frees itself.
+class OwnEvent {
+ public:
+  explicit OwnEvent(Device& device) : device_(device), event_(device.make_event()) {}
+  ~OwnEvent() { device_.free_event(event_); }
+  OwnEvent(const OwnEvent&) = delete;
+  OwnEvent& operator=(const OwnEvent&) = delete;
+  operator Event() const { return event_; }
+
+ private:
+  Device& device_;
+  Event event_;
+};
 
 // A stream that frees itself.
 class OwnStream {

@@ -11,6 +11,11 @@ struct Stream {
   void* handle = nullptr;  // a cudaStream_t
 };
 
+// A point in a stream's work. Null in the emulation.
+struct Event {
+  void* handle = nullptr;  // a cudaEvent_t
+};
+
 struct GridShape {
   uint32_t x = 1, y = 1, z = 1;
 };

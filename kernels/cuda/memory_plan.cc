@@ -41,7 +41,7 @@ int64_t step_bytes(const ModelShape& shape, const BackendOptions& options) {
   const int64_t slot = static_cast<int64_t>(sizeof(SlotState)) + (shape.V + 31) / 32 * 4;
   // Ids, positions, sequence and head entries of a row; page tables grow with use and are small.
   const int64_t row = 16 * 4 + static_cast<int64_t>(sizeof(HeadResult));
-  return slot * options.max_num_seqs + row * options.max_num_batched_tokens;
+  return slot * options.max_num_seqs + kMaxStepsUnderWay * row * options.max_num_batched_tokens;
 }
 
 [[noreturn]] void fail_too_little(const DeviceMemoryPlan& plan, int64_t available) {

@@ -37,15 +37,18 @@ StepContext::StepContext(Device& device, const ModelShape& shape, const BackendO
       shape_(shape),
       options_(options),
       cache_(cache),
-      slot_mirrors_(static_cast<size_t>(options.max_num_seqs)) {
+      slot_mirrors_(static_cast<size_t>(options.max_num_seqs)),
+      places_{Place(device), Place(device)} {
   slots_.stop_words = static_cast<int32_t>((shape.V + 31) / 32);
   slot_states_ = DeviceMemory(device, options.max_num_seqs * int64_t{sizeof(SlotState)}, "slots");
   stop_bits_ =
       DeviceMemory(device, int64_t{options.max_num_seqs} * slots_.stop_words * 4, "stop sets");
   slots_.states = slot_states_.as<SlotState>();
   slots_.stop_bits = stop_bits_.as<uint32_t>();
-  on_host_ = HostMemory(device, kFirstArrayBytes, "a step's rows");
-  on_device_ = DeviceMemory(device, kFirstArrayBytes, "a step's rows");
+  for (Place& place : places_) {
+    place.on_host = HostMemory(device, kFirstArrayBytes, "a step's rows");
+    place.on_device = DeviceMemory(device, kFirstArrayBytes, "a step's rows");
+  }
 }
 
 const StepPlan& StepContext::plan() const {
@@ -54,6 +57,7 @@ const StepPlan& StepContext::plan() const {
 }
 
 void StepContext::begin(Stream stream, const StepPlan& plan) {
+  if (num_under_way_ == places_.size()) fail_invariant("a step more than there are places for");
   check_plan(plan,
              {.V = shape_.V,
               .max_rows = options_.max_num_batched_tokens,
@@ -80,15 +84,16 @@ size_t StepContext::add(const std::vector<T>& values) {
 
 void StepContext::upload(Stream stream) {
   const auto bytes = static_cast<int64_t>(arrays_.size());
-  if (bytes > on_device_.bytes()) {
-    // Page tables of many long sequences: rare, and by a factor, so a few times at most. No step is
-    // in flight here.
-    const int64_t grown = std::max(bytes, 2 * on_device_.bytes());
-    on_host_ = HostMemory(device_, grown, "a step's rows");
-    on_device_ = DeviceMemory(device_, grown, "a step's rows");
+  Place& place = current();
+  if (bytes > place.on_device.bytes()) {
+    // Page tables of many long sequences: rare, and by a factor, so a few times at most. The step
+    // that had this place has ended.
+    const int64_t grown = std::max(bytes, 2 * place.on_device.bytes());
+    place.on_host = HostMemory(device_, grown, "a step's rows");
+    place.on_device = DeviceMemory(device_, grown, "a step's rows");
   }
-  std::memcpy(on_host_.as<>(), arrays_.data(), arrays_.size());
-  device_.copy_to_device(stream, on_device_.as<>(), on_host_.as<>(), bytes);
+  std::memcpy(place.on_host.as<>(), arrays_.data(), arrays_.size());
+  device_.copy_to_device(stream, place.on_device.as<>(), place.on_host.as<>(), bytes);
 }
 
 std::vector<int32_t> StepContext::distinct_head_rows() const {
@@ -150,6 +155,10 @@ void StepContext::add_rows(Stream stream) {
     }
     slot_mirrors_[static_cast<size_t>(init.slot)] = {.is_set = true, .has_pending = false};
   }
+  // Whatever comes of the draws, a later row may stand for them.
+  for (const SampleRow& sample : plan.samples) {
+    slot_mirrors_[static_cast<size_t>(sample.slot)].has_pending = true;
+  }
   AttentionLimits limits = attention_limits(shape_);
   limits.wanted_blocks = device_.info().num_multiprocessors * 2;
   const AttentionPlan attention = plan_attention(plan, limits);
@@ -173,13 +182,14 @@ void StepContext::add_rows(Stream stream) {
   const auto num_samples = static_cast<int32_t>(plan.samples.size());
   const auto num_scores = static_cast<int32_t>(plan.scores.size());
   const int64_t failed_at = int64_t{sizeof(HeadResult)} * (num_samples + num_scores);
-  results_bytes_ = failed_at + num_rows;
-  if (results_bytes_ > results_on_device_.bytes()) {
-    const int64_t grown = std::max(2 * results_bytes_, int64_t{64} << 10);
-    results_on_device_ = DeviceMemory(device_, grown, "a step's results");
-    results_on_host_ = HostMemory(device_, grown, "a step's results");
+  Place& place = current();
+  place.results_bytes = failed_at + num_rows;
+  if (place.results_bytes > place.results_on_device.bytes()) {
+    const int64_t grown = std::max(2 * place.results_bytes, int64_t{64} << 10);
+    place.results_on_device = DeviceMemory(device_, grown, "a step's results");
+    place.results_on_host = HostMemory(device_, grown, "a step's results");
   }
-  device_.clear(stream, results_on_device_.as<>() + failed_at, num_rows);
+  device_.clear(stream, place.results_on_device.as<>() + failed_at, num_rows);
 
   rows_ = {.num_rows = num_rows,
            .num_sequences = static_cast<int32_t>(plan.sequences.size()),
@@ -192,7 +202,7 @@ void StepContext::add_rows(Stream stream) {
            .page_table_starts = at<int32_t>(table_start_at),
            .page_counts = at<int32_t>(page_count_at),
            .page_tables = at<int32_t>(tables_at),
-           .row_failed = results_on_device_.as<uint8_t>() + failed_at};
+           .row_failed = place.results_on_device.as<uint8_t>() + failed_at};
   head_ = {.num_rows = static_cast<int32_t>(head_rows.size()),
            .num_samples = num_samples,
            .num_scores = num_scores,
@@ -204,7 +214,7 @@ void StepContext::add_rows(Stream stream) {
            .score_head_row = at<int32_t>(score_row_at),
            .score_token = at<int32_t>(score_token_at),
            .score_temperature = at<float>(temperature_at),
-           .results = results_on_device_.as<HeadResult>()};
+           .results = place.results_on_device.as<HeadResult>()};
   attention_work_ = {.items = at<AttentionItem>(items_at),
                      .item_rows = at<int32_t>(item_rows_at),
                      .row_states = at<int32_t>(row_states_at),
@@ -227,23 +237,47 @@ void StepContext::add_rows(Stream stream) {
                                 .copies = at<PageCopy>(copies_at)});
 }
 
-StepResult StepContext::finish(Stream stream, Deadline deadline) {
-  device_.copy_to_host(stream, results_on_host_.as<>(), results_on_device_.as<>(), results_bytes_);
-  device_.wait(stream, deadline);
-  const auto* const results = results_on_host_.as<HeadResult>();
-  const auto num_samples = static_cast<size_t>(head_.num_samples);
-  const auto num_scores = static_cast<size_t>(head_.num_scores);
+void StepContext::hand_over(Stream stream, uint64_t number) {
+  Place& place = current();
+  device_.copy_to_host(stream, place.results_on_host.as<>(), place.results_on_device.as<>(),
+                       place.results_bytes);
+  device_.record(place.has_ended, stream);
+  place.plan = plan_;
+  place.number = number;
+  plan_ = nullptr;
+  next_ = (next_ + 1) % places_.size();
+  ++num_under_way_;
+}
+
+void StepContext::abandon(Stream stream, Deadline deadline) noexcept {
+  plan_ = nullptr;
+  try {
+    // The next step overwrites the arrays, and copies from the host may still read them.
+    device_.wait(stream, deadline);
+  } catch (const Error&) {
+    // The next step meets it too.
+  }
+}
+
+std::optional<StepResult> StepContext::take_result() {
+  const Place& place = oldest();
+  if (!device_.has_passed(place.has_ended)) return std::nullopt;
+  const auto* const results = place.results_on_host.as<HeadResult>();
+  const size_t num_samples = place.plan->samples.size();
+  const size_t num_scores = place.plan->scores.size();
   StepResult result;
   result.samples.assign(results, results + num_samples);
   result.scores.assign(results + num_samples, results + num_samples + num_scores);
-  for (const HeadResult& sample : result.samples) {
-    if (sample.is_rejected) continue;
-    slot_mirrors_[static_cast<size_t>(sample.slot)].has_pending = true;
-  }
   const auto* const row_failed =
       reinterpret_cast<const uint8_t*>(results + num_samples + num_scores);
-  find_failed_sequences(*plan_, {row_failed, static_cast<size_t>(rows_.num_rows)}, result);
+  find_failed_sequences(*place.plan, {row_failed, static_cast<size_t>(place.plan->num_rows())},
+                        result);
+  forget_step();
   return result;
+}
+
+void StepContext::forget_step() {
+  --num_under_way_;
 }
 
 }  // namespace rollpack::kernels::cuda

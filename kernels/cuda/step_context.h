@@ -1,9 +1,12 @@
-// One step on the device: the plan's arrays in one block of memory, uploaded by one copy, the
-// sequence slots, and the results on their way back by another.
+// Steps on the device: the plan's arrays in one block of memory, uploaded by one copy, the sequence
+// slots, and the results on their way back by another. A step may begin while the one before still
+// runs: what the head has drawn, and whether a slot has finished, is read on the device.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -21,14 +24,23 @@ class StepContext {
               const KvCache& cache);
 
   // Starts a step: checks the plan, uploads it, fills the slots and copies pages. The plan outlives
-  // the step. Errors: invalid_argument naming the entry of the plan and what is allowed; nothing is
-  // changed then.
+  // the step. Fewer than kMaxStepsUnderWay may be handed over. Errors: invalid_argument naming the
+  // entry of the plan and what is allowed; nothing is changed then.
   void begin(Stream stream, const StepPlan& plan);
-  // Enqueues the copy of what the head says, waits for the stream and returns it.
-  // Errors: those of the step's kernels.
-  StepResult finish(Stream stream, Deadline deadline);
-  void end() { plan_ = nullptr; }
+  // The program has enqueued its kernels: enqueues the copy of what the head says.
+  void hand_over(Stream stream, uint64_t number);
+  // The program has failed: what it has enqueued is waited for and forgotten.
+  void abandon(Stream stream, Deadline deadline) noexcept;
 
+  // Of the oldest step handed over.
+  bool has_step() const { return num_under_way_ > 0; }
+  uint64_t number() const { return oldest().number; }
+  // Its result once the device is done with it, and it is forgotten. Errors: those of its kernels;
+  // it stays.
+  std::optional<StepResult> take_result();
+  void forget_step();
+
+  // Of the step that began last, while its program runs.
   const StepPlan& plan() const;
   int32_t highest_position() const { return highest_position_; }
 
@@ -45,6 +57,19 @@ class StepContext {
     bool is_set = false;
     bool has_pending = false;
   };
+  // What a step has for itself, until its result is taken.
+  struct Place {
+    explicit Place(Device& device) : has_ended(device) {}
+
+    HostMemory on_host;  // its arrays, where copies reach them
+    DeviceMemory on_device;
+    DeviceMemory results_on_device;  // [HeadResult..][row_failed..]
+    HostMemory results_on_host;
+    int64_t results_bytes = 0;
+    OwnEvent has_ended;
+    const StepPlan* plan = nullptr;
+    uint64_t number = 0;
+  };
 
   // Appends an array to what is uploaded; its place there.
   template <class T>
@@ -52,7 +77,12 @@ class StepContext {
   void upload(Stream stream);
   template <class T>
   const T* at(size_t place) const {
-    return reinterpret_cast<const T*>(on_device_.as<>() + place);
+    return reinterpret_cast<const T*>(current().on_device.as<>() + place);
+  }
+  const Place& current() const { return places_[next_]; }
+  Place& current() { return places_[next_]; }
+  const Place& oldest() const {
+    return places_[(next_ + places_.size() - num_under_way_) % places_.size()];
   }
   void add_rows(Stream stream);
   std::vector<int32_t> distinct_head_rows() const;
@@ -61,7 +91,7 @@ class StepContext {
   const ModelShape shape_;
   const BackendOptions options_;
   const KvCache cache_;
-  const StepPlan* plan_ = nullptr;
+  const StepPlan* plan_ = nullptr;  // while its program runs
   int32_t highest_position_ = kPadPosition;
 
   DeviceMemory slot_states_, stop_bits_;
@@ -69,11 +99,9 @@ class StepContext {
   std::vector<SlotMirror> slot_mirrors_;
 
   std::vector<std::byte> arrays_;  // of the step that begins
-  HostMemory on_host_;             // the same, where copies reach it
-  DeviceMemory on_device_;
-  DeviceMemory results_on_device_;  // [HeadResult..][row_failed..]
-  HostMemory results_on_host_;
-  int64_t results_bytes_ = 0;
+  std::array<Place, kMaxStepsUnderWay> places_;
+  size_t next_ = 0;           // place of the step that begins
+  size_t num_under_way_ = 0;  // handed over, in the places before it
 
   StepRows rows_;
   HeadRows head_;

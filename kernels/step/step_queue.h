@@ -1,5 +1,6 @@
-// Steps in flight of a backend that computes on the host: one driver thread runs them in order,
-// results and errors wait on their handles.
+// Steps in flight of a backend: one driver thread runs them in order, results and errors wait on
+// their handles. A backend that computes on the host runs a step at a time; one with a device hands
+// it the next step while it still computes the one before.
 #pragma once
 
 #include <condition_variable>
@@ -9,6 +10,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <thread>
 
 #include "kernels/backend.h"
@@ -18,9 +20,18 @@ namespace rollpack::kernels {
 class StepQueue {
  public:
   using Run = std::function<StepResult(const StepPlan& plan, StepProgram& program)>;
+  // Of a device, which is given steps and looked after. All are called on the driver thread.
+  struct DeviceRun {
+    // Hands a step over without waiting for it. An error is the step's: it was not handed over.
+    std::function<void(const StepPlan& plan, StepProgram& program)> begin;
+    // The result of the oldest step handed over and not ended; nothing while the device computes.
+    // An error is that step's and its end.
+    std::function<std::optional<StepResult>()> end;
+  };
 
   // `run` is called on the driver thread, one step at a time.
   explicit StepQueue(Run run);
+  explicit StepQueue(DeviceRun run);
   ~StepQueue() { close(); }
   StepQueue(const StepQueue&) = delete;
   StepQueue& operator=(const StepQueue&) = delete;
@@ -37,25 +48,33 @@ class StepQueue {
   StepResult wait(StepHandle handle, Deadline deadline);
   // Returns when no step runs or waits to run; lets go of the programs of those that have run.
   void drain();
-  // Lets the running step end and drops the rest. Idempotent.
+  // Lets the running steps end and drops the rest. Idempotent.
   void close();
 
  private:
+  enum class State : uint8_t { kWaiting, kBegun, kDone };
+
   struct Step {
     StepHandle handle = 0;
     StepPlan plan;
     std::shared_ptr<StepProgram> program;
     StepResult result;
     std::exception_ptr error;
-    bool is_done = false;
+    State state = State::kWaiting;
   };
   using Steps = std::deque<std::unique_ptr<Step>>;
 
   void drive();
-  Step* next_to_run() const;
+  void drive_device();
+  // The oldest in this state; null: none is.
+  Step* first(State state) const;
+  bool is_idle() const {
+    return first(State::kWaiting) == nullptr && first(State::kBegun) == nullptr;
+  }
   Steps::iterator find(StepHandle handle);
 
   const Run run_;
+  const DeviceRun device_;
   std::mutex mutex_;
   std::condition_variable changed_;
   Steps steps_;  // in flight, oldest first; a step's address is stable

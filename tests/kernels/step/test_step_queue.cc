@@ -3,8 +3,12 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <condition_variable>
+#include <deque>
 #include <future>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <stdexcept>
 
 #include "kernels/base/error.h"
@@ -94,6 +98,94 @@ TEST(StepQueue, DrainWaitsForAllStepsAndKeepsTheirResults) {
   EXPECT_TRUE(echo.queue.poll(first));
   EXPECT_TRUE(echo.queue.poll(second));
   EXPECT_EQ(echo.queue.wait(first, soon()).failed_sequences[0], 7);
+}
+
+// A device that is done with a step when the test says so. Tag -1 fails before it gets there, tag
+// -2 on it.
+class Device {
+ public:
+  ~Device() { finish_steps(100); }  // whatever a failed test has left there
+  StepHandle submit(int32_t tag) { return queue.submit(plan_of(tag), program_); }
+  void finish_steps(int count) {
+    const std::lock_guard lock(mutex_);
+    num_done_ += count;
+  }
+  // Waits until the device has been given so many steps in all.
+  bool has_begun(size_t count) {
+    std::unique_lock lock(mutex_);
+    return changed_.wait_until(lock, soon(), [&] { return num_begun_ >= count; });
+  }
+
+ private:
+  void begin(const StepPlan& plan) {
+    const std::lock_guard lock(mutex_);
+    if (plan.input_ids[0] == -1) throw std::runtime_error("it was not handed over");
+    tags_.push_back(plan.input_ids[0]);
+    ++num_begun_;
+    changed_.notify_all();
+  }
+  std::optional<StepResult> end() {
+    const std::lock_guard lock(mutex_);
+    if (num_done_ == 0) return std::nullopt;
+    --num_done_;
+    const int32_t tag = tags_.front();
+    tags_.pop_front();
+    if (tag == -2) throw std::runtime_error("its kernels failed");
+    StepResult result;
+    result.failed_sequences = {tag};
+    return result;
+  }
+
+  const std::shared_ptr<StepProgram> program_ = std::make_shared<NoProgram>();
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<int32_t> tags_;  // begun and not ended
+  size_t num_begun_ = 0;
+  int num_done_ = 0;
+
+ public:
+  StepQueue queue{StepQueue::DeviceRun{
+      .begin = [this](const StepPlan& plan, StepProgram&) { begin(plan); },
+      .end = [this] { return end(); }}};
+};
+
+TEST(StepQueue, ADeviceHasTheNextStepBeforeItHasDoneTheLast) {
+  Device device;
+  const StepHandle first = device.submit(1);
+  ASSERT_TRUE(device.has_begun(1));
+  const StepHandle second = device.submit(2);
+  ASSERT_TRUE(device.has_begun(2));
+  EXPECT_FALSE(device.queue.poll(first));
+  device.finish_steps(1);
+  EXPECT_EQ(device.queue.wait(first, soon()).failed_sequences[0], 1);
+  EXPECT_FALSE(device.queue.poll(second));
+  const StepHandle third = device.submit(3);
+  ASSERT_TRUE(device.has_begun(3));
+  device.finish_steps(2);
+  device.queue.drain();
+  EXPECT_EQ(device.queue.wait(second, soon()).failed_sequences[0], 2);
+  EXPECT_EQ(device.queue.wait(third, soon()).failed_sequences[0], 3);
+}
+
+TEST(StepQueue, AnErrorOfADevicesStepIsItsOwn) {
+  Device device;
+  const StepHandle refused = device.submit(-1), failing = device.submit(-2);
+  EXPECT_THROW(device.queue.wait(refused, soon()), std::runtime_error);
+  const StepHandle good = device.submit(5);
+  ASSERT_TRUE(device.has_begun(2));
+  device.finish_steps(2);
+  EXPECT_THROW(device.queue.wait(failing, soon()), std::runtime_error);
+  EXPECT_EQ(device.queue.wait(good, soon()).failed_sequences[0], 5);
+}
+
+TEST(StepQueue, ClosingWaitsForWhatADeviceHas) {
+  Device device;
+  device.submit(1);
+  ASSERT_TRUE(device.has_begun(1));
+  auto closing = std::async(std::launch::async, [&] { device.queue.close(); });
+  EXPECT_EQ(closing.wait_for(std::chrono::milliseconds(10)), std::future_status::timeout);
+  device.finish_steps(1);
+  EXPECT_EQ(closing.wait_for(std::chrono::minutes(1)), std::future_status::ready);
 }
 
 // Buffers that a program frees make its backend wait for the queue.
