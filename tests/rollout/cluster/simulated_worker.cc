@@ -3,6 +3,7 @@
 
 #include <utility>
 
+#include "tests/rollout/cluster/simulated_bridge.h"
 #include "tests/rollout/cluster/simulated_world.h"
 
 namespace rollpack::rollout::simulation {
@@ -90,6 +91,7 @@ void SimulatedWorker::turn() {
     if (is_stopped_) continue;
     std::visit([this](auto& known) { handle(known); }, command);
   }
+  check_receipts();
   if (!is_stopped_) work();
   finish_waits();
 }
@@ -145,7 +147,69 @@ void SimulatedWorker::finish(const Item& item, bool is_aborted) {
   for (auto* column : {&sample.logprobs, &sample.scaled_logprobs, &sample.support_logmass}) {
     column->own().assign(sample.response_ids.size(), -1.0f);
   }
-  emit(SampleDone{std::move(sample), item.group.attempt});
+  hand_over({std::move(sample), item.group.attempt});
+}
+
+// Which way a sample goes, as SampleWay and StraightWay decide it.
+void SimulatedWorker::hand_over(SampleDone done) {
+  const int32_t node = done.sample.key.node;
+  if (node == 0 || bridges_ == nullptr) return emit(std::move(done));
+  SimulatedBridge& bridge = *bridges_->at(node);
+  if (node == node_) {
+    const SampleKept kept{done.sample.key, done.attempt, done.sample.finish_reason};
+    bridge.put(index_, done.attempt, std::move(done.sample), {});
+    return emit(kept);
+  }
+  if (node_ == 0 || world_.dice.chance(0.2))
+    return emit(std::move(done));  // not known yet, or full
+  if (links_.insert(node).second) bridge.begin(index_);
+  const uint64_t number = ++num_sent_;
+  world_.fault(Fault::kStraight);
+  bridge.put(index_, done.attempt, done.sample, [self = weak_from_this(), node, number] {
+    if (const auto worker = self.lock()) worker->take_receipt(node, number);
+  });
+  under_way_[node].emplace(number, UnderWay{std::move(done), world_.now_ms});
+}
+
+void SimulatedWorker::take_receipt(int32_t node, uint64_t number) {
+  const auto waiting = under_way_.find(node);
+  if (!is_alive_ || waiting == under_way_.end()) return;
+  const auto found = waiting->second.find(number);
+  if (found == waiting->second.end()) return;
+  const SampleDone& done = found->second.done;
+  emit(SampleKept{done.sample.key, done.attempt, done.sample.finish_reason});
+  waiting->second.erase(found);
+  if (waiting->second.empty()) under_way_.erase(waiting);
+}
+
+// After half a lease, or with its link, all that waits goes through rank 0.
+void SimulatedWorker::check_receipts() {
+  for (auto it = under_way_.begin(); it != under_way_.end();) {
+    const auto& [node, waiting] = *it;
+    const bool is_late = world_.now_ms - waiting.begin()->second.sent_ms > kLeaseMs / 2;
+    const bool breaks = world_.dice.chance(world_.fault_rate);
+    if (!is_late && !breaks) {
+      ++it;
+      continue;
+    }
+    world_.fault(Fault::kWithdrawal);
+    links_.erase(node);
+    bridges_->at(node)->end(index_, /*loses_tail=*/breaks);
+    for (const auto& [number, each] : waiting) {
+      emit(each.done);
+      emit(SampleWithdrawn{each.done.sample.key, each.done.attempt});
+    }
+    it = under_way_.erase(it);
+  }
+}
+
+// Its process is gone.
+void SimulatedWorker::leave_bridges(bool loses_tail) {
+  for (const int32_t node : std::exchange(links_, {})) {
+    bridges_->at(node)->end(index_, loses_tail);
+  }
+  under_way_.clear();
+  if (held_ != nullptr) held_->die();
 }
 
 void SimulatedWorker::hand_back(std::optional<int64_t> request_id) {
@@ -165,11 +229,12 @@ void SimulatedWorker::stop_for(int64_t ms) {
   is_at_fault_ = true;
   stopped_at_ms_ = world_.now_ms;
   stopped_until_ms_ = world_.now_ms + ms;
-  owed_at_stop_ = !items_.empty() && !is_paused_ && !is_stopped_;
+  owed_at_stop_ = (!items_.empty() && !is_paused_ && !is_stopped_) || held_ != nullptr;
 }
 
 void SimulatedWorker::kill() {
   was_killed_ = true;
+  if (held_ != nullptr) held_->die();
   if (!is_alive_) return;
   // Who joins is given up when it cannot catch up; of the last update the client does not know yet.
   const bool cannot_catch_up =
@@ -185,6 +250,7 @@ void SimulatedWorker::kill() {
 
 void SimulatedWorker::die(bool loses_tail) {
   is_alive_ = false;
+  leave_bridges(loses_tail);
   if (!loses_tail || outbox_.empty()) return;
   world_.fault(Fault::kLostTail);
   outbox_.resize(static_cast<size_t>(world_.dice.below(static_cast<int64_t>(outbox_.size()))));

@@ -71,18 +71,29 @@ inline std::vector<int32_t> expected_tokens(const std::vector<int32_t>& prompt, 
 // A packed set of weights: a memfd that holds their number.
 bridge::OwnedFd packed_set(int64_t weights);
 
+class SimulatedBridge;
+
 // A worker process with its link, as a model of Worker: it takes commands in order, needs time, and
 // answers. Weights are a number: the sum of the tensor sizes it was sent.
 class SimulatedWorker : public WorkerLink, public std::enable_shared_from_this<SimulatedWorker> {
  public:
-  SimulatedWorker(World& world, Dispatcher& dispatcher, bool is_process)
-      : world_(world), dispatcher_(dispatcher), is_process_(is_process) {}
+  SimulatedWorker(World& world, Dispatcher& dispatcher, bool is_process, int node = 0)
+      : world_(world), dispatcher_(dispatcher), is_process_(is_process), node_(node) {}
+
+  // Bridges of nodes but rank 0's, by node: its samples for them go there, as the real SampleWay
+  // and StraightWay have them go. `held`: the one that it holds itself, if any.
+  using Bridges = std::map<int32_t, std::unique_ptr<SimulatedBridge>>;
+  void set_bridges(const Bridges& bridges, SimulatedBridge* held) {
+    bridges_ = &bridges;
+    held_ = held;
+  }
 
   // WorkerLink
   void send(Command command) override {
     inbox_.push_back({arrival(inbox_), std::move(command), world_.committed_version});
   }
   bool is_own_process() const override { return is_process_; }
+  int node() const override { return node_; }
   void kill() override;
 
   // Joins the dispatcher and says that it is there.
@@ -97,6 +108,8 @@ class SimulatedWorker : public WorkerLink, public std::enable_shared_from_this<S
   void fail();
   bool is_alive() const { return is_alive_; }
   bool has_left() const { return has_left_; }
+  bool stands_still() const { return world_.now_ms < stopped_until_ms_; }
+  bool has_samples_under_way() const { return !under_way_.empty(); }
 
   int64_t index() const { return index_; }
 
@@ -114,12 +127,21 @@ class SimulatedWorker : public WorkerLink, public std::enable_shared_from_this<S
     T message;
     int64_t committed_version = 0;  // when it was sent
   };
+  // A sample that was sent to another node's bridge, which has not said that it has it.
+  struct UnderWay {
+    SampleDone done;
+    int64_t sent_ms = 0;
+  };
   template <class T>
   int64_t arrival(const std::deque<OnWire<T>>& wire);
   void emit(Event event);
   void deliver();
   void work();
   void finish(const Item& item, bool is_aborted);
+  void hand_over(SampleDone done);
+  void take_receipt(int32_t node, uint64_t number);
+  void check_receipts();
+  void leave_bridges(bool loses_tail);
   void hand_back(std::optional<int64_t> request_id);
   void answer(uint64_t ticket, bridge::Outcome error = std::nullopt);
   void answer_with_hash(uint64_t ticket, int64_t weights);
@@ -146,6 +168,12 @@ class SimulatedWorker : public WorkerLink, public std::enable_shared_from_this<S
   World& world_;
   Dispatcher& dispatcher_;
   const bool is_process_;
+  const int node_;
+  const Bridges* bridges_ = nullptr;
+  SimulatedBridge* held_ = nullptr;
+  std::map<int32_t, std::map<uint64_t, UnderWay>> under_way_;  // by node, by number; none is empty
+  std::set<int32_t> links_;                                    // nodes
+  uint64_t num_sent_ = 0;
   int32_t index_ = -1;
   bool is_alive_ = true;     // the process
   bool has_left_ = false;    // the dispatcher was told that the link is at its end

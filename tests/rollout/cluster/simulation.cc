@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "kernels/base/error.h"
+#include "tests/rollout/cluster/simulated_bridge.h"
 #include "tests/rollout/cluster/simulated_trainer.h"
 #include "tests/rollout/cluster/simulated_world.h"
 #include "tests/rollout/tiny_model.h"
@@ -15,6 +16,7 @@ namespace rollpack::rollout::simulation {
 namespace {
 
 constexpr int kActiveTurns = 90;
+constexpr int kTurnsOfStop = 60;  // more than the lease and a second that a stop may cost
 constexpr int kCalmTurns = 1200;  // far more than what is open can need
 
 // A sealed memfd for weight chunks; what they hold is said by their tensor's shape.
@@ -66,6 +68,7 @@ class Run : public bridge::SampleSink {
     return {key.request_id, key.prompt_index, key.sample_index};
   }
   void begin_life();
+  void drop_samples_of(int32_t node);
   void end_life();
   void restart();
   void turn();
@@ -98,8 +101,10 @@ class Run : public bridge::SampleSink {
   std::unique_ptr<Dispatcher> dispatcher_;
   bool replaces_lost_ = false;
   std::vector<std::shared_ptr<SimulatedWorker>> workers_;
-  std::vector<int64_t> starts_ms_;      // when replacements that were asked for come up
-  std::map<SampleName, bool> samples_;  // submitted: whether it has ended
+  std::optional<SimulatedBridges> bridges_;     // of other nodes, in some runs
+  std::map<int64_t, int32_t> node_of_request_;  // but rank 0's
+  std::vector<int64_t> starts_ms_;              // when replacements that were asked for come up
+  std::map<SampleName, bool> samples_;          // submitted: whether it has ended
   size_t num_ended_ = 0;
   int64_t num_prompts_ = 0;
   std::set<int64_t> requests_;
@@ -159,12 +164,19 @@ void Run::begin_life() {
                  "nothing is awaited though the weights are others");
     if (awaited) world_.fault(Fault::kAwaitedWeights);
   }
-  const int64_t num_workers = world_.dice.between(1, 5);
+  const int64_t num_nodes = !disk_ && world_.dice.chance(0.5) ? world_.dice.between(2, 3) : 1;
+  const int64_t num_workers = std::max(num_nodes, world_.dice.between(1, 5));
   for (int64_t i = 0; i < num_workers; ++i) {
-    const auto worker =
-        std::make_shared<SimulatedWorker>(world_, *dispatcher_, /*is_process=*/i > 0);
+    // Every node has one.
+    const int64_t node =
+        i < num_nodes || num_nodes == 1 ? i % num_nodes : world_.dice.below(num_nodes);
+    const auto worker = std::make_shared<SimulatedWorker>(
+        world_, *dispatcher_, /*is_process=*/i > 0, static_cast<int>(node));
     worker->start(dispatcher_->add_worker(worker));
     workers_.push_back(worker);
+  }
+  if (num_nodes > 1) {
+    bridges_.emplace(world_, *dispatcher_, *this, workers_, static_cast<int32_t>(num_nodes));
   }
   if (shares_weights_) dispatcher_->share_first_weights(packed_set(0));
 }
@@ -228,6 +240,11 @@ Report Run::run() {
     if (update_ == Update::kOpen) cancel();
     if (dispatcher_->awaited_weight_version()) resume();
   }
+  if (bridges_ && !is_over()) bridges_->check_end();
+  // Idle, a bridge owes nothing that leases are about, and is to be missed all the same.
+  if (bridges_ && !is_over() && bridges_->stop_one()) {
+    for (int i = 0; i < kTurnsOfStop && !is_over(); ++i) turn();
+  }
   if (disk_) {
     world_.check(in_doubt_.empty(), "a submit was not answered");
     world_.check(trainer_->is_done(), fmt::format("{} of {} samples were lost",
@@ -253,10 +270,13 @@ Report Run::run() {
   for (const auto& [name, value] : dispatcher_->stats()) {
     if (name == "num_late_samples_dropped" && value > 0) world_.fault(Fault::kLateResult);
     if (name == "num_queued_samples") world_.check(value == 0 || is_over(), "samples stay queued");
-    if (name.starts_with("num_samples_")) num_counted += value;
+    for (const char* ending : {"stop", "length", "abort", "failed"}) {
+      if (name == fmt::format("num_samples_{}", ending)) num_counted += value;
+    }
   }
   world_.check(
-      disk_ || is_over() || num_counted == static_cast<double>(samples_.size()),
+      disk_ || is_over() || (bridges_ && bridges_->has_lost_one()) ||
+          num_counted == static_cast<double>(samples_.size()),
       fmt::format("{} of {} samples were counted by how they ended", num_counted, samples_.size()));
   return world_.report;
 }
@@ -310,10 +330,19 @@ void Run::turn() {
   for (size_t i = 0; i < workers_.size(); ++i) workers_[(first + i) % workers_.size()]->turn();
   start_replacements();
   dispatcher_->check_leases();
+  if (bridges_) bridges_->turn([this](int32_t lost) { drop_samples_of(lost); });
   if (!disk_) return;
   trainer_->turn();
   if (world_.dice.chance(0.4) || world_.has_calmed_down) life_->journal.sync();
   if (dispatcher_->health() || world_.dice.chance(world_.fault_rate / 2)) restart();
+}
+
+// Its bridge is gone: nobody is left to have what had not come.
+void Run::drop_samples_of(int32_t node) {
+  std::erase_if(samples_, [&](const auto& each) {
+    const auto asked = node_of_request_.find(std::get<0>(each.first));
+    return !each.second && asked != node_of_request_.end() && asked->second == node;
+  });
 }
 
 void Run::start_replacements() {
@@ -401,12 +430,14 @@ void Run::submit() {
   }
   const auto sizes = prompts;
   int64_t request = 0;
+  const int32_t node = bridges_ ? bridges_->pick_node() : 0;
   try {
-    request = dispatcher_->submit(std::move(prompts));
+    request = dispatcher_->submit(std::move(prompts), node);
   } catch (const Error&) {
     return world_.check(dispatcher_->health().has_value(), "a submit was refused");
   }
   requests_.insert(request);
+  if (node > 0) node_of_request_[request] = node;
   for (size_t i = 0; i < sizes.size(); ++i) {
     for (int32_t sample = 0; sample < *sizes[i].n; ++sample) {
       samples_.emplace(SampleName{request, static_cast<int32_t>(i), sample}, false);
@@ -503,18 +534,26 @@ bool Run::is_quiet() const {
   // A trainer may have consumed its last batch while rank 0 was gone: it comes again, is passed
   // over, and only then released.
   if (disk_ && life_->journal.log().live().num_groups() > 0) return false;
-  return (trainer_ || num_ended_ == samples_.size()) && callbacks_->num_waiting() == 0;
+  const bool has_ended =
+      (trainer_ || num_ended_ == samples_.size()) && callbacks_->num_waiting() == 0;
+  if (!has_ended || !bridges_) return has_ended;
+  // What a bridge that is gone had asked for ends too, though nobody gets it.
+  for (const auto& [name, value] : dispatcher_->stats()) {
+    if (name == "num_open_samples" && value > 0) return false;
+  }
+  return bridges_->is_quiet();
 }
 
 }  // namespace
 
 const std::array<const char*, kNumFaults> kFaultNames = {
-    "death",          "death in an update", "stop",           "short stop",      "zombie",
-    "engine failure", "lost tail",          "duplicate",      "reorder",         "slow link",
-    "poison",         "refused chunk",      "refused switch", "stopped rank 0",  "abort",
-    "pause",          "cancelled update",   "late result",    "conviction",      "no worker left",
-    "replacement",    "failed start",       "wrong weights",  "rank 0 death",    "torn journal",
-    "client death",   "redelivery",         "passed over",    "awaited weights", "lost submit"};
+    "death",          "death in an update", "stop",           "short stop",     "zombie",
+    "engine failure", "lost tail",          "duplicate",      "reorder",        "slow link",
+    "poison",         "refused chunk",      "refused switch", "stopped rank 0", "abort",
+    "pause",          "cancelled update",   "late result",    "conviction",     "no worker left",
+    "replacement",    "failed start",       "wrong weights",  "straight",       "withdrawal",
+    "lost bridge",    "rank 0 death",       "torn journal",   "client death",   "redelivery",
+    "passed over",    "awaited weights",    "lost submit"};
 
 void Report::add(const Report& other) {
   for (size_t i = 0; i < kNumFaults; ++i) num_faults[i] += other.num_faults[i];

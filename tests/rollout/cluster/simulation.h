@@ -34,6 +34,10 @@ enum class Fault {
   kReplacement,   // one was started
   kFailedStart,   // or could not be
   kWrongWeights,  // a worker switches to other weights than it was told to
+  // With bridges on other nodes.
+  kStraight,    // a sample went straight to another node's
+  kWithdrawal,  // got no receipt, and went through rank 0
+  kLostBridge,  // one is gone, with what its trainers had asked for
   // With a journal.
   kRank0Death,      // the whole job is gone, and started again
   kTornJournal,     // while it wrote
