@@ -5,6 +5,7 @@
 //
 // Where ranks of a node share memory, worker 0 packs once and the others adopt its packed set;
 // otherwise each packs into memory of its own.
+#include <algorithm>
 #include <utility>
 
 #include <fmt/format.h>
@@ -170,17 +171,20 @@ void Dispatcher::share_first_weights(bridge::OwnedFd fd) {
   {
     const std::lock_guard lock(mutex_);
     const auto shared = std::make_shared<const bridge::OwnedFd>(std::move(fd));
-    const auto fail_start = [this](bridge::Outcome error, int) {
+    const std::vector<int32_t> others = workers_beside_first();
+    const auto fail_start = [this, others](bridge::Outcome error, int) {
       if (!error) return;
       Effects end;
       {
         const std::lock_guard relock(mutex_);
-        if (!workers_beside_first().empty() || !recovery_.is_on) end_with(*error, end);
+        // Where those that were asked are lost, replacements may be there already.
+        const bool is_one_left = std::ranges::any_of(
+            others, [this](int32_t worker) { return workers_[worker].takes_part(); });
+        if (is_one_left || !recovery_.is_on) end_with(*error, end);
       }
       changed_.notify_all();
       run(end);
     };
-    const std::vector<int32_t> others = workers_beside_first();
     if (replace_) {
       kept_weights_.set_packed(shared);
       kept_weights_.commit();
