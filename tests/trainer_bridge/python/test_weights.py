@@ -9,7 +9,8 @@ import mmap
 import os
 import resource
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,6 +54,20 @@ def tensors(received: list[Sent]) -> dict[str, tuple[str, list[int], bytes]]:
             assert entry["name"] not in found
             found[entry["name"]] = (entry["dtype"], entry["shape"], piece)
     return found
+
+
+def test_what_fills_a_chunk_alone_comes_last_of_a_mapping_and_in_its_place_of_pairs() -> None:
+    state = {"big": np.ones(64, np.float32), "a": np.ones(8, np.float32),
+             "b": np.ones(2, np.float32)}
+
+    def order(weights: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> list[list[str]]:
+        chunks = list(write_chunks(weights, chunk_bytes=128))
+        for chunk in chunks:
+            os.close(chunk.fd)
+        return [[entry["name"] for entry in chunk.manifest] for chunk in chunks]
+
+    assert order(state) == [["a", "b"], ["big"]]
+    assert order(iter(state.items())) == [["big"], ["a", "b"]]
 
 
 def test_torch_tensors_arrive_bit_for_bit(client: rollpack.Client, received: list[Sent]) -> None:
@@ -99,10 +114,10 @@ def test_chunks_stay_within_their_bound_and_keep_tensors_whole(
     chunks = [request for request, _ in received if request["phase"] == "chunk"]
     assert [[entry["name"] for entry in chunk["tensors"]] for chunk in chunks] == [
         ["t0", "t1"],
-        ["t2"],
         ["t3"],
+        ["t2"],
     ]
-    assert [chunk["bytes"] for chunk in chunks] == [100, 240, 4]
+    assert [chunk["bytes"] for chunk in chunks] == [100, 4, 240]
     assert all(entry["offset"] % 64 == 0 for chunk in chunks for entry in chunk["tensors"])
 
 

@@ -85,6 +85,9 @@ def write_chunks(
 ) -> Iterator[Chunk]:
     """Write tensors into chunks, one chunk at a time, in the order given.
 
+    Of a mapping, tensors larger than a chunk come last: while they are written, those before them
+    are packed.
+
     Args:
         weights: a state_dict or (name, tensor) pairs; float32, float16 or bfloat16, any shape.
         chunk_bytes: size at which a chunk is closed.
@@ -93,16 +96,19 @@ def write_chunks(
         InvalidArgument: a tensor of another dtype; names it.
         ResourceExhausted: no memory, or `ulimit -f` is below the chunk's size.
     """
+    if isinstance(weights, Mapping):
+        pairs = weights.items()
+        weights = sorted(pairs, key=lambda pair: getattr(pair[1], "nbytes", 0) > chunk_bytes)
     chunk: Chunk | None = None
     try:
-        for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:
+        for name, tensor in weights:
             dtype, shape, data = _tensor_bytes(name, tensor)
-            if chunk is not None and chunk.num_bytes + len(data) > chunk_bytes:
+            if chunk is not None and _next_offset(chunk) + len(data) > chunk_bytes:
                 full, chunk = chunk, None
                 yield _seal(full)
             if chunk is None:
                 chunk = Chunk(_new_memfd())
-            offset = -(-chunk.num_bytes // _TENSOR_ALIGNMENT) * _TENSOR_ALIGNMENT
+            offset = _next_offset(chunk)
             _write(chunk.fd, data, offset, name)
             chunk.num_bytes = offset + len(data)
             chunk.manifest.append(
@@ -121,6 +127,10 @@ def write_chunks(
     finally:
         if chunk is not None:
             os.close(chunk.fd)
+
+
+def _next_offset(chunk: Chunk) -> int:
+    return -(-chunk.num_bytes // _TENSOR_ALIGNMENT) * _TENSOR_ALIGNMENT
 
 
 def _tensor_bytes(name: str, tensor: Tensor) -> tuple[str, list[int], memoryview]:
