@@ -7,12 +7,13 @@ written into shared memory, checked, packed by every rank or by one, switched); 
 stood still longest the time for packing; the rate of all else, which is how fast weights come in;
 the pause beyond packing and the prefill of live samples, as the engine reports them; last, the
 longest time between two tokens of a sample of length one that was asked for over and over, which
-sees all three and the wait for its turn.
+sees all three and the wait for its turn. Beside them the limit of the machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
 import statistics
 import tempfile
@@ -20,6 +21,7 @@ import threading
 import time
 
 import rollpack
+from rollpack.weights import CHUNK_BYTES
 from safetensors.torch import load_file
 
 NUM_PROMPTS, NUM_SAMPLES, RESPONSE_LENGTH = 4, 8, 2000
@@ -49,6 +51,19 @@ class Probe:
         """Stops asking."""
         self._ends.set()
         self._thread.join()
+
+
+def memory_limit() -> float:
+    """GB/s at which one thread writes shared memory that is new, as every update has to."""
+    data = memoryview(bytes(CHUNK_BYTES))
+    rates = []
+    for _ in range(8):
+        fd = os.memfd_create("limit")
+        start = time.monotonic()
+        num_written = os.pwrite(fd, data, 0)
+        rates.append(num_written / (time.monotonic() - start) / 1e9)
+        os.close(fd)
+    return max(rates)
 
 
 def measure(model: pathlib.Path, num_ranks: int, sharing: str, num_updates: int) -> list[str]:
@@ -93,11 +108,14 @@ def main() -> None:
     parser.add_argument("--ranks", default="1,2")
     parser.add_argument("--updates", type=int, default=5)
     arguments = parser.parse_args()
+    limit = memory_limit()
     print("|" + "|".join(COLUMNS) + "|\n" + "|---" * len(COLUMNS) + "|")
     for num_ranks in map(int, arguments.ranks.split(",")):
         for sharing in ("off", "on") if num_ranks > 1 else ("off",):
             row = measure(arguments.model.resolve(), num_ranks, sharing, arguments.updates)
             print("|" + "|".join(row) + "|", flush=True)
+    print(f"new shared memory, written by one thread and nothing else: {limit:.2f} GB/s before, "
+          f"{memory_limit():.2f} after")
 
 
 if __name__ == "__main__":
