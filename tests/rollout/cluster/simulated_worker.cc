@@ -166,14 +166,14 @@ void SimulatedWorker::hand_over(SampleDone done) {
   const uint64_t number = ++num_sent_;
   world_.fault(Fault::kStraight);
   bridge.put(index_, done.attempt, done.sample, [self = weak_from_this(), node, number] {
-    if (const auto worker = self.lock()) worker->take_receipt(node, number);
+    if (const auto worker = self.lock()) worker->receipts_.emplace_back(node, number);
   });
   under_way_[node].emplace(number, UnderWay{std::move(done), world_.now_ms});
 }
 
 void SimulatedWorker::take_receipt(int32_t node, uint64_t number) {
   const auto waiting = under_way_.find(node);
-  if (!is_alive_ || waiting == under_way_.end()) return;
+  if (waiting == under_way_.end()) return;
   const auto found = waiting->second.find(number);
   if (found == waiting->second.end()) return;
   const SampleDone& done = found->second.done;
@@ -182,8 +182,10 @@ void SimulatedWorker::take_receipt(int32_t node, uint64_t number) {
   if (waiting->second.empty()) under_way_.erase(waiting);
 }
 
-// After half a lease, or with its link, all that waits goes through rank 0.
+// What has arrived is taken by a worker that runs. After half a lease, or with its link, all that
+// waits goes through rank 0.
 void SimulatedWorker::check_receipts() {
+  for (const auto& [node, number] : std::exchange(receipts_, {})) take_receipt(node, number);
   for (auto it = under_way_.begin(); it != under_way_.end();) {
     const auto& [node, waiting] = *it;
     const bool is_late = world_.now_ms - waiting.begin()->second.sent_ms > kLeaseMs / 2;

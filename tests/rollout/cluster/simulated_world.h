@@ -10,6 +10,7 @@
 #include <random>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <fmt/format.h>
@@ -172,6 +173,7 @@ class SimulatedWorker : public WorkerLink, public std::enable_shared_from_this<S
   const Bridges* bridges_ = nullptr;
   SimulatedBridge* held_ = nullptr;
   std::map<int32_t, std::map<uint64_t, UnderWay>> under_way_;  // by node, by number; none is empty
+  std::vector<std::pair<int32_t, uint64_t>> receipts_;         // arrived, by node and number
   std::set<int32_t> links_;                                    // nodes
   uint64_t num_sent_ = 0;
   int32_t index_ = -1;
