@@ -69,12 +69,14 @@ def job(small_model: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[Job]:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP])
 def test_a_lost_rank_costs_nothing_but_time(number: int, job: Job, tmp_path: pathlib.Path,
                                             undisturbed: Samples) -> None:
+    doomed = job.rank_pids()[1]
     with connect(tmp_path) as client:
         client.submit(PROMPTS)
-        samples: Samples = {}
-        take(client.next_batch(timeout_s=60), samples)
-        os.kill(job.rank_pids()[1], number)
+        batch = client.next_batch(timeout_s=60)
+        os.kill(doomed, number)  # at once: it is to have work left
         start = time.monotonic()
+        samples: Samples = {}
+        take(batch, samples)
         while client.stats()["num_worker_deaths"] < 1:
             assert time.monotonic() - start < LEASE_S + 3
             time.sleep(0.02)
