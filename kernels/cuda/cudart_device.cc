@@ -203,6 +203,16 @@ void fail_launch(const LaunchShape& shape, int code) {
 
 namespace {
 
+// Empty, or why there are none.
+std::string count_devices(int& count) {
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaSuccess && count > 0) return "";
+  cudaGetLastError();
+  return fmt::format("no CUDA device can be used: {} ({}; built for {})",
+                     error == cudaSuccess ? "no device is visible" : cudaGetErrorString(error),
+                     driver_text(), kImages);
+}
+
 // Empty, or why it cannot be used.
 std::string why_not(int device) {
   check(cudaSetDevice(device), "cudaSetDevice");
@@ -236,21 +246,13 @@ std::string why_not(int device) {
 
 std::string why_no_device() {
   int count = 0;
-  const cudaError_t error = cudaGetDeviceCount(&count);
-  if (error != cudaSuccess || count == 0) {
-    cudaGetLastError();
-    const std::string reason =
-        error == cudaSuccess ? "no device is visible" : cudaGetErrorString(error);
-    return fmt::format("no CUDA device can be used: {} ({}; built for {})", reason, driver_text(),
-                       kImages);
-  }
-  return why_not(0);
+  const std::string reason = count_devices(count);
+  return reason.empty() ? why_not(0) : reason;
 }
 
 std::unique_ptr<Device> make_cudart_device(int rank_on_node) {
-  if (std::string reason = why_no_device(); !reason.empty()) refuse(std::move(reason));
   int count = 0;
-  check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+  if (std::string reason = count_devices(count); !reason.empty()) refuse(std::move(reason));
   const int device = choose_device(rank_on_node, count);
   if (std::string reason = why_not(device); !reason.empty()) refuse(std::move(reason));
   return std::make_unique<CudartDevice>(device);
