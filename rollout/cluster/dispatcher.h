@@ -253,8 +253,6 @@ class Dispatcher : public bridge::RolloutService {
   void replace(const WorkerState& lost, Effects& effects);
   void start_replacement(int rank_on_node, Effects& effects);
   void start_unreplaced(Effects& effects);
-  // Whether who joins can be given the current weights.
-  bool can_catch_up() const;
   void end_if_nobody_is_left(const ErrorInfo& last, Effects& effects);
   void begin_join(int32_t worker, Effects& effects);
   void send_weights(int32_t worker, const std::shared_ptr<Collection>& collection);

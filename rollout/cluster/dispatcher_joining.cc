@@ -50,7 +50,7 @@ void Dispatcher::replacement_failed(ErrorInfo error) {
 void Dispatcher::replace(const WorkerState& lost, Effects& effects) {
   if (!replace_ || is_ending_ || lost.link->node() != 0 || (!lost.is_ready && !lost.is_replacement))
     return;
-  if (!can_catch_up()) {
+  if (!kept_weights_.is_complete()) {
     unreplaced_.push_back(lost.link->rank_on_node());
     spdlog::error("no replacement is started until a full update: {}", too_many_partial_updates());
     return;
@@ -71,14 +71,10 @@ void Dispatcher::start_replacement(int rank_on_node, Effects& effects) {
 
 // After an update: those that waited for a full one.
 void Dispatcher::start_unreplaced(Effects& effects) {
-  if (is_ending_ || num_fruitless_ >= kMaxFruitless || !can_catch_up()) return;
+  if (is_ending_ || num_fruitless_ >= kMaxFruitless || !kept_weights_.is_complete()) return;
   for (const int rank_on_node : std::exchange(unreplaced_, {})) {
     start_replacement(rank_on_node, effects);
   }
-}
-
-bool Dispatcher::can_catch_up() const {
-  return shares_weights_ || kept_weights_.is_complete();
 }
 
 // While an update is under way nobody can say which weights will be the current ones.
@@ -86,7 +82,7 @@ void Dispatcher::begin_join(int32_t worker, Effects& effects) {
   WorkerState& state = workers_[worker];
   state.waits_to_join = update_version_.has_value();
   if (state.waits_to_join) return;
-  if (!can_catch_up()) {  // what came while it loaded was too much
+  if (!kept_weights_.is_complete()) {  // what came while it loaded was too much
     return give_up(worker,
                    {.code = ErrorCode::kFailedPrecondition,
                     .field = fmt::format("rank {} weights", worker),

@@ -35,7 +35,7 @@ class KeptWeights {
   void commit();
   void discard();
 
-  // Whether what is kept leads to the current weights.
+  // Whether what is kept leads to the current weights, so that who joins can be given them.
   bool is_complete() const { return is_complete_; }
   // From the checkpoint, in order. Empty: the checkpoint is current.
   const std::vector<Update>& updates() const { return updates_; }
