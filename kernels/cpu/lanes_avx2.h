@@ -116,6 +116,12 @@ template <int kPart>
 inline Lanes pair_part(Pairs pairs) {
   return {pair_part<kPart>(pairs.low), pair_part<kPart>(pairs.high)};
 }
+inline Lanes odd_lanes(Pairs pairs) {
+  return pair_part<0>(pairs);
+}
+inline Lanes even_lanes(Pairs pairs) {
+  return pair_part<1>(pairs);
+}
 
 inline void end_part(Lanes&) {}  // its few sums leave registers for both parts
 

@@ -75,6 +75,14 @@ inline Pairs broadcast_pair(const uint16_t* p) {
   __builtin_memcpy(&pair, p, sizeof pair);
   return {_mm512_set1_epi32(pair)};
 }
+// The two elements of each pair.
+inline Lanes odd_lanes(Pairs pairs) {
+  const __m512i high_half = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u));
+  return {_mm512_castsi512_ps(_mm512_and_si512(pairs.x, high_half))};
+}
+inline Lanes even_lanes(Pairs pairs) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs.x, 16))};
+}
 inline float sum_lanes(Lanes a) {
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.x), _mm512_extractf32x8_ps(a.x, 1));
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));

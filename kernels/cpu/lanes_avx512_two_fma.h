@@ -15,10 +15,7 @@ inline Pairs load_pairs_first(const uint16_t* p, int n) {
 inline constexpr int kPairParts = 2;
 template <int kPart>
 inline Lanes pair_part(Pairs pairs) {
-  const __m512i high_half = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u));
-  const __m512i bits =
-      kPart == 0 ? _mm512_and_si512(pairs.x, high_half) : _mm512_slli_epi32(pairs.x, 16);
-  return {_mm512_castsi512_ps(bits)};
+  return kPart == 0 ? odd_lanes(pairs) : even_lanes(pairs);
 }
 
 // Between the parts: the compiler would otherwise add both parts of one sum at once, for which

@@ -97,6 +97,12 @@ template <int kPart>
 inline Pairs pair_part(Pairs pairs) {
   return pairs;
 }
+inline Lanes odd_lanes(Pairs pairs) {
+  return each_lane([&](int i) { return std::bit_cast<float>(pairs.x[i] & 0xffff0000u); });
+}
+inline Lanes even_lanes(Pairs pairs) {
+  return each_lane([&](int i) { return std::bit_cast<float>(pairs.x[i] << 16); });
+}
 inline Lanes fma_pairs(Lanes acc, Pairs a, Pairs b) {
   return each_lane([&](int i) {
     const float odd = std::fmaf(std::bit_cast<float>(a.x[i] & 0xffff0000u),

@@ -327,19 +327,17 @@ void panel_product(const typename Step::Element* a, int64_t a_stride, int rows,
 
 // ---- operands in f32 ----------------------------------------------------------------------------
 
-// Plain loops over words, which the compiler turns into vectors.
-
 void widen_panel(const uint16_t* panel, int64_t steps, float* out) {
   for (int64_t s = 0; s < steps; ++s) {
-    uint32_t pairs[kPanelColumns], odd[kPanelColumns], even[kPanelColumns];
-    __builtin_memcpy(pairs, panel + s * 2 * kPanelColumns, sizeof pairs);
-    for (int c = 0; c < kPanelColumns; ++c) odd[c] = pairs[c] & 0xffff0000u;
-    for (int c = 0; c < kPanelColumns; ++c) even[c] = pairs[c] << 16;
-    __builtin_memcpy(out + s * 2 * kPanelColumns, odd, sizeof odd);
-    __builtin_memcpy(out + (s * 2 + 1) * kPanelColumns, even, sizeof even);
+    for (int v = 0; v < kPanelColumns / 16; ++v) {
+      const Pairs pairs = load_pairs(panel + s * 2 * kPanelColumns + v * 32);
+      store(out + 2 * s * kPanelColumns + v * 16, odd_lanes(pairs));
+      store(out + (2 * s + 1) * kPanelColumns + v * 16, even_lanes(pairs));
+    }
   }
 }
 
+// A plain loop over words, which the compiler turns into vectors.
 void widen_pairs(const uint16_t* in, int64_t pairs, float* out) {
   for (int64_t i = 0; i < pairs; ++i) {
     uint32_t pair;
