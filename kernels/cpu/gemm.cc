@@ -9,30 +9,12 @@
 namespace rollpack::kernels::cpu {
 namespace {
 
-// A product is cut into items of one panel x up to chunk_rows() rows, and their k
-// into blocks of kBlockSteps: 512 steps of a panel are 128 KiB, the same steps
-// of 256 rows 512 KiB in bf16, the block that is prefetched meanwhile 128 KiB
-// and the sums 64 KiB, which L2 holds (1 MiB and more). A block is read from
-// memory once a chunk and from L2 by every further tile of rows. Widened, a
-// block is 256 KiB; shorter ones, down to what L1 holds, were no faster (Granite
-// Rapids, November 2026).
-constexpr int64_t kMaxChunkRows = 256;
-constexpr int64_t kBlockSteps = 512;
+// A product is cut into items of one panel x up to chunk_rows() rows.
 // Items a thread should find at least, so that waiting for the last one is
 // short, and the fewest row tiles of an item: two halves of a tile cost two
 // tiles.
 constexpr int64_t kItemsPerThread = 4;
 constexpr int64_t kMinTilesPerItem = 2;
-
-// What a lone tile brings in of the next block: it reads its own as fast as
-// memory gives it, so this only bridges the gap between two blocks, 4 KiB,
-// which the hardware's prefetcher does not.
-constexpr int64_t kBridgeLines = 64;
-// A row's step takes 2 cycles (4 VDPBF16PS at two a cycle), and memory gives a
-// core a line every 6 to 11 cycles (24 to 40 GB/s at 4 GHz): more prefetches
-// than that only queue up.
-constexpr int64_t kCyclesPerRowStep = 2;
-constexpr int64_t kCyclesPerLine = 8;
 
 template <class Element>
 TileOutput tile_output(const GemmArgs& args, int64_t row, int64_t panel) {
@@ -84,16 +66,6 @@ int64_t balanced_chunks(int64_t wanted, int64_t most, int64_t num_panels, int64_
 
 }  // namespace
 
-PanelPass look_ahead(const void* next, int64_t steps, int64_t tile, int64_t num_tiles, int rows) {
-  const int64_t block_lines = steps * kPanelColumns * 4 / 64;
-  const auto* begin = static_cast<const std::byte*>(next);
-  if (num_tiles == 1) return {.ahead = begin, .ahead_lines = std::min(block_lines, kBridgeLines)};
-  const int64_t share = (block_lines + num_tiles - 1) / num_tiles;
-  const int64_t lines = std::min(share, steps * rows * kCyclesPerRowStep / kCyclesPerLine);
-  const int64_t first = std::min(tile * lines, block_lines);
-  return {.ahead = begin + first * 64, .ahead_lines = std::min(lines, block_lines - first)};
-}
-
 template <class Element>
 InputRows<Element> whole_steps(const Tensor& in, std::vector<Element>& scratch) {
   constexpr int64_t kWidth = sizeof(Element) == 2 ? 2 : 1;
@@ -116,54 +88,34 @@ void gemm(const KernelTable& kernels, ThreadPool& pool, PanelProducts<Element>& 
   const auto store = args.epilogue == Epilogue::kGated      ? of.store_gated
                      : args.epilogue == Epilogue::kResidual ? kernels.store_residual
                                                             : kernels.store_plain;
-  constexpr int64_t kWidth = sizeof(Element) == 2 ? 2 : 1;
   const PackedMatrix& weight = args.weight;
   const int64_t num_panels = weight.num_panels();
-  const RowTiles tiles(in.rows);
+  const RowTiles& tiles = products.tiles();
   const int64_t wanted =
       std::max((in.rows + products.chunk_rows() - 1) / products.chunk_rows(),
                (pool.num_threads() * kItemsPerThread + num_panels - 1) / num_panels);
   const int64_t num_chunks = balanced_chunks(
       wanted, std::max<int64_t>(1, tiles.count / kMinTilesPerItem), num_panels, pool.num_threads());
-  const int64_t num_blocks = (weight.steps() + kBlockSteps - 1) / kBlockSteps;
   PanelShares shares(num_chunks * num_panels, pool.num_threads());
   shares.run(pool, [&](int64_t item, int64_t next, int thread) {
     const int64_t chunk = item / num_panels, panel = item % num_panels;
-    const int64_t first_tile = tiles.count * chunk / num_chunks;
-    const int64_t end_tile = tiles.count * (chunk + 1) / num_chunks;
-    const int64_t first_row = tiles.begin(first_tile);
-    alignas(64) float sums[(kMaxChunkRows + kTileRows) * kPanelColumns];
-    for (int64_t block = 0; block < num_blocks; ++block) {
-      const int64_t first_step = weight.steps() * block / num_blocks;
-      const int64_t steps = weight.steps() * (block + 1) / num_blocks - first_step;
-      const Element* columns = weight.panel<Element>(panel) + first_step * kPanelColumns * kWidth;
-      // Panels lie one after the other, and so do their blocks: the next is
-      // what follows.
-      const bool has_next = block + 1 < num_blocks || next == item + 1;
-      const auto* ahead =
-          reinterpret_cast<const std::byte*>(columns + steps * kPanelColumns * kWidth);
-      products.take(thread, {.columns = columns,
-                             .first_step = first_step,
-                             .steps = steps,
-                             .chunk = chunk,
-                             .panel = panel});
-      for (int64_t t = first_tile; t < end_tile; ++t) {
-        const int64_t row = tiles.begin(t);
-        const int rows = static_cast<int>(tiles.begin(t + 1) - row);
-        float* const tile = sums + (num_blocks > 1 ? (row - first_row) * kPanelColumns : 0);
-        PanelPass pass;
-        if (has_next) pass = look_ahead(ahead, steps, t - first_tile, end_tile - first_tile, rows);
-        pass.continues = block > 0;
-        const bool is_last = block + 1 == num_blocks;
-        TileOutput output;
-        if (is_last) {
-          output = tile_output<Element>(args, row, panel);
-          bring_in_output<Element>(args, output, rows);
-        }
-        products.multiply(thread, row, rows, tile, pass);
-        if (is_last) store(tile, rows, output);
-      }
-    }
+    TileOutput output;
+    const auto rows_of = [&](int64_t tile) {
+      return static_cast<int>(tiles.begin(tile + 1) - tiles.begin(tile));
+    };
+    products.multiply(
+        thread,
+        {.first_tile = tiles.count * chunk / num_chunks,
+         .end_tile = tiles.count * (chunk + 1) / num_chunks,
+         .panel = weight.panel<Element>(panel),
+         .panel_number = panel,
+         .steps = weight.steps(),
+         .has_next = next == item + 1},
+        [&](int64_t tile) {
+          output = tile_output<Element>(args, tiles.begin(tile), panel);
+          bring_in_output<Element>(args, output, rows_of(tile));
+        },
+        [&](int64_t tile, const float* sums) { store(sums, rows_of(tile), output); });
   });
 }
 

@@ -20,11 +20,6 @@ namespace rollpack::kernels::cpu {
 template <class Element>
 InputRows<Element> whole_steps(const Tensor& in, std::vector<Element>& scratch);
 
-// What product `tile` of the num_tiles that read one block of panel columns (of `steps` steps)
-// brings into L2 of the block at `next`. The first tile is left alone: what is not there yet it
-// streams itself.
-PanelPass look_ahead(const void* next, int64_t steps, int64_t tile, int64_t num_tiles, int rows);
-
 struct GemmArgs {
   PackedMatrix weight;
   Epilogue epilogue = Epilogue::kNone;

@@ -19,6 +19,45 @@ constexpr double kWorthwhile = 0.85;
 // Rows of one task of widening.
 constexpr int64_t kRowsPerTask = 8;
 
+// k goes in blocks, whose sums wait in f32 in between.
+//
+// Pairs: 512 steps of a panel are 128 KiB, the same steps of 256 rows 512 KiB, the block that is
+// prefetched meanwhile 128 KiB and the sums 64 KiB, which L2 holds (1 MiB and more). A block is
+// read from memory once a chunk of rows and from L2 by every further tile: 256 bytes in the 12
+// cycles of its 24 products, or 24 where those are slow.
+constexpr int64_t kStepsInL2 = 512;
+// f32: a step is half the work for as many bytes, more than L2 gives (13 to 15 bytes a cycle on
+// Granite Rapids, where 21 are wanted). 128 steps are 32 KiB of the 48 KiB or 32 KiB of L1, beside
+// which two tiles of rows, 6 KiB, pass through; taking the sums up again costs 48 loads and stores
+// in 1,536 cycles.
+constexpr int64_t kStepsInL1 = 128;
+
+// What a lone tile brings in of the next block: it reads its own as fast as memory gives it, so
+// this only bridges the gap between two blocks, 4 KiB, which the hardware's prefetcher does not.
+constexpr int64_t kBridgeLines = 64;
+// A row's step takes 2 cycles (4 VDPBF16PS at two a cycle), and memory gives a core a line every 6
+// to 11 cycles (24 to 40 GB/s at 4 GHz): more prefetches than that only queue up.
+constexpr int64_t kCyclesPerRowStep = 2;
+constexpr int64_t kCyclesPerLine = 8;
+
+// What the product of a block of `steps` steps with tile `tile` of num_tiles brings into L2 of the
+// block at `next`. The first tile of all is left alone: what is not there yet it streams itself.
+PanelPass look_ahead(const std::byte* next, int64_t steps, int64_t tile, int64_t num_tiles,
+                     int64_t rows) {
+  const int64_t block_lines = steps * kPanelColumns * 4 / 64;
+  if (num_tiles == 1) return {.ahead = next, .ahead_lines = std::min(block_lines, kBridgeLines)};
+  const int64_t share = (block_lines + num_tiles - 1) / num_tiles;
+  const int64_t lines = std::min(share, steps * rows * kCyclesPerRowStep / kCyclesPerLine);
+  const int64_t first = std::min(tile * lines, block_lines);
+  return {.ahead = next + first * 64, .ahead_lines = std::min(lines, block_lines - first)};
+}
+
+// Whether a tile of rows takes all columns of a panel at once. Where it does not, its product
+// unpacks and keeps a part of the panel for all columns by itself, and computes at half the speed.
+bool has_wide_registers(Isa isa) {
+  return isa == Isa::kAvx512 || isa == Isa::kAvx512Bf16;
+}
+
 template <class Element>
 double seconds_of_product(const KernelTable& kernels, const std::vector<Element>& rows,
                           const std::vector<Element>& panel, int64_t steps) {
@@ -40,8 +79,7 @@ double seconds_of_product(const KernelTable& kernels, const std::vector<Element>
 }  // namespace
 
 bool widening_pays(const KernelTable& kernels) {
-  // Where a register is narrower than a panel, the product unpacks a block for all its columns.
-  if (kernels.isa != Isa::kAvx512 && kernels.isa != Isa::kAvx512Bf16) return false;
+  if (!has_wide_registers(kernels.isa)) return false;
   const std::vector<uint16_t> rows(kTileRows * kComparedSteps * 2),
       panel(static_cast<size_t>(kPanelColumns * kComparedSteps * 2));
   const std::vector<float> wide_rows(rows.size()), wide_panel(panel.size());
@@ -59,17 +97,25 @@ PanelProducts<Element>::PanelProducts(const KernelTable& kernels, int num_thread
     : kernels_(kernels),
       of_(pair_kernels(kernels, widens).of<Element>()),
       widens_(widens && sizeof(Element) == 2),
-      workspaces_(static_cast<size_t>(num_threads)) {}
+      workspaces_(static_cast<size_t>(num_threads)) {
+  for (Workspace& work : workspaces_) work.sums.reserve((kChunkRows + kTileRows) * kPanelColumns);
+}
 
 template <class Element>
 void PanelProducts<Element>::begin(ThreadPool& pool, const InputRows<Element>& in) {
   in_ = in;
-  for (Workspace& work : workspaces_) work.chunk = -1;
-  // A lone tile reads a panel once and waits for it: widening would only add to that.
-  is_wide_ = widens_ && in.rows > kTileRows;
+  tiles_ = RowTiles(in.rows);
+  for (Workspace& work : workspaces_) work.first_tile = -1;
+  // A lone tile reads a panel once and waits for it: neither widening nor blocks in L1 would help.
+  is_wide_ = widens_ && tiles_.count > 1;
+  block_steps_ = kStepsInL2;
+  if (is_wide_) block_steps_ = kStepsInL1 / 2;
+  if (sizeof(Element) == 4 && tiles_.count > 1 && has_wide_registers(kernels_.isa)) {
+    block_steps_ = kStepsInL1;
+  }
   if constexpr (sizeof(Element) == 2) {
     if (!is_wide_) return;
-    wide_rows_.resize(std::max(wide_rows_.size(), static_cast<size_t>(in.rows * in.stride)));
+    wide_rows_.reserve(in.rows * in.stride);
     pool.parallel_for((in.rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task, int) {
       const int64_t begin = task * kRowsPerTask;
       const int64_t count = std::min(in.rows - begin, kRowsPerTask) * in.stride;
@@ -80,55 +126,82 @@ void PanelProducts<Element>::begin(ThreadPool& pool, const InputRows<Element>& i
 }
 
 template <class Element>
-void PanelProducts<Element>::take(int thread, const Block& block) {
-  Workspace& work = workspaces_[static_cast<size_t>(thread)];
-  work.block = block;
-  if (work.chunk != block.chunk) {
-    work.chunk = block.chunk;
-    work.first_panel = block.panel;
+void PanelProducts<Element>::take(Workspace& work, const Item& item, int64_t first_step,
+                                  int64_t end_step) {
+  constexpr int64_t kWidth = sizeof(Element) == 2 ? 2 : 1;
+  const Element* const columns = item.panel + first_step * kPanelColumns * kWidth;
+  work.block = {.columns = columns, .first_step = first_step, .end_step = end_step};
+  if (work.first_tile != item.first_tile) {
+    work.first_tile = item.first_tile;
+    work.first_panel = item.panel_number;
   }
   if constexpr (sizeof(Element) == 2) {
     if (!is_wide_) return;
-    const auto size = static_cast<size_t>(2 * block.steps * kPanelColumns);
-    work.columns.resize(std::max(work.columns.size(), size));
-    kernels_.widen_panel(block.columns, block.steps, work.columns.data());
+    work.columns.reserve(2 * (end_step - first_step) * kPanelColumns);
+    kernels_.widen_panel(columns, end_step - first_step, work.columns.data());
   }
 }
 
-// Asks for what the block reads of rows [row, end_row). Another thread has made half of them, so a
-// thread that meets them first would wait for one line after the other.
+// Where a row's elements from a step on lie, as they are multiplied.
 template <class Element>
-void PanelProducts<Element>::bring_in(const Block& block, int64_t row, int64_t end_row) const {
+const std::byte* PanelProducts<Element>::row_part(int64_t row, int64_t step) const {
   constexpr int64_t kWidth = sizeof(Element) == 2 ? 2 : 1;
-  const int64_t element_bytes = is_wide_ ? 4 : static_cast<int64_t>(sizeof(Element));
-  const auto* const rows = is_wide_ ? reinterpret_cast<const std::byte*>(wide_rows_.data())
-                                    : reinterpret_cast<const std::byte*>(in_.data);
-  for (; row < end_row; ++row) {
-    const std::byte* const part =
-        rows + (row * in_.stride + block.first_step * kWidth) * element_bytes;
-    for (int64_t b = 0; b < block.steps * kWidth * element_bytes; b += 64) {
-      __builtin_prefetch(part + b, 0, 2);
+  const int64_t element = row * in_.stride + step * kWidth;
+  return is_wide_ ? reinterpret_cast<const std::byte*>(wide_rows_.data() + element)
+                  : reinterpret_cast<const std::byte*>(in_.data + element);
+}
+
+// Asks for what the block reads of a tile's rows. Another thread has made half of them, so a thread
+// that meets them first would wait for one line after the other.
+template <class Element>
+void PanelProducts<Element>::bring_in(const Block& block, int64_t tile) const {
+  for (int64_t row = tiles_.begin(tile); row < tiles_.begin(tile + 1); ++row) {
+    const std::byte* const end = row_part(row, block.end_step);
+    for (const std::byte* at = row_part(row, block.first_step); at < end; at += 64) {
+      __builtin_prefetch(at, 0, 2);
     }
   }
 }
 
 template <class Element>
-void PanelProducts<Element>::multiply(int thread, int64_t row, int num_rows, float* tile,
-                                      const PanelPass& pass) const {
-  const Workspace& work = workspaces_[static_cast<size_t>(thread)];
-  const Block& block = work.block;
-  if (block.panel == work.first_panel) {
-    bring_in(block, row + num_rows, std::min(row + num_rows + kTileRows, in_.rows));
-  }
-  if (is_wide_) {
-    kernels_.f32.panel_product(wide_rows_.data() + row * in_.stride + 2 * block.first_step,
-                               in_.stride, num_rows, work.columns.data(), 2 * block.steps, tile,
-                               pass);
-    return;
-  }
+PanelPass PanelProducts<Element>::pass_of(const Block& block, const Item& item,
+                                          int64_t tile) const {
   constexpr int64_t kWidth = sizeof(Element) == 2 ? 2 : 1;
-  of_.panel_product(in_.data + row * in_.stride + block.first_step * kWidth, in_.stride, num_rows,
-                    block.columns, block.steps, tile, pass);
+  const int64_t steps = block.end_step - block.first_step;
+  const bool is_last = block.end_step == item.steps;
+  PanelPass pass;
+  // Panels lie one after the other, and so do their blocks: the next is what follows.
+  if (!is_last || item.has_next) {
+    const auto* const next =
+        reinterpret_cast<const std::byte*>(block.columns + steps * kPanelColumns * kWidth);
+    pass = look_ahead(next, steps, tile - item.first_tile, item.end_tile - item.first_tile,
+                      tiles_.begin(tile + 1) - tiles_.begin(tile));
+  }
+  pass.continues = block.first_step > 0;
+  if (block_steps_ < kStepsInL2) {
+    pass.next_rows = tile + 1 < item.end_tile
+                         ? row_part(tiles_.begin(tile + 1), block.first_step)
+                         : row_part(tiles_.begin(item.first_tile), is_last ? 0 : block.end_step);
+  }
+  return pass;
+}
+
+template <class Element>
+void PanelProducts<Element>::multiply_tile(const Workspace& work, const Item& item, int64_t tile,
+                                           float* sums) const {
+  const Block& block = work.block;
+  if (item.panel_number == work.first_panel && tile + 1 < item.end_tile) bring_in(block, tile + 1);
+  const int64_t row = tiles_.begin(tile), steps = block.end_step - block.first_step;
+  const auto num_rows = static_cast<int>(tiles_.begin(tile + 1) - row);
+  const std::byte* const rows = row_part(row, block.first_step);
+  const PanelPass pass = pass_of(block, item, tile);
+  if (is_wide_) {
+    kernels_.f32.panel_product(reinterpret_cast<const float*>(rows), in_.stride, num_rows,
+                               work.columns.data(), 2 * steps, sums, pass);
+  } else {
+    of_.panel_product(reinterpret_cast<const Element*>(rows), in_.stride, num_rows, block.columns,
+                      steps, sums, pass);
+  }
 }
 
 template class PanelProducts<uint16_t>;

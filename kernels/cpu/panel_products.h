@@ -4,9 +4,11 @@
 // (kernels/cpu/README.md), so no bit depends on it.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
+#include "kernels/cpu/aligned_floats.h"
 #include "kernels/cpu/kernel_table.h"
 #include "kernels/cpu/row_tiles.h"
 #include "kernels/cpu/thread_pool.h"
@@ -30,34 +32,66 @@ class PanelProducts {
   bool widens() const { return widens_; }
   // Starts a product of these rows, which stay in place until the next one.
   void begin(ThreadPool& pool, const InputRows<Element>& in);
+  const RowTiles& tiles() const { return tiles_; }
   // Rows that stay in L2 beside a block of a panel; widened they are twice as long.
   int64_t chunk_rows() const { return is_wide_ ? kChunkRows / 2 : kChunkRows; }
 
-  // Steps [first_step, first_step + steps) of a panel, which lie at `columns`, for a chunk of rows.
-  struct Block {
-    const Element* columns = nullptr;
-    int64_t first_step = 0;
+  // Tiles of rows times a panel.
+  struct Item {
+    int64_t first_tile = 0, end_tile = 0;  // chunk_rows() rows and a tile at most
+    const Element* panel = nullptr;
+    int64_t panel_number = 0;
     int64_t steps = 0;
-    int64_t chunk = 0;
-    int64_t panel = 0;
+    bool has_next = false;  // the thread's next item has the panel that follows in memory
   };
-  // Makes `block` the one that multiply() of this thread takes.
-  void take(int thread, const Block& block);
-  // tile = rows [row, row + num_rows) x the thread's block; num_rows <= kTileRows. See
-  // panel_product in kernel_table.h.
-  void multiply(int thread, int64_t row, int num_rows, float* tile, const PanelPass& pass) const;
+  // The product of an item, block by block of k and tile by tile. Before the last block of a tile
+  // prepare(tile) is called, and finish(tile, sums) after it: sums [rows of the tile][64].
+  template <class Prepare, class Finish>
+  void multiply(int thread, const Item& item, Prepare prepare, Finish finish) {
+    Workspace& work = workspaces_[static_cast<size_t>(thread)];
+    const int64_t num_blocks = blocks_of(item);
+    for (int64_t block = 0; block < num_blocks; ++block) {
+      const bool is_last = block + 1 == num_blocks;
+      take(work, item, item.steps * block / num_blocks, item.steps * (block + 1) / num_blocks);
+      for (int64_t tile = item.first_tile; tile < item.end_tile; ++tile) {
+        float* const sums = sums_of(thread, item, tile);
+        if (is_last) prepare(tile);
+        multiply_tile(work, item, tile, sums);
+        if (is_last) finish(tile, sums);
+      }
+    }
+  }
+  // Where those sums lie; the same for every panel. Tiles share a place if k is one block.
+  float* sums_of(int thread, const Item& item, int64_t tile) const {
+    const int64_t row =
+        blocks_of(item) > 1 ? tiles_.begin(tile) - tiles_.begin(item.first_tile) : 0;
+    return workspaces_[static_cast<size_t>(thread)].sums.data() + row * kPanelColumns;
+  }
 
  private:
   static constexpr int64_t kChunkRows = 256;
 
+  // Steps [first_step, end_step) of a panel.
+  struct Block {
+    const Element* columns = nullptr;
+    int64_t first_step = 0, end_step = 0;
+  };
   // One thread's memory.
   struct Workspace {
     Block block;
-    int64_t chunk = -1, first_panel = -1;  // the chunk at hand, and the first panel it meets
-    std::vector<float> columns;            // [2 steps][64], where widened
+    int64_t first_tile = -1, first_panel = -1;  // the rows at hand, and the first panel they meet
+    AlignedFloats columns;                      // [2 steps][64], where widened
+    AlignedFloats sums;                         // [rows of an item][64]
   };
 
-  void bring_in(const Block& block, int64_t row, int64_t end_row) const;
+  int64_t blocks_of(const Item& item) const {
+    return (item.steps + block_steps_ - 1) / block_steps_;
+  }
+  void take(Workspace& work, const Item& item, int64_t first_step, int64_t end_step);
+  void multiply_tile(const Workspace& work, const Item& item, int64_t tile, float* sums) const;
+  PanelPass pass_of(const Block& block, const Item& item, int64_t tile) const;
+  const std::byte* row_part(int64_t row, int64_t step) const;
+  void bring_in(const Block& block, int64_t tile) const;
 
   const KernelTable& kernels_;
   const ElementKernels<Element>& of_;
@@ -66,8 +100,10 @@ class PanelProducts {
 
   // Of the product at hand.
   InputRows<Element> in_;
+  RowTiles tiles_{0};
   bool is_wide_ = false;
-  std::vector<float> wide_rows_;  // [rows][stride]
+  int64_t block_steps_ = 0;
+  AlignedFloats wide_rows_;  // [rows][stride]
 };
 
 extern template class PanelProducts<uint16_t>;

@@ -254,17 +254,34 @@ struct LinesAhead {
 // 22 row tiles leave each look to bring, far below the loads a core can have in flight.
 inline constexpr int64_t kStepsPerLook = 16;
 
+// Brings the rows of the next tile into L1: a line of each holds as many steps as lie between two
+// looks.
+template <class Step, int kRows>
+struct RowsAhead {
+  const typename Step::Element* first;
+  int64_t stride;
+  void look(int64_t step) const {
+    if (first == nullptr) return;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      __builtin_prefetch(first + r * stride + step * Step::kWidth, 0, 3);
+    }
+  }
+};
+
 // Columns [16 v0, 16 (v0 + kVectors)) of a pass over rows, all steps at a time.
 template <class Step, int kRows, int kVectors>
 inline __attribute__((always_inline)) void multiply_columns(const RowsInPlace<Step>& rows,
                                                             const typename Step::Element* panel,
                                                             int64_t steps, float* sums,
-                                                            bool continues, LinesAhead& ahead) {
+                                                            bool continues, LinesAhead& ahead,
+                                                            RowsAhead<Step, kRows> next_rows) {
   constexpr int64_t kStride = kPanelColumns * Step::kWidth;
   Accumulators<kRows, kVectors> acc;
   load_or_clear(acc, continues, sums, kPanelColumns);
   for (int64_t begin = 0; begin < steps; begin += kStepsPerLook) {
     ahead.look();
+    next_rows.look(begin);
     const int64_t count = steps - begin < kStepsPerLook ? steps - begin : kStepsPerLook;
     const typename Step::Element* columns[kVectors];
     for (int v = 0; v < kVectors; ++v) columns[v] = panel + begin * kStride + v * 16 * Step::kWidth;
@@ -283,11 +300,15 @@ template <class Step, int kRows, int kVectors>
 inline __attribute__((always_inline)) void multiply_blocks(const RowsInPlace<Step>& rows,
                                                            const typename Step::Element* panel,
                                                            int64_t steps, float* sums,
-                                                           bool continues, LinesAhead& ahead) {
+                                                           bool continues, LinesAhead& ahead,
+                                                           RowsAhead<Step, kRows> next_rows) {
   constexpr int64_t kStride = kPanelColumns * Step::kWidth;
   int64_t begin = 0;
   do {
-    for (int64_t look = 0; look < kStepsPerBlock; look += kStepsPerLook) ahead.look();
+    for (int64_t look = 0; look < kStepsPerBlock; look += kStepsPerLook) {
+      ahead.look();
+      next_rows.look(begin + look);
+    }
     const int64_t count = steps - begin < kStepsPerBlock ? steps - begin : kStepsPerBlock;
     const UnpackedRows<Step, kRows, kStepsPerBlock> part(
         {rows.first + begin * Step::kWidth, rows.stride}, count);
@@ -314,13 +335,16 @@ void panel_product(const typename Step::Element* a, int64_t a_stride, int rows,
       rows, [&]<int kRows>(int first) __attribute__((always_inline)) {
         constexpr int kVectors = vectors_per_pass(kRows);
         const RowsInPlace<Step> pass_rows = {a + first * a_stride, a_stride};
+        const auto* const next = static_cast<const typename Step::Element*>(pass.next_rows);
+        const RowsAhead<Step, kRows> next_rows = {
+            next == nullptr ? nullptr : next + first * a_stride, a_stride};
         float* const sums = tile + first * kPanelColumns;
         if constexpr (kVectors * 16 == kPanelColumns) {
           multiply_columns<Step, kRows, kVectors>(pass_rows, panel, steps, sums, pass.continues,
-                                                  ahead);
+                                                  ahead, next_rows);
         } else {
           multiply_blocks<Step, kRows, kVectors>(pass_rows, panel, steps, sums, pass.continues,
-                                                 ahead);
+                                                 ahead, next_rows);
         }
       });
 }

@@ -86,10 +86,13 @@ void VocabStats<Element>::compute(ThreadPool& pool, std::span<const int32_t> hea
   const int64_t num_chunks = (group_.rows + products_.chunk_rows() - 1) / products_.chunk_rows();
   PanelShares shares(num_chunks * num_held_blocks_, pool.num_threads());
   shares.run(pool, [&](int64_t item, int64_t next, int thread) {
-    const int64_t chunk = item / num_held_blocks_;
-    compute_block(head_rows, group_.rows * chunk / num_chunks,
-                  group_.rows * (chunk + 1) / num_chunks, item % num_held_blocks_, next >= 0,
-                  logits, workspaces_[static_cast<size_t>(thread)]);
+    const int64_t chunk = item / num_held_blocks_, num_tiles = products_.tiles().count;
+    compute_block(head_rows,
+                  {.first_tile = num_tiles * chunk / num_chunks,
+                   .end_tile = num_tiles * (chunk + 1) / num_chunks,
+                   .steps = weight_.steps(),
+                   .has_next = next >= 0},
+                  item % num_held_blocks_, logits, workspaces_[static_cast<size_t>(thread)]);
   });
 }
 
@@ -118,12 +121,13 @@ int VocabStats<Element>::panel_columns(int64_t held_panel) const {
       std::clamp<int64_t>(weight_.columns - held_panel * kPanelColumns, 0, kPanelColumns));
 }
 
-// Rows [first, last) of the call against the 16 panels of a block, which is counted among those
-// held here; so are its panels.
+// The item's tiles of the call's rows against the 16 panels of a block, which is counted among
+// those held here; so are its panels.
 template <class Element>
-void VocabStats<Element>::compute_block(std::span<const int32_t> head_rows, int64_t first,
-                                        int64_t last, int64_t block, bool has_next, float* logits,
-                                        Workspace& work) {
+void VocabStats<Element>::compute_block(std::span<const int32_t> head_rows, Item item,
+                                        int64_t block, float* logits, Workspace& work) {
+  const RowTiles& tiles = products_.tiles();
+  const int64_t first = tiles.begin(item.first_tile), last = tiles.begin(item.end_tile);
   // A call's rows may have gaps, and so have their distributions: room for the whole span.
   const int64_t first_index = first_distribution(head_rows[static_cast<size_t>(first)]);
   const int64_t end_index = first_distribution(head_rows[static_cast<size_t>(last - 1)] + 1);
@@ -133,39 +137,21 @@ void VocabStats<Element>::compute_block(std::span<const int32_t> head_rows, int6
   if (end_panel < first_panel + kBlockPanels) {
     std::fill_n(work.panels.begin(), end_index - first_index, BlockPanels::empty());
   }
-  const RowTiles tiles(last - first);
-  alignas(64) float tile[kTileRows * kPanelColumns];
-  list_rows(head_rows.subspan(static_cast<size_t>(first), static_cast<size_t>(last - first)), tiles,
-            tile, first_index, work);
+  list_rows(head_rows, item, first_index, work);
+  const bool has_next_block = item.has_next;
   for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-    const auto* columns_end =
-        reinterpret_cast<const std::byte*>(weight_.panel<Element>(panel)) + weight_.panel_bytes();
-    const bool goes_on = panel + 1 < end_panel || has_next;
-    products_.take(work.thread, {.columns = weight_.panel<Element>(panel),
-                                 .steps = weight_.steps(),
-                                 .chunk = first,
-                                 .panel = panel});
-    for (int64_t t = 0; t < tiles.count; ++t) {
-      const int64_t row = first + tiles.begin(t);
-      const auto rows = static_cast<size_t>(tiles.begin(t + 1) - tiles.begin(t));
-      PanelPass pass;
-      if (goes_on) {
-        pass = look_ahead(columns_end, weight_.steps(), t, tiles.count, static_cast<int>(rows));
-      }
-      products_.multiply(work.thread, row, static_cast<int>(rows), tile, pass);
-      reduce_tile(head_rows.subspan(static_cast<size_t>(row), rows), tile, panel,
-                  work.tiles[static_cast<size_t>(t)], work);
-      if (logits == nullptr) continue;
-      for (size_t r = 0; r < rows; ++r) {
-        float* const kept =
-            logits + (row + static_cast<int64_t>(r)) * logits_stride() + panel * kPanelColumns;
-        std::copy_n(tile + r * kPanelColumns, kPanelColumns, kept);
-        // Rows are far apart, so nothing else brings in what the next panel's stores need.
-        for (int c = 0; c < kPanelColumns; c += 16) {
-          __builtin_prefetch(kept + kPanelColumns + c, 1, 3);
-        }
-      }
-    }
+    item.panel = weight_.panel<Element>(panel);
+    item.panel_number = panel;
+    item.has_next = panel + 1 < end_panel || has_next_block;
+    products_.multiply(
+        work.thread, item, [](int64_t) {},
+        [&](int64_t tile, const float* sums) {
+          const int64_t row = tiles.begin(tile);
+          const auto rows = static_cast<size_t>(tiles.begin(tile + 1) - row);
+          reduce_tile(head_rows.subspan(static_cast<size_t>(row), rows), sums, panel,
+                      work.tiles[static_cast<size_t>(tile - item.first_tile)], work);
+          if (logits != nullptr) keep_logits(sums, row, rows, panel, logits);
+        });
   }
   for (int64_t row = first; row < last; ++row) {
     const int32_t head_row = head_rows[static_cast<size_t>(row)];
@@ -175,24 +161,39 @@ void VocabStats<Element>::compute_block(std::span<const int32_t> head_rows, int6
   }
 }
 
-// What to reduce of each tile of a chunk; the same for every panel of a block, since all tiles are
-// computed into the one buffer `tile`.
 template <class Element>
-void VocabStats<Element>::list_rows(std::span<const int32_t> chunk_rows, const RowTiles& tiles,
-                                    const float* tile, int64_t first_index, Workspace& work) const {
+void VocabStats<Element>::keep_logits(const float* sums, int64_t row, size_t num_rows,
+                                      int64_t panel, float* logits) const {
+  for (size_t r = 0; r < num_rows; ++r) {
+    float* const kept =
+        logits + (row + static_cast<int64_t>(r)) * logits_stride() + panel * kPanelColumns;
+    std::copy_n(sums + r * kPanelColumns, kPanelColumns, kept);
+    // Rows are far apart, so nothing else brings in what the next panel's stores need.
+    for (int c = 0; c < kPanelColumns; c += 16) {
+      __builtin_prefetch(kept + kPanelColumns + c, 1, 3);
+    }
+  }
+}
+
+// What to reduce of each tile of a chunk; the same for every panel of a block.
+template <class Element>
+void VocabStats<Element>::list_rows(std::span<const int32_t> head_rows, const Item& item,
+                                    int64_t first_index, Workspace& work) const {
+  const RowTiles& tiles = products_.tiles();
   work.rows.clear();
   work.collecting.clear();
   work.tiles.clear();
-  for (int64_t t = 0; t < tiles.count; ++t) {
+  for (int64_t t = item.first_tile; t < item.end_tile; ++t) {
+    const float* const sums = products_.sums_of(work.thread, item, t);
     TileRows listed{.first_row = work.rows.size(), .first_collecting = work.collecting.size()};
     for (int64_t row = tiles.begin(t); row < tiles.begin(t + 1); ++row) {
-      const int32_t head_row = chunk_rows[static_cast<size_t>(row)];
+      const int32_t head_row = head_rows[static_cast<size_t>(row)];
       for (int32_t d = first_distribution(head_row); d < first_distribution(head_row + 1); ++d) {
         const Distribution& distribution = distributions_[static_cast<size_t>(d)];
         if (distribution.num_candidates > 0) {
           work.collecting.push_back({.row = static_cast<int32_t>(work.rows.size()), .index = d});
         }
-        work.rows.push_back({.logits = tile + (row - tiles.begin(t)) * kPanelColumns,
+        work.rows.push_back({.logits = sums + (row - tiles.begin(t)) * kPanelColumns,
                              .scale = distribution.scale,
                              .block = &work.panels[static_cast<size_t>(d - first_index)]});
       }

@@ -108,6 +108,8 @@ class VocabStats {
   float logit(int32_t head_row, int32_t token) const;
 
  private:
+  using Item = PanelProducts<Element>::Item;
+
   // A row of a tile whose largest values are collected.
   struct Collecting {
     int32_t row = 0;    // of Workspace::rows
@@ -137,10 +139,12 @@ class VocabStats {
   };
 
   void gather(std::span<const int32_t> head_rows);
-  void compute_block(std::span<const int32_t> head_rows, int64_t first, int64_t last, int64_t block,
-                     bool has_next, float* logits, Workspace& work);
-  void list_rows(std::span<const int32_t> chunk_rows, const RowTiles& tiles, const float* tile,
-                 int64_t first_index, Workspace& work) const;
+  void compute_block(std::span<const int32_t> head_rows, Item item, int64_t block, float* logits,
+                     Workspace& work);
+  void keep_logits(const float* sums, int64_t row, size_t num_rows, int64_t panel,
+                   float* logits) const;
+  void list_rows(std::span<const int32_t> head_rows, const Item& item, int64_t first_index,
+                 Workspace& work) const;
   void reduce_tile(std::span<const int32_t> tile_rows, const float* tile, int64_t panel,
                    const TileRows& listed, Workspace& work);
   void finish_block(int32_t distribution, int64_t block, const BlockPanels& panels);
