@@ -5,9 +5,10 @@
 Prints a row a configuration, medians over the updates after the first: the whole call (tensors
 written into shared memory, checked, packed by every rank or by one, switched); of the rank that
 stood still longest the time for packing; the rate of all else, which is how fast weights come in;
-the pause beyond packing and the prefill of live samples, as the engine reports them; last, the
-longest time between two tokens of a sample of length one that was asked for over and over, which
-sees all three and the wait for its turn. Beside them the limit of the machine.
+the pause beyond packing and the prefill of live samples, as the engine reports them; last, from
+updates of their own, since asking takes time from them, the longest time between two tokens of a
+sample of length one that was asked for over and over, which sees all three and the wait for its
+turn. Beside them the limit of the machine.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def measure(model: pathlib.Path, num_ranks: int, sharing: str, num_updates: int)
     tensors = load_file(model / "model.safetensors")
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     rows: list[list[float]] = []
+    waits: list[float] = []
     with tempfile.TemporaryDirectory(prefix="update-") as folder:
         config = pathlib.Path(folder) / "config.yaml"
         config.write_text(
@@ -81,19 +83,23 @@ def measure(model: pathlib.Path, num_ranks: int, sharing: str, num_updates: int)
         with rollpack.launch(config, num_ranks=num_ranks, set={"bridge.socket": socket}) as client:
             client.submit([[1 + index, 2, 3] for index in range(NUM_PROMPTS)])
             time.sleep(1)
-            for version in range(1, num_updates + 2):
-                probe = Probe(socket)
+            for version in range(1, 2 * num_updates + 2):
+                is_probed = version % 2 == 1
+                probe = Probe(socket) if is_probed else None
                 start = time.monotonic()
                 updated = client.update_weights(tensors, version)
                 seconds = time.monotonic() - start
                 time.sleep(2)  # workers tell their numbers once a second
                 while (prefill_ms := client.stats()["last_update_prefill_ms"]) == 0:
                     time.sleep(0.1)
-                probe.stop()
-                ingest = num_bytes / 1e9 / (seconds - updated.packing_ms / 1e3)
-                rows.append([seconds, updated.packing_ms, ingest, updated.pause_ms, prefill_ms,
-                             probe.longest_ms])
-    medians = [statistics.median(column) for column in zip(*rows[1:], strict=True)]
+                if probe is not None:
+                    probe.stop()
+                    waits.append(probe.longest_ms)
+                else:
+                    ingest = num_bytes / 1e9 / (seconds - updated.packing_ms / 1e3)
+                    rows.append([seconds, updated.packing_ms, ingest, updated.pause_ms, prefill_ms])
+    medians = [statistics.median(column) for column in zip(*rows, strict=True)]
+    medians.append(statistics.median(waits[1:]))  # the first finds memory that was never used
     texts = [f"{medians[0]:.2f}", f"{medians[1]:.0f}", f"{medians[2]:.2f}",
              *(f"{value:.0f}" for value in medians[3:])]
     return [str(num_ranks), "one copy" if sharing == "on" else "a copy a rank",
