@@ -153,7 +153,8 @@ def unkillable(small_model: pathlib.Path, tmp_path: pathlib.Path,
                monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
     """A server of five ranks, of which rank 0 cannot kill the others."""
     monkeypatch.setenv("ROLLPACK_FAULT", "worker_given_up:0:skip@0")
-    config = write_server_config(small_model, tmp_path, n=NUM_SAMPLES, response_length=200,
+    # Long: ranks say how many samples they run once a second, and are to be stopped in their midst.
+    config = write_server_config(small_model, tmp_path, n=NUM_SAMPLES, response_length=800,
                                  lease_s=ZOMBIE_LEASE_S)
     with Job(["serve", "--config", config], num_ranks=1 + ZOMBIES_A_ROUND, recovers=True) as job:
         yield job
@@ -171,6 +172,7 @@ def test_a_zombies_samples_are_dropped_and_counted(
             # Those just started draw a sample first: three in a row that had none end replacement.
             client.submit(prompts)
             assert take_rest(client, {}, count) == undisturbed
+            wait_for_stats(client, lambda stats: stats["num_running_seqs"] == 0)
             client.submit(prompts)
             wait_for_stats(client, lambda stats: stats["num_running_seqs"] > 2 * ZOMBIES_A_ROUND)
             pids = unkillable.rank_pids()
