@@ -46,7 +46,7 @@ struct BackendOptions {
   int64_t kv_cache_bytes = 0;
   int32_t max_num_seqs = 256;             // sequence slots
   int32_t max_num_batched_tokens = 2048;  // token rows of one step
-  bool shared_weights = false;  // stage weights in memory that other processes can map
+  bool shared_weights = false;            // stage weights in memory that other processes can map
   // Of the ranks that hold one model together (kernels/shards.h), all of which are given the same
   // plans; none: this backend holds a whole one.
   std::shared_ptr<Communicator> communicator;
@@ -69,7 +69,7 @@ struct MemoryPlan {
 };
 
 struct BackendInfo {
-  std::string name;         // "cpu", "reference"
+  std::string name;  // "cpu", "reference"
   // e.g. "cpu: avx512_bf16, 2 threads, weights in 2 MiB pages", the last part from the first commit
   std::string description;
   std::string fingerprint;  // two backends with equal fingerprints give equal bits
@@ -79,6 +79,12 @@ struct BackendInfo {
   // Steps that it profits from having in flight: 2 where it computes while the host does something
   // else, so that the next step is planned meanwhile.
   int32_t max_steps_under_way = 1;
+};
+
+// Parts of a backend's memory that sleep and wake on their own.
+struct MemoryTags {
+  bool weights = false;
+  bool kv_cache = false;
 };
 
 // Memory of the backend; on the CPU `data` is an ordinary pointer.
@@ -151,12 +157,12 @@ struct LinearArgs {
 // Source: Su et al., "RoFormer", arXiv:2104.09864, in the half-split form of Llama.
 struct RopeAppendArgs {
   int32_t layer = 0;
-  Tensor qkv;          // [T, (H + 2 G) K] f32: Q heads, then K heads, then V heads
-  Tensor rope_table;   // [positions, K] f32: cos in [0, K / 2), sin in [K / 2, K)
+  Tensor qkv;                   // [T, (H + 2 G) K] f32: Q heads, then K heads, then V heads
+  Tensor rope_table;            // [positions, K] f32: cos in [0, K / 2), sin in [K / 2, K)
   WeightId q_norm = kNoWeight;  // kVector [K], or none
   WeightId k_norm = kNoWeight;
   float norm_epsilon = 1e-6f;
-  Tensor q;            // [T, H K] compute dtype
+  Tensor q;  // [T, H K] compute dtype
 };
 
 // Causal attention of the step's rows over their page tables.
@@ -164,9 +170,9 @@ struct RopeAppendArgs {
 // kernels/README.md. A pad row's output is 0.
 struct AttentionArgs {
   int32_t layer = 0;
-  int32_t window = 0;  // key j is visible to row i iff i - j < window; 0: all keys
-  Tensor q;            // [T, H K] compute dtype
-  Tensor out;          // [T, H K] compute dtype; on several ranks as wide as the heads of all
+  int32_t window = 0;     // key j is visible to row i iff i - j < window; 0: all keys
+  Tensor q;               // [T, H K] compute dtype
+  Tensor out;             // [T, H K] compute dtype; on several ranks as wide as the heads of all
   int64_t out_begin = 0;  // column of out that this rank's first head goes to
 };
 
@@ -249,10 +255,20 @@ class Backend {
   virtual int export_staged_weights() = 0;
   virtual void adopt_staged_weights(int fd) = 0;
 
-  // Sleep and wake by tag ("weights", "kv_cache"); throws unsupported where memory cannot be given
-  // back and taken again.
-  virtual void sleep(const std::vector<std::string>& tags) = 0;
-  virtual void wake_up(const std::vector<std::string>& tags) = 0;
+  // Gives memory back to the system until wake_up(), while no step is under way and nothing is
+  // staged. Level 1 drops KV pages and keeps the weights where they cost no device memory (on the
+  // CPU: where they are); level 2 drops both, after which no weights are committed until a whole
+  // set is. What sleeps already stays as it is. Steps are failed_precondition while anything
+  // sleeps. Errors: failed_precondition where level 2 finds a set staged; resource_exhausted where
+  // the weights that level 1 keeps fit nowhere.
+  virtual void sleep(int level) = 0;
+  // Takes it again, at the same addresses where anything depends on them; pages hold zeros, weights
+  // what level 1 has kept. What is awake stays as it is.
+  // Errors: resource_exhausted where others have taken the memory meanwhile: it sleeps on.
+  virtual void wake_up(MemoryTags tags) = 0;
+  // Bytes of weights, KV pages and buffers that this backend has of its own now; adopted weights
+  // are another's.
+  virtual int64_t held_bytes() const = 0;
 
   // Steps. submit never blocks and takes at most two steps in flight (failed_precondition beyond);
   // it owns the plan until the step is done. wait returns the result or throws: the step's own

@@ -42,8 +42,9 @@ class ForwardingBackend : public Backend {
   int export_staged_weights() override { return inner_->export_staged_weights(); }
   void adopt_staged_weights(int fd) override { inner_->adopt_staged_weights(fd); }
 
-  void sleep(const std::vector<std::string>& tags) override { inner_->sleep(tags); }
-  void wake_up(const std::vector<std::string>& tags) override { inner_->wake_up(tags); }
+  void sleep(int level) override { inner_->sleep(level); }
+  void wake_up(MemoryTags tags) override { inner_->wake_up(tags); }
+  int64_t held_bytes() const override { return inner_->held_bytes(); }
 
   void set_program(std::shared_ptr<StepProgram> program) override {
     inner_->set_program(std::move(program));

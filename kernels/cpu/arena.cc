@@ -51,6 +51,17 @@ std::byte* reserve_aligned(int64_t bytes, const char* what) {
   return begin + head;
 }
 
+// Zeros, page by page as they are touched.
+void back_with_memory(std::byte* at, int64_t bytes, const char* what) {
+  const auto size = static_cast<size_t>(bytes);
+  if (mmap(at, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) ==
+      MAP_FAILED) {
+    fail_memory(what, bytes);
+  }
+  // Advice only: without huge pages everything works, slower.
+  madvise(at, size, MADV_HUGEPAGE);
+}
+
 int64_t round_to_huge_pages(int64_t bytes) {
   return (bytes + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
 }
@@ -77,12 +88,7 @@ Arena Arena::make_private(int64_t bytes, const char* what) {
   std::byte* at = reserve_aligned(mapped, what);
   arena.data_ = at;
   arena.bytes_ = mapped;
-  if (mmap(at, static_cast<size_t>(mapped), PROT_READ | PROT_WRITE,
-           MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED) {
-    fail_memory(what, bytes);
-  }
-  // Advice only: without huge pages everything works, slower.
-  madvise(at, static_cast<size_t>(mapped), MADV_HUGEPAGE);
+  back_with_memory(at, mapped, what);
   return arena;
 }
 
@@ -136,13 +142,15 @@ Arena::Arena(Arena&& other) noexcept
     : data_(std::exchange(other.data_, nullptr)),
       bytes_(std::exchange(other.bytes_, 0)),
       fd_(std::exchange(other.fd_, -1)),
-      is_read_only_(std::exchange(other.is_read_only_, false)) {}
+      is_read_only_(std::exchange(other.is_read_only_, false)),
+      is_released_(std::exchange(other.is_released_, false)) {}
 
 Arena& Arena::operator=(Arena&& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(bytes_, other.bytes_);
   std::swap(fd_, other.fd_);
   std::swap(is_read_only_, other.is_read_only_);
+  std::swap(is_released_, other.is_released_);
   return *this;
 }
 
@@ -156,6 +164,23 @@ void Arena::populate(int64_t begin, int64_t end) {
   end = std::min(round_to_huge_pages(end), bytes_);
   // Linux before 5.14 refuses: then every page waits for its first write.
   if (begin < end) madvise(data_ + begin, static_cast<size_t>(end - begin), MADV_POPULATE_WRITE);
+}
+
+// Mapped over in one call, so that the range is ours throughout.
+void Arena::release() {
+  if (is_released_) return;
+  if (fd_ >= 0 || is_read_only_) fail_invariant("only private memory is given back and taken");
+  if (mmap(data_, static_cast<size_t>(bytes_), PROT_NONE,
+           MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == MAP_FAILED) {
+    fail_memory("memory given back", bytes_);
+  }
+  is_released_ = true;
+}
+
+void Arena::take() {
+  if (!is_released_) return;
+  back_with_memory(data_, bytes_, "memory taken again");
+  is_released_ = false;
 }
 
 double Arena::huge_page_share() const {

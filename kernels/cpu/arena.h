@@ -34,6 +34,13 @@ class Arena {
   // are rounded outwards to 2 MiB. Where that fails, the first write does it.
   void populate(int64_t begin, int64_t end);
 
+  // Gives the memory of a private arena back to the system and keeps its addresses, which nobody
+  // may touch until take() has backed them with zeros again. Errors: resource_exhausted if the
+  // system refuses; the arena is then as before.
+  void release();
+  void take();
+  bool is_released() const { return is_released_; }
+
   // Share of the memory in use, 0 to 1, that the system really put into huge pages, from
   // /proc/self/smaps; 0 where that cannot be read. Touches every page; takes some milliseconds.
   double huge_page_share() const;
@@ -47,6 +54,7 @@ class Arena {
   int64_t bytes_ = 0;
   int fd_ = -1;
   bool is_read_only_ = false;
+  bool is_released_ = false;
 };
 
 }  // namespace rollpack::kernels::cpu

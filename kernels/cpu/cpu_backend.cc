@@ -97,12 +97,6 @@ void expect_shape(const Tensor& tensor, int64_t rows, int64_t cols, const char* 
                .allowed = fmt::format("[{}, {}]", rows, cols)});
 }
 
-[[noreturn]] void refuse_sleep(const char* call) {
-  throw Error({.code = ErrorCode::kUnsupported,
-               .field = call,
-               .message = "the cpu backend keeps its memory; restart the process to give it back"});
-}
-
 template <class Element>
 class CpuBackend final : public Backend {
  public:
@@ -145,10 +139,12 @@ class CpuBackend final : public Backend {
                    .message = "the system has no such memory"});
     }
     std::memset(data, 0, size);
+    buffer_bytes_ += bytes;
     return {data, bytes};
   }
   void free(Buffer buffer) override {
     queue_.drain();  // a step in flight may still use it
+    buffer_bytes_ -= buffer.bytes;
     std::free(buffer.data);
   }
   void upload(Buffer target, const void* source, int64_t bytes) override {
@@ -180,9 +176,8 @@ class CpuBackend final : public Backend {
   void commit_weights() override {
     weights_.require_complete();
     queue_.drain();  // steps keep the weights they were submitted under
-    const bool is_first = !weights_.has_committed();
     weights_.commit();
-    if (is_first) describe_memory();
+    if (!std::exchange(is_memory_described_, true)) describe_memory();
   }
   void discard_weights() override { weights_.discard(); }
   uint64_t weights_hash() override {
@@ -194,8 +189,19 @@ class CpuBackend final : public Backend {
   int export_staged_weights() override { return weights_.export_staged(); }
   void adopt_staged_weights(int fd) override { weights_.adopt_staged(fd); }
 
-  void sleep(const std::vector<std::string>&) override { refuse_sleep("sleep"); }
-  void wake_up(const std::vector<std::string>&) override { refuse_sleep("wake_up"); }
+  // There is no other place for weights than where they are: level 1 leaves them there. A dropped
+  // set has no addresses to come back to, as every commit brings memory of its own.
+  void sleep(int level) override {
+    queue_.drain();
+    if (level > 1) weights_.drop();
+    pages_.sleep();
+  }
+  void wake_up(MemoryTags tags) override {
+    if (tags.kv_cache) pages_.wake_up();
+  }
+  int64_t held_bytes() const override {
+    return weights_.held_bytes() + pages_.held_bytes() + buffer_bytes_;
+  }
 
   void set_program(std::shared_ptr<StepProgram> program) override { program_ = std::move(program); }
   StepHandle submit(StepPlan plan) override { return queue_.submit(std::move(plan), program_); }
@@ -288,6 +294,8 @@ class CpuBackend final : public Backend {
   Attention<Element> attention_;
   VocabHead<Element> head_;
   bool has_head_results_ = false;
+  bool is_memory_described_ = false;
+  int64_t buffer_bytes_ = 0;
   std::vector<Element> padded_rows_;  // inputs of an odd width, in whole steps
   std::shared_ptr<StepProgram> program_;
   StepQueue queue_;  // last: its thread uses all of the above
@@ -344,6 +352,11 @@ StepResult CpuBackend<Element>::run(const StepPlan& plan, StepProgram& program) 
     throw Error({.code = ErrorCode::kFailedPrecondition,
                  .field = "step",
                  .message = "no weights are committed yet"});
+  }
+  if (pages_.is_asleep()) {
+    throw Error({.code = ErrorCode::kFailedPrecondition,
+                 .field = "step",
+                 .message = "the KV pages sleep; wake_up first"});
   }
   flush_subnormals();  // this is the driver's thread, and it computes too
   const ThreadPool::CallerAtPlace here(pool_);

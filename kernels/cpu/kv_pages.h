@@ -43,6 +43,11 @@ class KvPages {
   }
   int64_t block_bytes() const { return block_bytes_; }
   std::byte* data() const { return arena_.data(); }  // of the whole cache
+  // Gives all pages back to the system, or takes them again, zeroed, at the same addresses.
+  void sleep() { arena_.release(); }
+  void wake_up() { arena_.take(); }
+  bool is_asleep() const { return arena_.is_released(); }
+  int64_t held_bytes() const { return arena_.is_released() ? 0 : arena_.bytes(); }
 
   // Writes K values of one token: k and v already rounded to Element.
   template <class Element>

@@ -205,6 +205,20 @@ void WeightStore::discard() {
   staged_.reset();
 }
 
+void WeightStore::drop() {
+  if (staged_) fail_weight_state("weights", "staged", "commit or discard the staged set first");
+  committed_.reset();
+}
+
+int64_t WeightStore::held_bytes() const {
+  int64_t bytes = 0;
+  for (const std::optional<Set>* set : {&committed_, &staged_}) {
+    const bool is_own = *set && !((*set)->arena.is_read_only() && (*set)->arena.fd() < 0);
+    if (is_own) bytes += (*set)->arena.bytes();
+  }
+  return bytes;
+}
+
 uint64_t WeightStore::committed_hash(ThreadPool* pool) const {
   if (!committed_)
     fail_weight_state("weights", "none committed", "commit weights before hashing them");

@@ -32,6 +32,12 @@ class WeightStore {
   void require_complete() const;
   void commit();
   void discard();
+  // Lets the committed set go for good. Where ranks share one copy its memory is free once all of
+  // them have.
+  // Errors: failed_precondition where a set is staged.
+  void drop();
+  // Of the sets that are this store's own.
+  int64_t held_bytes() const;
   uint64_t committed_hash(ThreadPool* pool) const;
   uint64_t staged_hash();
   int export_staged();

@@ -97,10 +97,13 @@ class CudaBackend final : public Backend {
 
   Buffer alloc(int64_t bytes) override {
     device_->bind_thread();
-    return {device_->alloc(bytes, "alloc"), bytes};
+    const Buffer buffer{device_->alloc(bytes, "alloc"), bytes};
+    buffer_bytes_ += bytes;
+    return buffer;
   }
   void free(Buffer buffer) override {
     queue_.drain();  // a step in flight may still use it
+    buffer_bytes_ -= buffer.bytes;
     device_->bind_thread();
     device_->free(buffer.data);
   }
@@ -161,11 +164,20 @@ class CudaBackend final : public Backend {
     refuse("engine.share_weights", "the cuda backend keeps its weights in its device's memory");
   }
 
-  void sleep(const std::vector<std::string>&) override {
-    refuse("sleep", "the cuda backend does not give its memory back yet; restart the process");
+  void sleep(int level) override {
+    queue_.drain();
+    device_->bind_thread();
+    weights_.sleep(/*keeps_copy=*/level == 1);
+    pages_.give_back();
   }
-  void wake_up(const std::vector<std::string>&) override {
-    refuse("wake_up", "the cuda backend does not give its memory back yet");
+  void wake_up(MemoryTags tags) override {
+    device_->bind_thread();
+    if (tags.weights) weights_.wake_up();
+    if (tags.kv_cache) pages_.take();
+  }
+  int64_t held_bytes() const override {
+    return weights_.held_bytes() + pages_.held_bytes() + memory_.workspaces + memory_.steps +
+           buffer_bytes_;
   }
 
   void set_program(std::shared_ptr<StepProgram> program) override { program_ = std::move(program); }
@@ -213,7 +225,8 @@ class CudaBackend final : public Backend {
   OwnStream stream_;  // of steps
   OwnStream copies_;  // of upload and download
   WeightStore weights_;
-  DeviceMemory pages_;
+  DeviceRange pages_;
+  int64_t buffer_bytes_ = 0;
   const KvCache cache_;
   StepContext step_;
   DeviceMemory partials_, attention_workspace_, head_workspace_;
@@ -255,6 +268,11 @@ void CudaBackend::begin(const StepPlan& plan, StepProgram& program) {
     throw Error({.code = ErrorCode::kFailedPrecondition,
                  .field = "step",
                  .message = "no weights are committed yet"});
+  }
+  if (weights_.is_asleep() || !pages_.has_memory()) {
+    throw Error({.code = ErrorCode::kFailedPrecondition,
+                 .field = "step",
+                 .message = "weights or KV pages sleep; wake_up first"});
   }
   device_->bind_thread();
   has_head_results_ = false;

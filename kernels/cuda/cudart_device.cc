@@ -9,6 +9,7 @@
 
 #include "kernels/base/error.h"
 #include "kernels/cuda/device_choice.h"
+#include "kernels/cuda/driver_memory.h"
 #include "kernels/cuda/launch_shape.h"
 
 namespace rollpack::kernels::cuda {
@@ -52,11 +53,11 @@ ErrorCode code_of(cudaError_t error) {
 
 // `call` begins the field, so that the backend can tell errors of the device and add its step.
 [[noreturn]] void fail(cudaError_t error, std::string call, std::string value = {}) {
-  throw Error({.code = code_of(error),
-               .field = "device, " + std::move(call),
-               .value = std::move(value),
-               .message =
-                   fmt::format("{}: {}", cudaGetErrorName(error), cudaGetErrorString(error))});
+  throw Error(
+      {.code = code_of(error),
+       .field = "device, " + std::move(call),
+       .value = std::move(value),
+       .message = fmt::format("{}: {}", cudaGetErrorName(error), cudaGetErrorString(error))});
 }
 
 void check(cudaError_t error, const char* call) {
@@ -65,7 +66,7 @@ void check(cudaError_t error, const char* call) {
 
 class CudartDevice final : public Device {
  public:
-  explicit CudartDevice(int device) : device_(device) {
+  explicit CudartDevice(int device) : device_(device), ranges_(device) {
     cudaDeviceProp properties{};
     check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
     bind_thread();
@@ -102,6 +103,10 @@ class CudartDevice final : public Device {
     return memory;
   }
   void free(void* memory) noexcept override { cudaFree(memory); }
+  void* reserve(int64_t bytes, const char* what) override { return ranges_.reserve(bytes, what); }
+  void map(void* range) override { ranges_.map(range); }
+  void unmap(void* range) override { ranges_.unmap(range); }
+  void release(void* range) noexcept override { ranges_.release(range); }
   void* alloc_host(int64_t bytes, const char* what) override {
     void* memory = nullptr;
     const cudaError_t error =
@@ -175,8 +180,10 @@ class CudartDevice final : public Device {
                      .field = "device, work on a stream",
                      .message = "it has not ended"});
       }
-      if (now - begin < std::chrono::microseconds(100)) std::this_thread::yield();
-      else std::this_thread::sleep_for(std::chrono::microseconds(20));
+      if (now - begin < std::chrono::microseconds(100))
+        std::this_thread::yield();
+      else
+        std::this_thread::sleep_for(std::chrono::microseconds(20));
     }
   }
 
@@ -190,10 +197,15 @@ class CudartDevice final : public Device {
   }
 
   const int device_;
+  DriverMemory ranges_;
   DeviceInfo info_;
 };
 
 }  // namespace
+
+void fail_call(int error, std::string call, std::string value) {
+  fail(static_cast<cudaError_t>(error), std::move(call), std::move(value));
+}
 
 void fail_launch(const LaunchShape& shape, int code) {
   fail(static_cast<cudaError_t>(code), fmt::format("kernel {}", shape.kernel),

@@ -18,4 +18,7 @@ std::string why_no_device();
 // and of CUDA.
 std::unique_ptr<Device> make_cudart_device(int rank_on_node);
 
+// Fails as every call here does, with the runtime's words for `error`, a cudaError_t.
+[[noreturn]] void fail_call(int error, std::string call, std::string value = {});
+
 }  // namespace rollpack::kernels::cuda

@@ -37,6 +37,13 @@ class Device {
   // Zero-filled, aligned to 256 bytes. `what` goes into the error.
   virtual void* alloc(int64_t bytes, const char* what) = 0;
   virtual void free(void* memory) noexcept = 0;
+  // Addresses, for at least so many bytes, whose memory may come and go; nobody may touch them
+  // until map() has put zeroed memory behind them, nor after unmap(), before which all work on it
+  // is waited for. `what` goes into errors and lives as long as the range.
+  virtual void* reserve(int64_t bytes, const char* what) = 0;
+  virtual void map(void* range) = 0;
+  virtual void unmap(void* range) = 0;
+  virtual void release(void* range) noexcept = 0;
   // Host memory that copies reach without a detour.
   virtual void* alloc_host(int64_t bytes, const char* what) = 0;
   virtual void free_host(void* memory) noexcept = 0;
@@ -98,6 +105,58 @@ class OwnMemory {
 
 using DeviceMemory = OwnMemory<&Device::alloc, &Device::free>;
 using HostMemory = OwnMemory<&Device::alloc_host, &Device::free_host>;  // pinned
+
+// Memory that keeps its addresses while it is given back and taken again; made with memory.
+class DeviceRange {
+ public:
+  DeviceRange() = default;
+  DeviceRange(Device& device, int64_t bytes, const char* what)
+      : device_(&device), data_(device.reserve(bytes, what)), bytes_(bytes) {
+    try {
+      take();
+    } catch (...) {
+      device.release(data_);
+      throw;
+    }
+  }
+  DeviceRange(DeviceRange&& other) noexcept { *this = std::move(other); }
+  DeviceRange& operator=(DeviceRange&& other) noexcept {
+    std::swap(device_, other.device_);
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    std::swap(has_memory_, other.has_memory_);
+    return *this;
+  }
+  ~DeviceRange() {
+    if (data_ != nullptr) device_->release(data_);
+  }
+
+  void give_back() {
+    if (data_ == nullptr) return;
+    device_->unmap(data_);
+    has_memory_ = false;
+  }
+  // Errors: resource_exhausted; it is without memory then.
+  void take() {
+    if (data_ == nullptr) return;
+    device_->map(data_);
+    has_memory_ = true;
+  }
+  bool has_memory() const { return has_memory_; }
+
+  template <class T = std::byte>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+  int64_t bytes() const { return bytes_; }
+  int64_t held_bytes() const { return has_memory_ ? bytes_ : 0; }
+
+ private:
+  Device* device_ = nullptr;
+  void* data_ = nullptr;
+  int64_t bytes_ = 0;
+  bool has_memory_ = false;
+};
 
 // An event that frees itself.
 class OwnEvent {

@@ -50,7 +50,8 @@ void WeightStore::begin_staging() {
   if (staged_) fail_weight_state("weights", "staged", "commit or discard the staged set first");
   if (weights_.empty())
     fail_weight_state("weights", "none", "declare the weights before staging them");
-  if (committed_.bytes() == 0) committed_ = DeviceMemory(device_, next_offset_, "weights");
+  if (committed_.bytes() == 0) committed_ = DeviceRange(device_, next_offset_, "weights");
+  if (is_asleep()) fail_weight_state("weights", "asleep", "wake them up before staging others");
   if (bounce_.bytes() == 0) bounce_ = HostMemory(device_, kBounceBytes, "weights on their way");
   Staged set{.is_loaded = weights_.flags(false)};
   if (stages_on_device_) {
@@ -192,9 +193,35 @@ void WeightStore::discard() {
   staged_.reset();
 }
 
+void WeightStore::sleep(bool keeps_copy) {
+  if (staged_) fail_weight_state("weights", "staged", "commit or discard the staged set first");
+  if (keeps_copy && has_committed_ && committed_.has_memory()) {
+    HostMemory copy(device_, next_offset_, "weights that sleep");
+    device_.copy_to_host(stream_, copy.as<>(), committed_.as<>(), next_offset_);
+    finish_copies();
+    sleeping_ = std::move(copy);
+  } else if (!keeps_copy) {
+    sleeping_ = {};
+    has_committed_ = false;
+    committed_hash_.reset();
+  }
+  committed_.give_back();
+}
+
+void WeightStore::wake_up() {
+  if (!is_asleep()) return;
+  committed_.take();
+  if (sleeping_.bytes() == 0) return;
+  device_.copy_to_device(stream_, committed_.as<>(), sleeping_.as<>(), next_offset_);
+  finish_copies();
+  sleeping_ = {};
+}
+
 uint64_t WeightStore::committed_hash() {
   if (!has_committed_)
     fail_weight_state("weights", "none committed", "commit weights before hashing them");
+  if (!committed_hash_ && is_asleep())
+    fail_weight_state("weights", "asleep", "wake them up before hashing them");
   if (!committed_hash_) committed_hash_ = hash_of(committed_.as<>(), true);
   return *committed_hash_;
 }

@@ -32,6 +32,16 @@ class WeightStore {
   // No step may run meanwhile.
   void commit();
   void discard();
+  // Gives the committed set's memory back, with or without a copy in host memory. Not while steps
+  // run. Errors: failed_precondition where a set is staged; resource_exhausted where the host has
+  // no room for the copy: nothing has changed then.
+  void sleep(bool keeps_copy);
+  // Takes it again. Errors: resource_exhausted: it sleeps on.
+  void wake_up();
+  bool is_asleep() const { return committed_.bytes() > 0 && !committed_.has_memory(); }
+  int64_t held_bytes() const {
+    return committed_.held_bytes() + (staged_ ? staged_->on_device.bytes() : 0);
+  }
   uint64_t committed_hash();
   uint64_t staged_hash();
 
@@ -71,7 +81,8 @@ class WeightStore {
   OwnStream stream_;  // of copies; never the one that steps run on
   DeclaredWeights weights_;
   int64_t next_offset_ = 0;
-  DeviceMemory committed_;
+  DeviceRange committed_;
+  HostMemory sleeping_;  // the committed set, while it sleeps
   bool has_committed_ = false;
   std::optional<uint64_t> committed_hash_;
   std::optional<Staged> staged_;

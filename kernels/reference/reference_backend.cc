@@ -93,10 +93,12 @@ class ReferenceBackend final : public Backend {
                    .value = fmt::format("{} bytes", bytes),
                    .message = "the system has no such memory"});
     }
+    buffer_bytes_ += bytes;
     return {data, bytes};
   }
   void free(Buffer buffer) override {
     queue_.drain();  // a step in flight may still use it
+    buffer_bytes_ -= buffer.bytes;
     std::free(buffer.data);
   }
   void upload(Buffer target, const void* source, int64_t bytes) override {
@@ -139,11 +141,17 @@ class ReferenceBackend final : public Backend {
   void adopt_staged_weights(int) override {
     refuse("engine.share_weights", "the reference backend keeps its weights in private memory");
   }
-  void sleep(const std::vector<std::string>&) override {
-    refuse("sleep", "the reference backend cannot give its memory back");
+  void sleep(int level) override {
+    queue_.drain();
+    if (level > 1) weights_.drop();
+    pages_.sleep();
   }
-  void wake_up(const std::vector<std::string>&) override {
-    refuse("wake_up", "the reference backend cannot give its memory back");
+  void wake_up(MemoryTags tags) override {
+    if (tags.kv_cache) pages_.wake_up();
+  }
+  int64_t held_bytes() const override {
+    return (weights_.has_committed() ? info_.memory.weight_bytes : 0) + pages_.held_bytes() +
+           buffer_bytes_;
   }
 
   void set_program(std::shared_ptr<StepProgram> program) override { program_ = std::move(program); }
@@ -190,6 +198,7 @@ class ReferenceBackend final : public Backend {
   std::vector<Slot> slots_;
   TokenSampler sampler_;
   std::vector<double> scores_;
+  int64_t buffer_bytes_ = 0;
   std::shared_ptr<StepProgram> program_;
   StepState* step_ = nullptr;  // set while the program runs
   StepQueue queue_;            // last: its thread uses all of the above
@@ -200,6 +209,11 @@ StepResult ReferenceBackend::run(const StepPlan& plan, StepProgram& program) {
     throw Error({.code = ErrorCode::kFailedPrecondition,
                  .field = "step",
                  .message = "no weights are committed yet"});
+  }
+  if (pages_.is_asleep()) {
+    throw Error({.code = ErrorCode::kFailedPrecondition,
+                 .field = "step",
+                 .message = "the KV pages sleep; wake_up first"});
   }
   check_plan(plan,
              {.V = shape_.V,

@@ -9,8 +9,13 @@ KvPages::KvPages(const ModelShape& shape, int32_t page_tokens, int32_t num_pages
     : shape_(shape),
       page_tokens_(page_tokens),
       num_pages_(num_pages),
-      token_bytes_(shape.G * shape.K * dtype_bytes(shape.dtype)),
-      memory_(static_cast<size_t>((num_pages + 1) * page_bytes(shape, page_tokens))) {}
+      token_bytes_(shape.G * shape.K * dtype_bytes(shape.dtype)) {
+  wake_up();
+}
+
+void KvPages::wake_up() {
+  memory_.resize(static_cast<size_t>((num_pages_ + 1) * page_bytes(shape_, page_tokens_)));
+}
 
 int64_t KvPages::page_bytes(const ModelShape& shape, int32_t page_tokens) {
   return shape.L * 2 * page_tokens * shape.G * shape.K * dtype_bytes(shape.dtype);

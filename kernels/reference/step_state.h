@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "kernels/backend.h"
@@ -34,6 +35,11 @@ class KvPages {
   void* keys(int32_t layer, int32_t page, int32_t offset, int64_t kv_head);
   void* values(int32_t layer, int32_t page, int32_t offset, int64_t kv_head);
   void copy(const PageCopy& copy);
+  // Gives the memory back, or takes it again, zeroed.
+  void sleep() { std::exchange(memory_, {}); }
+  void wake_up();
+  bool is_asleep() const { return memory_.empty(); }
+  int64_t held_bytes() const { return static_cast<int64_t>(memory_.size()); }
 
  private:
   std::byte* token(int32_t layer, int32_t page, int32_t which, int32_t offset);

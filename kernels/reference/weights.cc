@@ -199,6 +199,16 @@ void WeightStore::commit() {
   committed_ = std::move(staged_);
 }
 
+void WeightStore::drop() {
+  if (staged_) {
+    throw Error({.code = ErrorCode::kFailedPrecondition,
+                 .field = "weights",
+                 .value = "staged",
+                 .message = "commit or discard the staged set first"});
+  }
+  committed_.reset();
+}
+
 const Weight& WeightStore::committed(WeightId id) const {
   if (!committed_ || id < 0 || static_cast<size_t>(id) >= committed_->size()) {
     fail_invariant(fmt::format("an op names weight {}, which is not committed", id));

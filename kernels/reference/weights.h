@@ -41,6 +41,8 @@ class WeightStore {
   // Errors: failed_precondition naming the first part that is missing.
   void commit();
   void discard() { staged_.reset(); }
+  // Lets the committed set go. Errors: failed_precondition where a set is staged.
+  void drop();
 
   bool has_committed() const { return committed_ != nullptr; }
   const Weight& committed(WeightId id) const;

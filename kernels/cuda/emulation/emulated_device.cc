@@ -1,12 +1,14 @@
 #include "kernels/cuda/emulation/emulated_device.h"
 
 #include <fmt/format.h>
+#include <sys/mman.h>
 
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <utility>
 
 #include "kernels/base/error.h"
 #include "kernels/cuda/launchers.h"
@@ -15,6 +17,7 @@ namespace rollpack::kernels::cuda {
 namespace {
 
 constexpr size_t kAlignment = 256;
+constexpr size_t kPageBytes = size_t{64} << 10;  // in which ranges get memory; 2 MiB on devices
 
 class EmulatedDevice final : public Device {
  public:
@@ -41,13 +44,7 @@ class EmulatedDevice final : public Device {
     void* const memory = bytes >= 0 && bytes <= info_.total_bytes - used_
                              ? std::aligned_alloc(kAlignment, size)
                              : nullptr;
-    if (memory == nullptr) {
-      throw Error({.code = ErrorCode::kResourceExhausted,
-                   .field = what,
-                   .value = fmt::format("{} bytes", bytes),
-                   .allowed = fmt::format("at most {} bytes", info_.total_bytes - used_),
-                   .message = "the emulated device has no such memory"});
-    }
+    if (memory == nullptr) fail_memory(what, bytes);
     std::memset(memory, 0, size);
     sizes_[memory] = bytes;
     used_ += bytes;
@@ -60,6 +57,41 @@ class EmulatedDevice final : public Device {
     used_ -= at->second;
     sizes_.erase(at);
     std::free(memory);
+  }
+  // What is not mapped faults, as on a device.
+  void* reserve(int64_t bytes, const char* what) override {
+    const size_t size = (static_cast<size_t>(bytes) + kPageBytes - 1) / kPageBytes * kPageBytes;
+    void* const at =
+        mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (at == MAP_FAILED) fail_memory(what, bytes);
+    const std::lock_guard lock(mutex_);
+    ranges_[at] = {.size = size, .what = what};
+    return at;
+  }
+  void map(void* range) override {
+    const std::lock_guard lock(mutex_);
+    Range& of = ranges_.at(range);
+    if (of.is_mapped) return;
+    const auto bytes = static_cast<int64_t>(of.size);
+    if (bytes > info_.total_bytes - used_) fail_memory(of.what, bytes);
+    map_over(range, of.size, PROT_READ | PROT_WRITE);
+    used_ += bytes;
+    of.is_mapped = true;
+  }
+  void unmap(void* range) override {
+    const std::lock_guard lock(mutex_);
+    Range& of = ranges_.at(range);
+    if (!std::exchange(of.is_mapped, false)) return;
+    map_over(range, of.size, PROT_NONE);
+    used_ -= static_cast<int64_t>(of.size);
+  }
+  void release(void* range) noexcept override {
+    const std::lock_guard lock(mutex_);
+    const auto at = ranges_.find(range);
+    if (at == ranges_.end()) std::abort();  // not ours, or released before
+    if (at->second.is_mapped) used_ -= static_cast<int64_t>(at->second.size);
+    munmap(range, at->second.size);
+    ranges_.erase(at);
   }
   void* alloc_host(int64_t bytes, const char*) override { return ::operator new(size_t(bytes)); }
   void free_host(void* memory) noexcept override { ::operator delete(memory); }
@@ -93,8 +125,29 @@ class EmulatedDevice final : public Device {
   void wait(Stream, std::chrono::steady_clock::time_point) override {}
 
  private:
+  struct Range {
+    size_t size = 0;
+    const char* what = "";
+    bool is_mapped = false;
+  };
+
+  [[noreturn]] void fail_memory(const char* what, int64_t bytes) const {
+    throw Error({.code = ErrorCode::kResourceExhausted,
+                 .field = what,
+                 .value = fmt::format("{} bytes", bytes),
+                 .allowed = fmt::format("at most {} bytes", info_.total_bytes - used_),
+                 .message = "the emulated device has no such memory"});
+  }
+  static void map_over(void* at, size_t size, int protection) {
+    constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE;
+    if (mmap(at, size, protection, kFlags, -1, 0) == MAP_FAILED) {
+      fail_invariant("the host refused to map over its own memory");
+    }
+  }
+
   DeviceInfo info_;
   std::mutex mutex_;
+  std::map<void*, Range> ranges_;
   std::map<void*, int64_t> sizes_;
   int64_t used_ = 0;
 };

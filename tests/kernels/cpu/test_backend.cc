@@ -47,12 +47,6 @@ TEST(CpuBackend, WhatItCannotRunIsAnErrorAtConstruction) {
             "tokens of all 1 layers");
 }
 
-TEST(CpuBackend, SleepIsRefusedWithTheReason) {
-  const auto backend = make_cpu_backend(kShape, kOptions);
-  EXPECT_EQ(error_text([&] { backend->sleep({"weights"}); }),
-            "sleep: the cpu backend keeps its memory; restart the process to give it back");
-}
-
 TEST(CpuBackend, StepsNeedAProgramAndWeights) {
   const auto backend = make_cpu_backend(kShape, kOptions);
   EXPECT_EQ(error_text([&] { backend->submit({}); }),

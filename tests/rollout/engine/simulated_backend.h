@@ -64,6 +64,7 @@ class SimulatedBackend : public kernels::Backend {
     return -static_cast<float>(mix(hash, static_cast<uint64_t>(token)) % 1000);
   }
 
+  bool is_asleep() const { return is_asleep_; }
   void set_version(uint64_t version) { version_ = version; }
   // From here on siblings draw alike, as greedy ones do.
   void ignore_sample_index() { sees_sample_index_ = false; }
@@ -85,14 +86,15 @@ class SimulatedBackend : public kernels::Backend {
   void load_weight(kernels::WeightId, int32_t, const kernels::WeightSource&,
                    kernels::ShardRange) override {}
   void copy_committed_to_staged() override {}
-  void commit_weights() override {}
+  void commit_weights() override { has_weights_ = true; }
   void discard_weights() override {}
   uint64_t weights_hash() override { return version_; }
   uint64_t staged_weights_hash() override { return version_; }
   int export_staged_weights() override { return -1; }
   void adopt_staged_weights(int) override {}
-  void sleep(const std::vector<std::string>&) override {}
-  void wake_up(const std::vector<std::string>&) override {}
+  void sleep(int level) override;
+  void wake_up(kernels::MemoryTags tags) override;
+  int64_t held_bytes() const override { return 0; }
   void set_program(std::shared_ptr<kernels::StepProgram>) override {}
   void embed(const kernels::EmbedArgs&) override {}
   void rms_norm(const kernels::RmsNormArgs&) override {}
@@ -134,6 +136,8 @@ class SimulatedBackend : public kernels::Backend {
   std::deque<Step> steps_;  // under way, oldest first
   kernels::StepHandle last_handle_ = 0;
   uint64_t version_ = 0;
+  bool is_asleep_ = false;
+  bool has_weights_ = true;
   bool sees_sample_index_ = true;
   std::vector<std::vector<uint64_t>> pages_;  // [num_pages][page_tokens] row hashes
   std::vector<Slot> slots_;
@@ -187,7 +191,22 @@ inline void SimulatedBackend::spoil_unused_slots(const kernels::StepPlan& plan) 
   }
 }
 
+// Nothing that pages held is of use any more.
+inline void SimulatedBackend::sleep(int level) {
+  check(steps_.empty(), "no step under way while memory is given back");
+  is_asleep_ = true;
+  if (level > 1) has_weights_ = false;
+  for (auto& page : pages_) {
+    for (uint64_t& key : page) key = random_();
+  }
+}
+
+inline void SimulatedBackend::wake_up(kernels::MemoryTags tags) {
+  if (tags.kv_cache) is_asleep_ = false;
+}
+
 inline kernels::StepResult SimulatedBackend::run(const kernels::StepPlan& plan) {
+  check(!is_asleep_ && has_weights_, "a step of a backend that is awake and has weights");
   check(plan.num_rows() >= 1 && plan.num_rows() <= options_.max_rows, "rows within the budget");
   check(plan.positions.size() == plan.input_ids.size(), "a position a row");
   num_rows_run_ += plan.num_rows();
