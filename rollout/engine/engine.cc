@@ -123,6 +123,7 @@ bool Engine::is_behind() const {
 
 Engine::StepOutcome Engine::step(std::chrono::milliseconds timeout,
                                  const std::function<bool()>& is_interrupted) {
+  if (!is_awake()) return StepOutcome::kNothingToDo;
   fault_at(FaultPoint::kStepBegun);
   const auto started = Clock::now();
   backend_time_ = {};
@@ -357,6 +358,22 @@ void Engine::switch_version(int64_t version) {
   policy_->drop_kv(state_);
   state_.index.begin_version(version);
   state_.weight_version = version;
+  needs_weights_ = false;
+}
+
+void Engine::sleep(int level) {
+  require_no_steps("sleep");
+  policy_->drop_kv(state_);
+  state_.index.begin_version(state_.weight_version);
+  backend_.sleep(level);
+  asleep_ = {.weights = true, .kv_cache = true};
+  needs_weights_ |= level > 1;
+}
+
+void Engine::wake_up(kernels::MemoryTags tags) {
+  backend_.wake_up(tags);
+  asleep_.weights &= !tags.weights;
+  asleep_.kv_cache &= !tags.kv_cache;
 }
 
 }  // namespace rollpack::rollout

@@ -76,6 +76,14 @@ class Engine {
   // step may be under way.
   void switch_version(int64_t version);
 
+  // Gives the backend's memory back (Backend::sleep): keys and values, cached ones too, are
+  // forgotten, tokens kept. step() finds nothing to do until all of it has been taken again, and
+  // after level 2 until weights have been switched to as well. No step may be under way.
+  // Errors: those of the backend.
+  void sleep(int level);
+  void wake_up(kernels::MemoryTags tags);
+  bool is_awake() const { return !asleep_.weights && !asleep_.kv_cache && !needs_weights_; }
+
   // Schedules by `policy` from now on: keys and values, cached ones too, are forgotten, tokens
   // kept. No step may be under way.
   void set_policy(std::unique_ptr<BatchingPolicy> policy);
@@ -123,6 +131,8 @@ class Engine {
   std::deque<Flight> flights_;  // oldest first
   StepBatch batch_;             // being planned
   StepObserver* observer_ = nullptr;
+  kernels::MemoryTags asleep_;
+  bool needs_weights_ = false;      // level 2 has dropped them
   StepWork work_;                   // of the step whose results are applied
   Clock::time_point last_ended_;    // a step, as this thread saw it
   Clock::duration backend_time_{};  // of the call under way, what the backend took

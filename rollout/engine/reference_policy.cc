@@ -43,6 +43,12 @@ Engine::StepOutcome ReferencePolicy::step(std::chrono::milliseconds timeout,
   return engine_.step(timeout, is_interrupted);
 }
 
+void ReferencePolicy::sleep(std::chrono::milliseconds timeout,
+                            const std::function<bool()>& is_interrupted) {
+  engine_.finish_steps(timeout, is_interrupted);
+  engine_.sleep(/*level=*/1);
+}
+
 void ReferencePolicy::give_up() {
   std::vector<uint64_t> tickets;  // in the order of their ends
   for (const auto& [ticket, sample] : waiting_) tickets.push_back(ticket);

@@ -31,6 +31,12 @@ class ReferencePolicy : private EngineOutput {
   int64_t num_waiting() const { return static_cast<int64_t>(waiting_.size()); }
   // Whether what waits fills a step: worth a step of its own beside samples being drawn.
   bool fills_a_step() const { return num_waiting_tokens_ >= max_step_tokens_; }
+  // Its weights are the checkpoint's and nobody sends them again, so they are always kept.
+  // Errors: those of Engine::finish_steps and of Engine::sleep.
+  void sleep(std::chrono::milliseconds timeout, const std::function<bool()>& is_interrupted);
+  void wake_up(kernels::MemoryTags tags) { engine_.wake_up(tags); }
+  int64_t held_bytes() const { return replica_->backend().held_bytes(); }
+
   int64_t num_layers_run() const { return replica_->num_layers_run(); }
   // One step. Errors: those of Engine::step.
   Engine::StepOutcome step(std::chrono::milliseconds timeout,

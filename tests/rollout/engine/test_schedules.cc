@@ -104,6 +104,8 @@ class Schedule {
       switch_weights();
     } else if (dice < 44) {
       set_admits(!rig_.engine.state().admits);
+    } else if (dice < 46) {
+      sleep();
     }
   }
 
@@ -148,6 +150,27 @@ class Schedule {
     num_steps_of_oldest_ = 0;
     EXPECT_EQ(rig_.engine.state().pool.num_free(), rig_.engine.state().pool.num_pages())
         << "old keys are kept over a switch";
+  }
+
+  // Gives the memory back and takes it again, after level 2 with other weights.
+  void sleep() {
+    ASSERT_TRUE(rig_.engine.finish_steps(10s));
+    stamp_scores();
+    const int level = 1 + below(2);
+    rig_.engine.sleep(level);
+    ++num_sleeps_;
+    num_steps_of_oldest_ = 0;
+    EXPECT_EQ(rig_.engine.state().pool.num_free(), rig_.engine.state().pool.num_pages())
+        << "old keys are kept over a sleep";
+    rig_.engine.wake_up({.weights = true});
+    ASSERT_EQ(rig_.engine.step(10s), Engine::StepOutcome::kNothingToDo);
+    if (level == 2) {
+      rig_.backend->commit_weights();
+      switch_weights();
+    }
+    ASSERT_EQ(rig_.engine.step(10s), Engine::StepOutcome::kNothingToDo);
+    rig_.engine.wake_up({.kv_cache = true});
+    ASSERT_TRUE(rig_.engine.is_awake());
   }
 
   void set_admits(bool admits) {
@@ -243,7 +266,7 @@ class Schedule {
                 score_alone(given, static_cast<uint64_t>(score_versions_.at(ticket))))
           << "score " << ticket;
     }
-    EXPECT_LE(counters().num_tokens_recomputed, 2 * (version_ + 1) * num_tokens);
+    EXPECT_LE(counters().num_tokens_recomputed, 2 * (version_ + num_sleeps_ + 1) * num_tokens);
   }
 
   std::mt19937 random_;
@@ -254,7 +277,7 @@ class Schedule {
   std::vector<GroupRequest> groups_;           // by request_id
   std::vector<bridge::ScoreSequence> scores_;  // by ticket
   std::map<uint64_t, int64_t> score_versions_;
-  int64_t version_ = 0;
+  int64_t version_ = 0, num_sleeps_ = 0;
   uint64_t oldest_ = 0;
   int32_t num_steps_of_oldest_ = 0;
 };
