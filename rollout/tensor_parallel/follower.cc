@@ -156,6 +156,12 @@ class Follower {
         check_ = std::thread(
             [this, &backend] { answer_hash([&] { return backend.staged_weights_hash(); }); });
         return;
+      case Request::kSleep:
+      case Request::kWakeUp:
+        if (body.size() != 1) fail_invariant("sleep and wake_up have one byte");
+        while (!steps_.empty()) wait_for_step();  // the leader has had their results
+        if (request == Request::kSleep) return answer([&] { backend.sleep(body[0]); });
+        return answer([&] { backend.wake_up(tags_of(body[0])); });
     }
     fail_invariant("a request of the leader's that this rank does not know");
   }
@@ -174,7 +180,7 @@ class Follower {
   void answer(const Action& action) {
     answer_hash([&] {
       action();
-      return uint64_t{0};
+      return static_cast<uint64_t>(replica_.backend().held_bytes());
     });
   }
 

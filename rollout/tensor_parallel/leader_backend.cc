@@ -1,7 +1,9 @@
 #include "rollout/tensor_parallel/leader_backend.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
+#include <numeric>
 #include <utility>
 
 #include <fmt/format.h>
@@ -71,9 +73,10 @@ void LeaderBackend::refresh_info() {
 }
 
 template <class Own>
-std::vector<uint64_t> LeaderBackend::on_all(Request request, const Own& own) {
+std::vector<uint64_t> LeaderBackend::on_all(Request request, const Own& own,
+                                            std::span<const uint8_t> body) {
   const std::lock_guard lock(call_mutex_);
-  followers_->send_all(request, {}, after(kCallTimeout));
+  followers_->send_all(request, body, after(kCallTimeout));
   std::exception_ptr failure;
   try {
     own();
@@ -175,7 +178,7 @@ void LeaderBackend::copy_committed_to_staged() {
 }
 
 void LeaderBackend::commit_weights() {
-  on_all(Request::kCommit, [&] { inner().commit_weights(); });
+  keep_held_bytes(on_all(Request::kCommit, [&] { inner().commit_weights(); }));
   refresh_info();
 }
 
@@ -205,6 +208,27 @@ int LeaderBackend::export_staged_weights() {
 
 void LeaderBackend::adopt_staged_weights(int) {
   refuse_sharing();
+}
+
+void LeaderBackend::sleep(int level) {
+  const std::array body{static_cast<uint8_t>(level)};
+  keep_held_bytes(on_all(
+      Request::kSleep, [&] { inner().sleep(level); }, body));
+}
+
+void LeaderBackend::wake_up(kernels::MemoryTags tags) {
+  const std::array body{byte_of(tags)};
+  keep_held_bytes(on_all(
+      Request::kWakeUp, [&] { inner().wake_up(tags); }, body));
+}
+
+void LeaderBackend::keep_held_bytes(const std::vector<uint64_t>& answers) {
+  followers_held_bytes_ =
+      static_cast<int64_t>(std::accumulate(answers.begin(), answers.end(), uint64_t{0}));
+}
+
+int64_t LeaderBackend::held_bytes() const {
+  return ForwardingBackend::held_bytes() + followers_held_bytes_;
 }
 
 kernels::StepHandle LeaderBackend::submit(kernels::StepPlan plan) {

@@ -9,6 +9,7 @@
 
 #include <memory>
 #include <mutex>
+#include <span>
 #include <vector>
 
 #include "kernels/forwarding_backend.h"
@@ -46,6 +47,11 @@ class LeaderBackend final : public kernels::ForwardingBackend {
   int export_staged_weights() override;
   void adopt_staged_weights(int fd) override;
 
+  void sleep(int level) override;
+  void wake_up(kernels::MemoryTags tags) override;
+  // Of all ranks; of the followers as of their last answer to a commit, sleep or wake_up.
+  int64_t held_bytes() const override;
+
   kernels::StepHandle submit(kernels::StepPlan plan) override;
   kernels::StepResult wait(kernels::StepHandle handle, kernels::Deadline deadline) override;
 
@@ -55,13 +61,15 @@ class LeaderBackend final : public kernels::ForwardingBackend {
                   const kernels::WeightSource& source);
   // Does the same on all ranks: `own` here while the followers do theirs. Their answers.
   template <class Own>
-  std::vector<uint64_t> on_all(Request request, const Own& own);
+  std::vector<uint64_t> on_all(Request request, const Own& own, std::span<const uint8_t> body = {});
+  void keep_held_bytes(const std::vector<uint64_t>& answers);
   template <class Hash>
   uint64_t combined(Request request, const Hash& own);
 
   const std::shared_ptr<FollowerLinks> followers_;
   kernels::BackendInfo info_;
-  int32_t num_pages_ = 0;             // that every rank has
+  int32_t num_pages_ = 0;  // that every rank has
+  int64_t followers_held_bytes_ = 0;
   std::vector<FollowerReady> ready_;  // [ranks]; none for the leader
   std::vector<bool> is_vector_;       // by weight
   bool is_loading_files_ = false;     // by every rank on its own

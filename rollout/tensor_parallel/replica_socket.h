@@ -14,7 +14,8 @@
 
 namespace rollpack::rollout {
 
-// From the leader. All but kPlan are answered, in order but for kStagedHash.
+// From the leader. All but kPlan are answered, in order but for kStagedHash: with a hash where one
+// is asked for, else with the bytes that the rank holds.
 enum class Request : uint8_t {
   kPlan,            // submit this step
   kLoadCheckpoint,  // stage this rank's share of model.path
@@ -26,7 +27,16 @@ enum class Request : uint8_t {
   kDiscard,
   kCommittedHash,
   kStagedHash,
+  kSleep,   // a byte: the level
+  kWakeUp,  // a byte: MemoryTags
 };
+
+constexpr uint8_t byte_of(kernels::MemoryTags tags) {
+  return static_cast<uint8_t>((tags.weights ? 1 : 0) | (tags.kv_cache ? 2 : 0));
+}
+constexpr kernels::MemoryTags tags_of(uint8_t byte) {
+  return {.weights = (byte & 1) != 0, .kv_cache = (byte & 2) != 0};
+}
 
 // From a follower: an answer, or that it can do no more.
 enum class Reply : uint8_t { kDone, kRefused, kFailed };
