@@ -142,6 +142,15 @@ struct CommandEncoder {
     return {{"type", "pause"}, {"ticket", m.ticket}, {"in_flight", in_flight(m.in_flight)}};
   }
   json operator()(const Resume&) const { return {{"type", "resume"}}; }
+  json operator()(const Sleep& m) const {
+    return {{"type", "sleep"},
+            {"ticket", m.ticket},
+            {"level", m.level},
+            {"in_flight", in_flight(m.in_flight)}};
+  }
+  json operator()(const WakeUp& m) const {
+    return {{"type", "wake_up"}, {"ticket", m.ticket}, {"tags", encode_tags(m.tags)}};
+  }
   json operator()(const BeginWeights& m) const {
     return {{"type", "begin_weights"}, {"ticket", m.ticket}, {"is_partial", m.is_partial}};
   }
@@ -193,6 +202,10 @@ Command decode_known_command(const json& map, std::vector<OwnedFd>& fds) {
   }
   if (type == "pause") return Pause{ticket(), in_flight(map)};
   if (type == "resume") return Resume{};
+  if (type == "sleep") {
+    return Sleep{ticket(), integer<int>(map.at("level")), in_flight(map)};
+  }
+  if (type == "wake_up") return WakeUp{ticket(), decode_tags(map.at("tags"))};
   if (type == "begin_weights") return BeginWeights{ticket(), map.at("is_partial")};
   if (type == "stage_weights") {
     return StageWeights{ticket(), decode_chunk(map.at("chunk"), fds.at(0))};

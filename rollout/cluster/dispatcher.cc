@@ -74,6 +74,7 @@ int64_t Dispatcher::submit(std::vector<bridge::PromptRequest> prompts, int32_t n
   {
     const std::lock_guard lock(mutex_);
     check_health();
+    check_weights();
     check_new_ids(prompts);
     request_id = num_requests_;
     // All prompts are checked before the first is accepted: a submit is taken whole or not at all.
@@ -116,6 +117,7 @@ int64_t Dispatcher::submit(std::vector<bridge::PromptRequest> prompts, int32_t n
 int64_t Dispatcher::submit_groups(std::vector<GroupRequest> groups) {
   const std::lock_guard lock(mutex_);
   check_health();
+  check_weights();
   const int64_t request_id = num_requests_++;
   for (size_t i = 0; i < groups.size(); ++i) {
     groups[i].key.request_id = request_id;
@@ -134,6 +136,16 @@ void Dispatcher::check_health() const {
   if (is_ending_) {
     throw Error({.code = ErrorCode::kUnavailable, .message = "the service is shutting down"});
   }
+}
+
+void Dispatcher::check_weights() const {
+  if (!needs_weights_) return;
+  throw Error({.code = ErrorCode::kFailedPrecondition,
+               .field = "weights",
+               .value = "dropped by sleep(level=2)",
+               .allowed = "a whole update_weights() first",
+               .message = asleep_.weights ? "wake_up(tags=[\"weights\"]), then send all tensors"
+                                          : "send all tensors"});
 }
 
 void Dispatcher::check_room(int64_t num_samples) const {
@@ -257,6 +269,13 @@ void Dispatcher::score(std::vector<bridge::ScoreSequence> sequences,
       error =
           ErrorInfo{.code = ErrorCode::kUnavailable, .message = "no worker takes part at present"};
     }
+    if (!error && !is_awake()) {
+      error = ErrorInfo{
+          .code = ErrorCode::kFailedPrecondition,
+          .field = "score",
+          .value = asleep_.any() ? "while asleep" : "without weights",
+          .allowed = asleep_.any() ? "wake_up() first" : "a whole update_weights() first"};
+    }
     for (const bridge::ScoreSequence& sequence : sequences) {
       if (!error) error = check_score(sequence, limits_, model_.vocab_size);
     }
@@ -327,7 +346,7 @@ void Dispatcher::resume() {
 void Dispatcher::dispatch() {
   std::map<int32_t, AddGroups> shares;
   std::map<int32_t, size_t> num_bytes;
-  if (awaited_version_) return;
+  if (awaited_version_ || !is_awake()) return;
   dispatch_suspect();
   while (!askers_.empty()) {
     const int32_t index = askers_.begin()->second;

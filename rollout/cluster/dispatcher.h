@@ -10,6 +10,7 @@
 #include <array>
 #include <chrono>
 #include <condition_variable>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -119,6 +120,10 @@ class Dispatcher : public bridge::RolloutService {
   }
   void pause(bridge::InFlight in_flight, bridge::OutcomeCallback done) override;
   void resume() override;
+  void sleep(int level, bridge::InFlight in_flight,
+             bridge::Answer<bridge::SleepState> done) override;
+  void wake_up(bridge::MemoryTags tags, bridge::Answer<bridge::SleepState> done) override;
+  bridge::SleepState sleep_state() const override;
   void score(std::vector<bridge::ScoreSequence> sequences,
              bridge::Answer<std::vector<bridge::ScoredSequence>> done) override;
   void begin_weights(bridge::WeightUpdate update, bridge::OutcomeCallback done) override;
@@ -157,6 +162,7 @@ class Dispatcher : public bridge::RolloutService {
     bool has_committed = false;            // a sample
     bool is_doubted = false;               // another of its node is lost: no work until it answers
     bool is_paused = false;                // it said so: no progress is expected
+    bool is_asleep = false;                // likewise
     int32_t num_wanted = 0;                // samples it has asked for
     int64_t num_outstanding = 0;           // expected tokens of what it works on
     std::set<uint64_t> tickets;            // it has to answer
@@ -166,13 +172,16 @@ class Dispatcher : public bridge::RolloutService {
         std::make_shared<const std::map<std::string, double>>();
 
     bool takes_part() const { return !is_stopped && !is_joining; }
-    bool owes() const { return !tickets.empty() || (num_outstanding > 0 && !is_paused); }
+    bool owes() const {
+      return !tickets.empty() || (num_outstanding > 0 && !is_paused && !is_asleep);
+    }
   };
   // Acks still missing of one command to several workers.
   struct Collection {
     size_t num_missing = 0;
     size_t num_answers = 0;                // the others were lost
     bool pauses = false;                   // who answers makes no progress from then on
+    bool sleeps = false;                   // likewise
     bool must_succeed = false;             // who refuses is given up
     std::optional<uint64_t> weights_hash;  // who answers with another refuses
     bridge::Outcome error;                 // the first
@@ -192,6 +201,12 @@ class Dispatcher : public bridge::RolloutService {
     size_t num_missing = 0;
     MeasurementCallback done;
   };
+  struct SleepCall {
+    int level = 0;  // 0: wakes up
+    bridge::InFlight in_flight = bridge::InFlight::kKeep;
+    bridge::MemoryTags tags;  // to wake
+    bridge::Answer<bridge::SleepState> done;
+  };
   // Calls out of the dispatcher, made after its lock is dropped.
   using Effects = std::vector<std::function<void()>>;
   using MakeCommand = std::function<Command(uint64_t ticket)>;
@@ -203,7 +218,15 @@ class Dispatcher : public bridge::RolloutService {
   void check_new_ids(const std::vector<bridge::PromptRequest>& prompts) const;
   void check_room(int64_t num_samples) const;
   void check_health() const;
+  void check_weights() const;
   void dispatch();
+  void add_sleep_call(SleepCall call);
+  void begin_sleep_call(Effects& effects);
+  void end_sleep_call(bridge::Outcome error);
+  void put_to_sleep(int32_t worker);
+  bool is_awake() const { return !asleep_.any() && !needs_weights_; }
+  void go_on_awake(Effects& effects);
+  bridge::SleepState current_sleep() const;
   void restore_group(RestoredGroup& group, Effects& effects);
   bool goes_on(const bridge::SampleKey& key, bridge::FinishReason reason, int32_t worker,
                int32_t attempt);
@@ -305,6 +328,9 @@ class Dispatcher : public bridge::RolloutService {
   std::vector<int> unreplaced_;  // ranks on this node that wait for a full update
   int64_t num_replacements_ = 0;
   bool is_paused_ = false;
+  bridge::MemoryTags asleep_;
+  bool needs_weights_ = false;         // sleep(level=2) has dropped them
+  std::deque<SleepCall> sleep_calls_;  // the first is under way
   RequestLog* log_ = nullptr;
   std::optional<int64_t> awaited_version_;  // of weights, before anything is generated
   // Samples that were aborted in a batch of a life before, and are made again up to there.

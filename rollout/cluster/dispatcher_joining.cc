@@ -50,6 +50,11 @@ void Dispatcher::replacement_failed(ErrorInfo error) {
 void Dispatcher::replace(const WorkerState& lost, Effects& effects) {
   if (!replace_ || is_ending_ || lost.link->node() != 0 || (!lost.is_ready && !lost.is_replacement))
     return;
+  if (!is_awake()) {
+    unreplaced_.push_back(lost.link->rank_on_node());
+    spdlog::info("its replacement is started when the job is awake");
+    return;
+  }
   if (!kept_weights_.is_complete()) {
     unreplaced_.push_back(lost.link->rank_on_node());
     spdlog::error("no replacement is started until a full update: {}", too_many_partial_updates());
@@ -69,18 +74,20 @@ void Dispatcher::start_replacement(int rank_on_node, Effects& effects) {
   effects.push_back([replace = replace_, rank_on_node] { replace(rank_on_node); });
 }
 
-// After an update: those that waited for a full one.
+// After an update or a sleep: those that waited for its end.
 void Dispatcher::start_unreplaced(Effects& effects) {
-  if (is_ending_ || num_fruitless_ >= kMaxFruitless || !kept_weights_.is_complete()) return;
+  if (is_ending_ || !is_awake() || num_fruitless_ >= kMaxFruitless || !kept_weights_.is_complete())
+    return;
   for (const int rank_on_node : std::exchange(unreplaced_, {})) {
     start_replacement(rank_on_node, effects);
   }
 }
 
-// While an update is under way nobody can say which weights will be the current ones.
+// While an update is under way nobody can say which weights will be the current ones; where they
+// were dropped there are none.
 void Dispatcher::begin_join(int32_t worker, Effects& effects) {
   WorkerState& state = workers_[worker];
-  state.waits_to_join = update_version_.has_value();
+  state.waits_to_join = update_version_.has_value() || needs_weights_;
   if (state.waits_to_join) return;
   if (!kept_weights_.is_complete()) {  // what came while it loaded was too much
     return give_up(worker,
@@ -132,7 +139,7 @@ void Dispatcher::end_join(int32_t worker, int64_t version) {
     WorkerState& state = workers_[worker];
     if (state.is_stopped) return;
     state.joined_version = version;
-    if (version != weights_.version || update_version_) {
+    if (version != weights_.version || update_version_ || needs_weights_) {
       begin_join(worker, effects);
     } else if (state.weights_hash != weights_.hash) {
       give_up(worker, other_weights_error(worker, weights_), effects);
@@ -146,6 +153,7 @@ void Dispatcher::end_join(int32_t worker, int64_t version) {
         pause->done = [](bridge::Outcome, int) {};
         ask(worker, pause, [](uint64_t ticket) { return Pause{ticket}; });
       }
+      put_to_sleep(worker);
       if (asks(worker)) askers_.emplace(state.num_outstanding, worker);
       dispatch();
     }

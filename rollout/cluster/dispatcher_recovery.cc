@@ -17,10 +17,9 @@ constexpr std::chrono::minutes kJoinTimeout{30};
 
 // Sums that a lost worker has added to stay; what it had at the moment is gone with it.
 constexpr const char* kGauges[] = {
-    "num_running_seqs",       "num_waiting_seqs",      "num_preempted_seqs",
-    "num_waiting_reference",  "num_kv_pages",          "num_kv_pages_used",
-    "num_kv_pages_cached",    "peak_memory_bytes",     "last_update_packing_ms",
-    "last_update_pause_ms",   "last_update_prefill_ms"};
+    "num_running_seqs", "num_waiting_seqs",       "num_preempted_seqs",   "num_waiting_reference",
+    "num_kv_pages",     "num_kv_pages_used",      "num_kv_pages_cached",  "peak_memory_bytes",
+    "held_bytes",       "last_update_packing_ms", "last_update_pause_ms", "last_update_prefill_ms"};
 
 ErrorInfo culprit_error(const GroupRequest& request, const ErrorInfo& last) {
   return {.code = ErrorCode::kInternal,
@@ -100,7 +99,7 @@ void Dispatcher::give_up(int32_t worker, ErrorInfo error, Effects& effects) {
   ++num_worker_deaths_;
   effects.push_back([link = state.link] { link->kill(); });
 
-  const Ledger::Fenced fenced = ledger_.fence(worker);
+  const Ledger::Fenced fenced = ledger_.fence(worker, /*blames=*/!state.is_asleep);
   num_groups_requeued_ += fenced.num_requeued;
   num_groups_convicted_ += static_cast<int64_t>(fenced.culprits.size());
   for (const GroupRequest& request : fenced.aborted) commit_empty(request, effects);
@@ -197,9 +196,10 @@ void Dispatcher::end_with(ErrorInfo error, Effects& effects) {
   if (!std::exchange(is_ending_, true) && on_end_) effects.push_back(on_end_);
 }
 
-// Replacements on their way count.
+// Replacements on their way count, and those that are started when the job wakes up.
 bool Dispatcher::has_worker_processes() const {
-  return num_starting_ > 0 || std::ranges::any_of(workers_, [](const WorkerState& worker) {
+  return num_starting_ > 0 || (!is_awake() && !unreplaced_.empty()) ||
+         std::ranges::any_of(workers_, [](const WorkerState& worker) {
            return !worker.is_stopped && worker.link->is_own_process();
          });
 }

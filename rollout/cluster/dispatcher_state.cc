@@ -55,6 +55,10 @@ std::map<std::string, double> Dispatcher::own_stats(
   sums["num_weight_updates"] = static_cast<double>(num_weight_updates_);
   sums["num_queued_samples"] = static_cast<double>(ledger_.num_queued_samples());
   sums["is_paused"] = is_paused_ ? 1 : 0;
+  sums["is_asleep"] = asleep_.any() ? 1 : 0;
+  sums["is_weights_asleep"] = asleep_.weights ? 1 : 0;
+  sums["is_kv_cache_asleep"] = asleep_.kv_cache ? 1 : 0;
+  sums["needs_weights"] = needs_weights_ ? 1 : 0;
   double longest_silence_s = 0;
   for (const WorkerState& worker : workers_) {
     longest_silence_s = std::max(longest_silence_s, silence_s(worker));

@@ -228,6 +228,10 @@ void Dispatcher::on_event(int32_t worker, Ack& event, Effects& effects) {
   const std::shared_ptr<Collection> collection = found->second;
   collections_.erase(found);
   if (event.weights_hash) workers_[worker].weights_hash = event.weights_hash;
+  if (event.held_bytes) {
+    WorkerStats told{{{"held_bytes", static_cast<double>(*event.held_bytes)}}};
+    on_event(worker, told, effects);
+  }
   update_times_.packing_ms = std::max(update_times_.packing_ms, event.times.packing_ms);
   update_times_.pause_ms = std::max(update_times_.pause_ms, event.times.pause_ms);
   // Before any sample that it draws with them: those follow on the same link.
@@ -242,6 +246,7 @@ void Dispatcher::on_event(int32_t worker, Ack& event, Effects& effects) {
     if (event.error && !collection->error) collection->error = event.error;
     if (event.fd >= 0) collection->fd = event.fd;
     if (collection->pauses) workers_[worker].is_paused = true;
+    if (collection->sleeps) workers_[worker].is_asleep = true;
   }
   if (--collection->num_missing == 0) finish(collection, effects);
 }

@@ -144,7 +144,8 @@ struct EventEncoder {
             {"error", encode_outcome(m.error)},
             {"weights_hash", encode_hash(m.weights_hash)},
             {"packing_ms", m.times.packing_ms},
-            {"pause_ms", m.times.pause_ms}};
+            {"pause_ms", m.times.pause_ms},
+            {"held_bytes", m.held_bytes ? json(*m.held_bytes) : json()}};
   }
   json operator()(const StepProgress&) const { return {{"type", "progress"}}; }
   json operator()(const WorkerStats& m) const { return {{"type", "stats"}, {"values", m.values}}; }
@@ -188,10 +189,12 @@ Event decode_known_event(const json& map) {
                                .entropy = from_bin<float>(map.at("entropy"))}};
   }
   if (type == "ack") {
+    const json& held = map.at("held_bytes");
     return Ack{.ticket = integer<uint64_t>(map.at("ticket")),
                .error = decode_outcome(map.at("error")),
                .weights_hash = decode_hash(map.at("weights_hash")),
-               .times = {.packing_ms = map.at("packing_ms"), .pause_ms = map.at("pause_ms")}};
+               .times = {.packing_ms = map.at("packing_ms"), .pause_ms = map.at("pause_ms")},
+               .held_bytes = held.is_null() ? std::nullopt : std::optional(integer<int64_t>(held))};
   }
   if (type == "progress") return StepProgress{};
   if (type == "stats") return WorkerStats{map.at("values")};

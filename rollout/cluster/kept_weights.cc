@@ -57,6 +57,13 @@ void KeptWeights::commit() {
   discard();
 }
 
+void KeptWeights::forget() {
+  discard();
+  updates_.clear();
+  packed_.reset();
+  is_complete_ = false;
+}
+
 void KeptWeights::discard() {
   staged_ = {};
   staged_packed_.reset();

@@ -34,6 +34,8 @@ class KeptWeights {
   void set_packed(std::shared_ptr<const bridge::OwnedFd> fd) { staged_packed_ = std::move(fd); }
   void commit();
   void discard();
+  // Lets all memory go: nobody can join until a full update has come.
+  void forget();
 
   // Whether what is kept leads to the current weights, so that who joins can be given them.
   bool is_complete() const { return is_complete_; }

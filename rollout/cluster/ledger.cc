@@ -138,7 +138,7 @@ std::optional<int64_t> Ledger::give_back(const bridge::SampleKey& key, int32_t w
   return settle(found, key.sample_index);
 }
 
-Ledger::Fenced Ledger::fence(int32_t worker) {
+Ledger::Fenced Ledger::fence(int32_t worker, bool blames) {
   Fenced fenced;
   for (auto next = entries_.begin(); next != entries_.end();) {
     const auto it = next++;
@@ -146,7 +146,7 @@ Ledger::Fenced Ledger::fence(int32_t worker) {
     if (entry.worker != worker) continue;
     entry.worker = -1;
     entry.given_back.clear();
-    ++entry.num_deaths;
+    entry.num_deaths += blames ? 1 : 0;
     if (entry.is_aborted) {
       fenced.aborted.push_back(take(it));
     } else if (entry.num_deaths >= kDeathsOfCulprit) {

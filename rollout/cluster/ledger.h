@@ -76,7 +76,8 @@ class Ledger {
     std::vector<GroupRequest> aborted;
     std::vector<GroupRequest> culprits;
   };
-  Fenced fence(int32_t worker);
+  // `blames`: it may have died of what it worked on.
+  Fenced fence(int32_t worker, bool blames = true);
 
   // Takes queued groups out (of one submit, or all), for abort and shutdown, with their open
   // samples; those that run are not run again when their worker is lost.

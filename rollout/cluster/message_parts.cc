@@ -44,6 +44,14 @@ bridge::SampleKey decode_key(const json& map) {
           .node = map.contains("node") ? integer<int32_t>(map["node"]) : 0};
 }
 
+json encode_tags(bridge::MemoryTags tags) {
+  return {{"weights", tags.weights}, {"kv_cache", tags.kv_cache}};
+}
+
+bridge::MemoryTags decode_tags(const json& map) {
+  return {.weights = map.at("weights"), .kv_cache = map.at("kv_cache")};
+}
+
 json encode_spans(const std::vector<bridge::VersionSpan>& spans) {
   json versions = json::array();
   for (const bridge::VersionSpan& span : spans) {

@@ -55,6 +55,8 @@ bridge::Json encode_id(const bridge::PromptId& id);
 bridge::PromptId decode_id(const bridge::Json& value);
 bridge::Json encode_key(const bridge::SampleKey& key);
 bridge::SampleKey decode_key(const bridge::Json& map);
+bridge::Json encode_tags(bridge::MemoryTags tags);
+bridge::MemoryTags decode_tags(const bridge::Json& map);
 bridge::Json encode_spans(const std::vector<bridge::VersionSpan>& spans);
 std::vector<bridge::VersionSpan> decode_spans(const bridge::Json& versions);
 

@@ -34,6 +34,15 @@ struct Pause {
   bridge::InFlight in_flight = bridge::InFlight::kKeep;
 };
 struct Resume {};
+struct Sleep {  // the Ack says what is still held
+  uint64_t ticket = 0;
+  int level = 1;  // 1 or 2
+  bridge::InFlight in_flight = bridge::InFlight::kKeep;
+};
+struct WakeUp {  // likewise
+  uint64_t ticket = 0;
+  bridge::MemoryTags tags;
+};
 struct BeginWeights {
   uint64_t ticket = 0;
   bool is_partial = false;  // what is not staged stays as it is
@@ -74,8 +83,8 @@ struct Ping {  // is it there?
   uint64_t ticket = 0;
 };
 
-using Command = std::variant<AddGroups, AddScores, AbortSamples, Pause, Resume, BeginWeights,
-                             StageWeights, FinishWeights, ExportWeights, AdoptWeights,
+using Command = std::variant<AddGroups, AddScores, AbortSamples, Pause, Resume, Sleep, WakeUp,
+                             BeginWeights, StageWeights, FinishWeights, ExportWeights, AdoptWeights,
                              CommitWeights, DiscardWeights, Measure, TakeMeasurement, Stop, Ping>;
 
 // Time in which an update kept a worker from its steps, while it had some to do.
@@ -127,8 +136,9 @@ struct Ack {
   // Of FinishWeights and AdoptWeights: of the packed set that is staged; of CommitWeights: of the
   // one that steps use from now on.
   std::optional<uint64_t> weights_hash;
-  UpdateTimes times;  // of CommitWeights
-  int fd = -1;        // of ExportWeights, in the worker's process; it stays the worker's
+  UpdateTimes times;                  // of CommitWeights
+  std::optional<int64_t> held_bytes;  // of Sleep and WakeUp
+  int fd = -1;  // of ExportWeights, in the worker's process; it stays the worker's
 };
 struct StepProgress {};  // layers of a step that takes long have been computed since the last event
 struct WorkerStats {

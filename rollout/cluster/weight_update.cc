@@ -40,6 +40,16 @@ void Dispatcher::begin_weights(bridge::WeightUpdate update, bridge::OutcomeCallb
     } else if (update_version_) {
       error = wrong_state(fmt::format("begin of version {}", update.version),
                           fmt::format("the end of version {}'s update first", *update_version_));
+    } else if (asleep_.weights) {
+      error =
+          wrong_state(fmt::format("begin of version {} while the weights sleep", update.version),
+                      "wake_up(tags=[\"weights\"]) first");
+    } else if (needs_weights_ && update.base_version) {
+      error = ErrorInfo{.code = ErrorCode::kFailedPrecondition,
+                        .field = "base_version",
+                        .value = std::to_string(*update.base_version),
+                        .allowed = "none after sleep(level=2)",
+                        .message = "the weights were dropped: send all tensors"};
     } else if (update.version <= weights_.version) {
       error =
           ErrorInfo{.code = ErrorCode::kInvalidArgument,
@@ -293,6 +303,7 @@ void Dispatcher::end_switch(const bridge::WeightsInUse& switched, bridge::Outcom
                    all_workers().size());
       kept_weights_.commit();
       note_switch();
+      if (std::exchange(needs_weights_, false) && is_awake()) go_on_awake(effects);
       tell_change(effects);
     }
     start_unreplaced(effects);

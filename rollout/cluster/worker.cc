@@ -99,7 +99,7 @@ void Worker::work() {
     finish_switch();
     tell_capacity();
     tell_stats(/*now=*/false);
-    if (!is_paused_ && step()) {
+    if (!stands_still() && step()) {
       watch_prefill();
       continue;
     }
@@ -227,16 +227,24 @@ std::vector<std::pair<std::string, double>> Worker::stats() const {
       {"last_update_packing_ms", last_times_.packing_ms},
       {"last_update_pause_ms", last_times_.pause_ms},
       {"last_update_prefill_ms", last_prefill_ms_},
+      {"held_bytes", static_cast<double>(held_bytes())},
       {"peak_memory_bytes", peak_memory_bytes()}};
 }
 
 // Carries out what waited for running samples to finish. While nothing runs they never would.
 void Worker::finish_switch() {
-  if (engine_.has_started_work() && !is_paused_) return;
+  if (engine_.has_started_work() && !stands_still()) return;
   if (pending_commit_) {
     const CommitWeights commit = *std::exchange(pending_commit_, std::nullopt);
-    engine_.set_admits(pending_pauses_.empty());
+    engine_.set_admits(pending_pauses_.empty() && !pending_sleep_);
     switch_weights(commit);
+  }
+  // What is finished is handed out before the reference policy sleeps too.
+  const bool is_scored = !reference_ || reference_->num_waiting() == 0 || stands_still();
+  if (pending_sleep_ && is_scored) {
+    const Sleep sleep = *std::exchange(pending_sleep_, std::nullopt);
+    engine_.set_admits(pending_pauses_.empty());
+    fall_asleep(sleep);
   }
   if (pending_pauses_.empty()) return;
   is_paused_ = true;
@@ -285,9 +293,48 @@ void Worker::handle(Pause& command) {
 
 void Worker::handle(Resume&) {
   is_paused_ = false;
-  if (!pending_commit_) engine_.set_admits(true);
+  if (!pending_commit_ && !pending_sleep_) engine_.set_admits(true);
   // Resumed before it had paused.
   for (const uint64_t ticket : std::exchange(pending_pauses_, {})) acknowledge(ticket, [] {});
+}
+
+void Worker::handle(Sleep& command) {
+  if (command.in_flight == bridge::InFlight::kKeep) return fall_asleep(command);
+  if (command.in_flight == bridge::InFlight::kAbort) engine_.abort(std::nullopt);
+  engine_.set_admits(false);
+  pending_sleep_ = command;
+}
+
+void Worker::fall_asleep(const Sleep& command) {
+  finish_check();
+  finish_steps();
+  Ack ack{.ticket = command.ticket};
+  try {
+    engine_.sleep(command.level);
+    if (reference_) reference_->sleep(kStepTimeout, [] { return false; });
+  } catch (const Error& error) {
+    ack.error = error.info;
+  }
+  ack.held_bytes = held_bytes();
+  emit_(std::move(ack));
+}
+
+void Worker::handle(WakeUp& command) {
+  Ack ack{.ticket = command.ticket};
+  const kernels::MemoryTags tags{.weights = command.tags.weights,
+                                 .kv_cache = command.tags.kv_cache};
+  try {
+    if (reference_) reference_->wake_up(tags);
+    engine_.wake_up(tags);
+  } catch (const Error& error) {
+    ack.error = error.info;
+  }
+  ack.held_bytes = held_bytes();
+  emit_(std::move(ack));
+}
+
+int64_t Worker::held_bytes() const {
+  return replica_.backend().held_bytes() + (reference_ ? reference_->held_bytes() : 0);
 }
 
 void Worker::handle(Measure& command) {

@@ -52,6 +52,9 @@ class Worker : public WorkerLink, private EngineOutput {
   void warn_of_communication();
   std::vector<std::pair<std::string, double>> stats() const;
   void finish_switch();
+  bool stands_still() const { return is_paused_ || !engine_.is_awake(); }
+  void fall_asleep(const Sleep& command);
+  int64_t held_bytes() const;
   void switch_weights(const CommitWeights& command);
   void check_staged(uint64_t ticket);
   bool has_next_phase();
@@ -63,6 +66,8 @@ class Worker : public WorkerLink, private EngineOutput {
   void handle(AbortSamples& command);
   void handle(Pause& command);
   void handle(Resume& command);
+  void handle(Sleep& command);
+  void handle(WakeUp& command);
   void handle(BeginWeights& command);
   void handle(StageWeights& command);
   void handle(FinishWeights& command);
@@ -97,6 +102,7 @@ class Worker : public WorkerLink, private EngineOutput {
   bool is_stopped_ = false;
   std::vector<uint64_t> pending_pauses_;         // tickets; wait for running samples to finish
   std::optional<CommitWeights> pending_commit_;  // likewise
+  std::optional<Sleep> pending_sleep_;           // likewise
   std::thread check_;                            // reads the staged set through while steps go on
   bool is_phase_due_ = false;                    // of the update under way, once its tensors come
   std::chrono::nanoseconds phase_wait_{0};       // what is left of its waits for phases

@@ -26,7 +26,8 @@ constexpr std::chrono::milliseconds kPhaseWait{100};
 // Adds the time of its scope to `sum_ms`, where steps wait for it.
 class Lap {
  public:
-  Lap(double& sum_ms, const Engine& engine) : sum_ms_(engine.has_work() ? &sum_ms : nullptr) {}
+  Lap(double& sum_ms, const Engine& engine)
+      : sum_ms_(engine.has_work() && engine.is_awake() ? &sum_ms : nullptr) {}
   ~Lap() {
     if (sum_ms_ != nullptr) *sum_ms_ += milliseconds_since(start_);
   }
@@ -99,7 +100,7 @@ void Worker::handle(AdoptWeights& command) {
 
 // Whether commands have come that should be taken before another step: an update's next phase.
 bool Worker::has_next_phase() {
-  if (!is_phase_due_ || is_stopped_ || !engine_.has_work()) return false;
+  if (!is_phase_due_ || is_stopped_ || !engine_.has_work() || !engine_.is_awake()) return false;
   const Lap lap(times_.pause_ms, engine_);
   const auto start = std::chrono::steady_clock::now();
   std::unique_lock lock(mutex_);
@@ -111,7 +112,8 @@ bool Worker::has_next_phase() {
 
 void Worker::handle(CommitWeights& command) {
   is_phase_due_ = false;
-  if (command.in_flight == bridge::InFlight::kWait && engine_.has_started_work() && !is_paused_) {
+  if (command.in_flight == bridge::InFlight::kWait && engine_.has_started_work() &&
+      !stands_still()) {
     engine_.set_admits(false);
     pending_commit_ = command;
     return;
@@ -142,7 +144,8 @@ void Worker::switch_weights(const CommitWeights& command) {
     ack.weights_hash = replica_.backend().weights_hash();
     ack.times = last_times_ = std::exchange(times_, {});
     last_prefill_ms_ = 0;
-    if (engine_.has_started_work()) prefill_since_ = std::chrono::steady_clock::now();
+    if (engine_.has_started_work() && engine_.is_awake())
+      prefill_since_ = std::chrono::steady_clock::now();
   } catch (const Error& error) {
     ack.error = error.info;
   }

@@ -41,6 +41,10 @@ Health health_of(const Snapshot& snapshot, std::chrono::steady_clock::time_point
             fmt::format("a rank with work has shown no progress for {:.1f} s; cluster.lease_s = {}",
                         silence_s, limits.lease.count())};
   }
+  if (value_of(snapshot, "is_asleep") > 0) return {true, "asleep", ""};
+  if (value_of(snapshot, "needs_weights") > 0) {
+    return {true, "without_weights", "sleep(level=2) has dropped them: send a whole update"};
+  }
   return {true, value_of(snapshot, "is_paused") > 0 ? "paused" : "ok", ""};
 }
 

@@ -10,7 +10,8 @@ namespace rollpack::rollout {
 
 struct Health {
   bool is_well = false;
-  // ok, paused; or starting, draining, broken, no_workers, stuck, unresponsive
+  // ok, paused, asleep, without_weights; or starting, draining, broken, no_workers, stuck,
+  // unresponsive
   std::string status;
   std::string message;  // why it is not well
 };

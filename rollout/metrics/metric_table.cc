@@ -54,6 +54,12 @@ constexpr Row kRows[] = {
     {kCounter, "spec_decode_num_accepted_tokens_total", "num_accepted_tokens",
      "Tokens of drafts that were accepted"},
 
+    {kGauge, "engine_sleep_state", "is_awake",
+     "1 for the state that the engines are in: awake, asleep at level 1, asleep at level 2",
+     "sleep_state", "awake"},
+    {kGauge, "engine_sleep_state", "is_asleep_at_1", "", "sleep_state", "weights_offloaded"},
+    {kGauge, "engine_sleep_state", "is_asleep_at_2", "", "sleep_state", "discard_all"},
+
     // The engine.
     {kGauge, "num_requests_preempted", "num_preempted_seqs",
      "Of the waiting ones, those with tokens: preempted, or begun anew under new weights"},
@@ -76,7 +82,11 @@ constexpr Row kRows[] = {
     {kCounter, "engine_rows_after_stop_total", "num_rows_after_stop",
      "Rows planned before the stop of their sample was known"},
     {kGauge, "peak_memory_bytes", "peak_memory_bytes", "Peak resident memory, all ranks"},
+    {kGauge, "held_bytes", "held_bytes",
+     "Bytes of weights, KV pages and buffers that all ranks have, in use or not"},
     {kGauge, "paused", "is_paused", "1 while generation is paused"},
+    {kGauge, "weights_needed", "needs_weights",
+     "1 from sleep(level=2) on until a whole weight update"},
 
     // Weights.
     {kGauge, "weight_version", "weight_version", "Version that tokens are drawn from"},

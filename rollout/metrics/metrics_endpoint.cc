@@ -128,6 +128,10 @@ void MetricsEndpoint::State::derive(Snapshot& of) {
   values["num_waiting"] = values["num_waiting_seqs"] + values["num_queued_samples"];
   values["kv_cache_usage"] = share(values, "num_kv_pages_used", "num_kv_pages");
   values["slot_usage"] = share(values, "num_slots_in_use", "num_slots");
+  const bool is_asleep = values["is_asleep"] > 0, needs_weights = values["needs_weights"] > 0;
+  values["is_awake"] = is_asleep ? 0 : 1;
+  values["is_asleep_at_1"] = is_asleep && !needs_weights ? 1 : 0;
+  values["is_asleep_at_2"] = is_asleep && needs_weights ? 1 : 0;
   values["prompt_tokens_per_s"] = prompt_tokens.add(of.time, values["num_prompt_tokens"]);
   values["generation_tokens_per_s"] =
       generation_tokens.add(of.time, values["num_tokens_generated"]);

@@ -84,10 +84,18 @@ std::string batches_line(const Scrape& now) {
 }
 
 std::string weights_line(const Scrape& now) {
+  std::string state = now.get("paused") > 0 ? "  paused" : "";
+  if (now.get("engine_sleep_state{sleep_state=\"weights_offloaded\"}") > 0) {
+    state += "  asleep at level 1";
+  } else if (now.get("engine_sleep_state{sleep_state=\"discard_all\"}") > 0) {
+    state += "  asleep at level 2";
+  } else if (now.get("weights_needed") > 0) {
+    state += "  none: a whole update is needed";
+  }
   return fmt::format("weights   version {}  {} updates  batch lag {}  {} stale samples{}",
                      count(now.get("weight_version")), count(now.get("weight_updates_total")),
                      count(now.get("batch_version_lag")), count(now.get("stale_samples_total")),
-                     now.get("paused") > 0 ? "  paused" : "");
+                     state);
 }
 
 std::string losses_line(const Scrape& now) {

@@ -54,6 +54,7 @@ class NodeBridge {
   void on_news(told::Open& news);
   void on_news(told::Number& news) { service_.answer(news); }
   void on_news(told::Scores& news) { service_.answer(std::move(news)); }
+  void on_news(told::Slept& news) { service_.answer(news); }
   void on_news(told::Weights& news) { service_.answer(news); }
   void on_news(told::Stats& news);
   void on_news(told::Failed& news) { server_.fail(std::move(news.sample)); }

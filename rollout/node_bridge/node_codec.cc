@@ -106,17 +106,31 @@ bridge::ScoredSequence decode_scored(const json& map) {
           .entropy = from_bin<float>(map.at("entropy"))};
 }
 
+json encode_sleep(const bridge::SleepState& state) {
+  return {{"asleep", encode_tags(state.asleep)},
+          {"needs_weights", state.needs_weights},
+          {"held_bytes", state.held_bytes}};
+}
+
+bridge::SleepState decode_sleep(const json& map) {
+  return {.asleep = decode_tags(map.at("asleep")),
+          .needs_weights = map.at("needs_weights"),
+          .held_bytes = integer<int64_t>(map.at("held_bytes"))};
+}
+
 json encode_state(const told::State& state) {
   return {{"type", "state"},
           {"weight_version", state.weight_version},
           {"awaited", encode_optional(state.awaited_weight_version)},
-          {"health", encode_outcome(state.health)}};
+          {"health", encode_outcome(state.health)},
+          {"sleep", encode_sleep(state.sleep)}};
 }
 
 told::State decode_state(const json& map) {
   return {.weight_version = integer<int64_t>(map.at("weight_version")),
           .awaited_weight_version = decode_optional<int64_t>(map.at("awaited")),
-          .health = decode_outcome(map.at("health"))};
+          .health = decode_outcome(map.at("health")),
+          .sleep = decode_sleep(map.at("sleep"))};
 }
 
 // As the journal writes them.
@@ -168,6 +182,15 @@ struct RequestEncoder {
     return {{"type", "pause"}, {"ticket", m.ticket}, {"in_flight", static_cast<int>(m.in_flight)}};
   }
   json operator()(const asked::Resume&) const { return {{"type", "resume"}}; }
+  json operator()(const asked::Sleep& m) const {
+    return {{"type", "sleep"},
+            {"ticket", m.ticket},
+            {"level", m.level},
+            {"in_flight", static_cast<int>(m.in_flight)}};
+  }
+  json operator()(const asked::WakeUp& m) const {
+    return {{"type", "wake_up"}, {"ticket", m.ticket}, {"tags", encode_tags(m.tags)}};
+  }
   json operator()(const asked::Score& m) const {
     json sequences = json::array();
     for (const bridge::ScoreSequence& each : m.sequences) {
@@ -227,6 +250,12 @@ struct NewsEncoder {
             {"error", encode_outcome(m.error)},
             {"results", std::move(results)}};
   }
+  json operator()(const told::Slept& m) const {
+    return {{"type", "slept"},
+            {"ticket", m.ticket},
+            {"error", encode_outcome(m.error)},
+            {"state", encode_sleep(m.state)}};
+  }
   json operator()(const told::Weights& m) const {
     return {{"type", "weights"},
             {"ticket", m.ticket},
@@ -278,6 +307,11 @@ NodeRequest decode_known_request(const json& map) {
     return asked::Pause{ticket_of(map), enumerator(map.at("in_flight"), bridge::InFlight::kAbort)};
   }
   if (type == "resume") return asked::Resume{};
+  if (type == "sleep") {
+    return asked::Sleep{ticket_of(map), integer<int>(map.at("level")),
+                        enumerator(map.at("in_flight"), bridge::InFlight::kAbort)};
+  }
+  if (type == "wake_up") return asked::WakeUp{ticket_of(map), decode_tags(map.at("tags"))};
   if (type == "score") {
     asked::Score score{.ticket = ticket_of(map)};
     for (const json& each : map.at("sequences")) score.sequences.push_back(decode_sequence(each));
@@ -319,6 +353,10 @@ NodeNews decode_known_news(const json& map) {
     told::Scores scores{.ticket = ticket_of(map), .error = decode_outcome(map.at("error"))};
     for (const json& each : map.at("results")) scores.results.push_back(decode_scored(each));
     return scores;
+  }
+  if (type == "slept") {
+    return told::Slept{ticket_of(map), decode_outcome(map.at("error")),
+                       decode_sleep(map.at("state"))};
   }
   if (type == "weights") {
     return told::Weights{ticket_of(map),

@@ -36,7 +36,8 @@ NodeDesk::NodeDesk(Dispatcher& dispatcher, bridge::SampleSink& own, std::vector<
 told::State NodeDesk::state() const {
   return {.weight_version = dispatcher_.weight_version(),
           .awaited_weight_version = dispatcher_.awaited_weight_version(),
-          .health = dispatcher_.health()};
+          .health = dispatcher_.health(),
+          .sleep = dispatcher_.sleep_state()};
 }
 
 void NodeDesk::open(std::chrono::steady_clock::time_point deadline) {
@@ -272,6 +273,20 @@ void NodeDesk::on_request(int32_t node, asked::Pause& request) {
 
 void NodeDesk::on_request(int32_t, asked::Resume&) {
   dispatcher_.resume();
+}
+
+void NodeDesk::on_request(int32_t node, asked::Sleep& request) {
+  dispatcher_.sleep(request.level, request.in_flight, tell_slept(node, request.ticket));
+}
+
+void NodeDesk::on_request(int32_t node, asked::WakeUp& request) {
+  dispatcher_.wake_up(request.tags, tell_slept(node, request.ticket));
+}
+
+bridge::Answer<bridge::SleepState> NodeDesk::tell_slept(int32_t node, uint64_t ticket) {
+  return [this, node, ticket](bridge::Outcome outcome, bridge::SleepState state) {
+    tell(node, told::Slept{ticket, std::move(outcome), state});
+  };
 }
 
 void NodeDesk::on_request(int32_t node, asked::Score& request) {

@@ -87,6 +87,9 @@ class NodeDesk final : public bridge::SampleSink, public KeptSamples {
   void on_request(int32_t node, asked::Abort& request);
   void on_request(int32_t node, asked::Pause& request);
   void on_request(int32_t node, asked::Resume& request);
+  void on_request(int32_t node, asked::Sleep& request);
+  void on_request(int32_t node, asked::WakeUp& request);
+  bridge::Answer<bridge::SleepState> tell_slept(int32_t node, uint64_t ticket);
   void on_request(int32_t node, asked::Score& request);
   void on_request(int32_t node, asked::FindWeights& request);
   void on_request(int32_t node, asked::FindStats& request);

@@ -33,6 +33,15 @@ struct Pause {
   bridge::InFlight in_flight = bridge::InFlight::kKeep;
 };
 struct Resume {};
+struct Sleep {  // answered by Slept
+  uint64_t ticket = 0;
+  int level = 1;
+  bridge::InFlight in_flight = bridge::InFlight::kKeep;
+};
+struct WakeUp {  // likewise
+  uint64_t ticket = 0;
+  bridge::MemoryTags tags;
+};
 struct Score {
   uint64_t ticket = 0;
   std::vector<bridge::ScoreSequence> sequences;
@@ -72,6 +81,7 @@ struct State {
   int64_t weight_version = 0;
   std::optional<int64_t> awaited_weight_version;
   bridge::Outcome health;
+  bridge::SleepState sleep;
 };
 struct Open {  // all ranks are ready
   bridge::ServiceInfo info;
@@ -88,6 +98,11 @@ struct Scores {
   uint64_t ticket = 0;
   bridge::Outcome error;
   std::vector<bridge::ScoredSequence> results;
+};
+struct Slept {  // or woken up
+  uint64_t ticket = 0;
+  bridge::Outcome error;
+  bridge::SleepState state;
 };
 struct Weights {
   uint64_t ticket = 0;
@@ -123,12 +138,12 @@ namespace rollpack::rollout {
 
 using NodeRequest =
     std::variant<asked::Opened, asked::Submit, asked::Abort, asked::Pause, asked::Resume,
-                 asked::Score, asked::FindWeights, asked::FindStats, asked::Shutdown,
-                 asked::Present, asked::FindBridge, asked::Received, asked::Formed, asked::Released,
-                 asked::WhenDurable>;
-using NodeNews =
-    std::variant<told::State, told::Open, told::Number, told::Scores, told::Weights, told::Stats,
-                 told::Failed, told::Decided, told::Forgotten, told::Ping, told::BridgeAt>;
+                 asked::Sleep, asked::WakeUp, asked::Score, asked::FindWeights, asked::FindStats,
+                 asked::Shutdown, asked::Present, asked::FindBridge, asked::Received, asked::Formed,
+                 asked::Released, asked::WhenDurable>;
+using NodeNews = std::variant<told::State, told::Open, told::Number, told::Scores, told::Slept,
+                              told::Weights, told::Stats, told::Failed, told::Decided,
+                              told::Forgotten, told::Ping, told::BridgeAt>;
 
 // Frames begin with a byte with which no message between ranks begins; samples travel as those of
 // sample_frame.h. Errors of encode(): resource_exhausted for what no frame holds.

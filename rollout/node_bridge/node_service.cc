@@ -67,6 +67,10 @@ void NodeService::answer(told::Scores news) {
   scores_.answer(news.ticket, std::move(news.error), std::move(news.results));
 }
 
+void NodeService::answer(const told::Slept& news) {
+  sleeps_.answer(news.ticket, news.error, news.state);
+}
+
 void NodeService::answer(const told::Weights& news) {
   weights_.answer(news.ticket, std::nullopt, news.weights);
 }
@@ -82,6 +86,7 @@ void NodeService::lose(const ErrorInfo& error) {
   }
   numbers_.fail_all(error);
   scores_.fail_all(error);
+  sleeps_.fail_all(error);
   weights_.fail_all(error);
   stats_.fail_all(error);
 }
@@ -115,6 +120,22 @@ void NodeService::pause(bridge::InFlight in_flight, bridge::OutcomeCallback done
 void NodeService::resume() {
   check_health();
   send_(asked::Resume{});
+}
+
+void NodeService::sleep(int level, bridge::InFlight in_flight,
+                        bridge::Answer<bridge::SleepState> done) {
+  check_health();
+  send_(asked::Sleep{sleeps_.add(std::move(done)), level, in_flight});
+}
+
+void NodeService::wake_up(bridge::MemoryTags tags, bridge::Answer<bridge::SleepState> done) {
+  check_health();
+  send_(asked::WakeUp{sleeps_.add(std::move(done)), tags});
+}
+
+bridge::SleepState NodeService::sleep_state() const {
+  const std::lock_guard lock(mutex_);
+  return state_.sleep;
 }
 
 void NodeService::score(std::vector<bridge::ScoreSequence> sequences,

@@ -28,6 +28,7 @@ class NodeService final : public bridge::RolloutService, public bridge::Delivery
   void update(told::State news);
   void answer(const told::Number& news);
   void answer(told::Scores news);
+  void answer(const told::Slept& news);
   void answer(const told::Weights& news);
   void answer(told::Stats news);
   // Rank 0 is gone: everything that waits fails, and all that is asked from then on.
@@ -39,6 +40,10 @@ class NodeService final : public bridge::RolloutService, public bridge::Delivery
   void abort(std::optional<int64_t> request_id, bridge::Answer<int64_t> done) override;
   void pause(bridge::InFlight in_flight, bridge::OutcomeCallback done) override;
   void resume() override;
+  void sleep(int level, bridge::InFlight in_flight,
+             bridge::Answer<bridge::SleepState> done) override;
+  void wake_up(bridge::MemoryTags tags, bridge::Answer<bridge::SleepState> done) override;
+  bridge::SleepState sleep_state() const override;
   void score(std::vector<bridge::ScoreSequence> sequences,
              bridge::Answer<std::vector<bridge::ScoredSequence>> done) override;
   void begin_weights(bridge::WeightUpdate update, bridge::OutcomeCallback done) override;
@@ -86,6 +91,7 @@ class NodeService final : public bridge::RolloutService, public bridge::Delivery
   bridge::Outcome lost_;
   Waiting<int64_t> numbers_;
   Waiting<std::vector<bridge::ScoredSequence>> scores_;
+  Waiting<bridge::SleepState> sleeps_;
   Waiting<bridge::WeightsInUse> weights_;
   Waiting<Numbers> stats_;
 };

@@ -27,7 +27,7 @@ AS_VLLM = {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"
            "prompt_tokens_total", "generation_tokens_total", "request_success_total",
            "num_preemptions_total", "prefix_cache_queries_total", "prefix_cache_hits_total",
            "spec_decode_num_drafts_total", "spec_decode_num_draft_tokens_total",
-           "spec_decode_num_accepted_tokens_total"}
+           "spec_decode_num_accepted_tokens_total", "engine_sleep_state"}
 
 
 def _config(model: pathlib.Path, tmp_path: pathlib.Path, **sections: Any) -> pathlib.Path:

@@ -100,6 +100,25 @@ struct WeightsInUse {
   double pause_ms = 0;
 };
 
+// Parts of the engines' memory, each asleep or not, by vLLM's names.
+struct MemoryTags {
+  bool weights = false;
+  bool kv_cache = false;
+
+  bool any() const { return weights || kv_cache; }
+};
+
+// Whose memory is given back to the system until wake_up().
+struct SleepState {
+  MemoryTags asleep;
+  // sleep(level=2) has dropped the weights, and nothing is generated until a whole update has come.
+  bool needs_weights = false;
+  // By all ranks, as they told last: weights, KV pages, buffers.
+  int64_t held_bytes = 0;
+
+  bool is_awake() const { return !asleep.any() && !needs_weights; }
+};
+
 // What hello says about the engine; fixed for its life but for weight_version.
 struct ServiceInfo {
   std::string resolved_config_json;
@@ -120,21 +139,31 @@ class RolloutService {
 
   // Accepts all prompts or none and answers with the request id, at once or before any sample of it
   // is put into the sink. `done` may not call the service.
+  // While asleep it accepts as ever.
   // Errors, thrown or answered: invalid_argument naming the prompt's field; would_block when queues
-  // are full.
+  // are full; failed_precondition after sleep(level=2), until weights have come.
   virtual void submit(std::vector<PromptRequest> prompts, Answer<int64_t> done) = 0;
   // Ends the samples of one request, or of all that came from this server; they reach the sink as
   // partial samples. Answers how many were still open.
   virtual void abort(std::optional<int64_t> request_id, Answer<int64_t> done) = 0;
   virtual void pause(InFlight in_flight, OutcomeCallback done) = 0;
   virtual void resume() = 0;
+  // Gives memory back until wake_up(): keys and values, cached ones too, at both levels; at level 2
+  // the weights as well. Samples that are kept go on from the tokens they have. Calls are carried
+  // out one after the other; they outlive their client. Answers with the state that follows.
+  // Errors: failed_precondition while weights are updated; would_block for too many calls at once;
+  // resource_exhausted where a rank could not take its memory again: it sleeps on, try again.
+  virtual void sleep(int level, InFlight in_flight, Answer<SleepState> done) = 0;
+  virtual void wake_up(MemoryTags tags, Answer<SleepState> done) = 0;
+  virtual SleepState sleep_state() const = 0;
   virtual void score(std::vector<ScoreSequence> sequences,
                      Answer<std::vector<ScoredSequence>> done) = 0;
 
   // Weights in two phases: begin, stage any number of times, then commit or cancel. A refused
   // stage or commit cancels the update; the old version goes on, bit-unchanged.
   // Errors of begin: invalid_argument for a version not above the current one, or a base that is
-  // not the current one.
+  // not the current one; failed_precondition while the weights sleep, or for a base after
+  // sleep(level=2).
   virtual void begin_weights(WeightUpdate update, OutcomeCallback done) = 0;
   virtual void stage_weights(WeightChunk chunk, OutcomeCallback done) = 0;
   virtual void commit_weights(InFlight in_flight, OutcomeCallback done) = 0;

@@ -57,6 +57,15 @@ Json inspect_reply(const SlotRing& slots) {
   return {{"slots", std::move(list)}, {"slot_bytes", slots.slot_bytes()}, {"num_fds", num_fds}};
 }
 
+Json sleep_reply(const SleepState& state) {
+  Json asleep = Json::array();
+  if (state.asleep.weights) asleep.push_back("weights");
+  if (state.asleep.kv_cache) asleep.push_back("kv_cache");
+  return {{"asleep", std::move(asleep)},
+          {"needs_weights", state.needs_weights},
+          {"held_bytes", state.held_bytes}};
+}
+
 // The hash as text: readers of MessagePack differ in what they make of a number above 2^63.
 Json weights_reply(const WeightsInUse& weights) {
   return {{"weight_version", weights.version},

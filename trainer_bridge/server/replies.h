@@ -18,6 +18,7 @@ Json hello_reply(const RolloutService& service, const SlotRing& slots, const std
 Json inspect_reply(const SlotRing& slots);
 // Their numbers, in the reply's order.
 std::vector<int32_t> filled_slots(const SlotRing& slots);
+Json sleep_reply(const SleepState& state);
 Json weights_reply(const WeightsInUse& weights);
 Json batch_reply(const BatchNotice& notice);
 Json score_reply(const std::vector<ScoredSequence>& results);

@@ -101,6 +101,26 @@ InFlight read_in_flight(Fields& fields) {
   return kModes[fields.one_of("mode", {"keep", "wait", "abort"})];
 }
 
+MemoryTags read_tags(Fields& fields) {
+  const Json* const names = fields.optional_any("tags");
+  if (names == nullptr) return {.weights = true, .kv_cache = true};
+  const auto refuse = [&] {
+    fields.refuse("tags", *names, "a list of \"weights\" and \"kv_cache\", or nil for both");
+  };
+  if (!names->is_array() || names->empty()) refuse();
+  MemoryTags tags;
+  for (const Json& name : *names) {
+    if (name == "weights") {
+      tags.weights = true;
+    } else if (name == "kv_cache") {
+      tags.kv_cache = true;
+    } else {
+      fields.refuse("tags", name, "a list of \"weights\" and \"kv_cache\", or nil for both");
+    }
+  }
+  return tags;
+}
+
 HelloRequest read_hello(Fields& fields) {
   HelloRequest request;
   request.protocol_version = fields.integer("protocol_version", 0, kMaxI64);

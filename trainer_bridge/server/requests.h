@@ -19,6 +19,8 @@ inline constexpr int64_t kProtocolVersion = 1;
 std::vector<PromptRequest> read_prompts(Fields& fields);
 std::vector<ScoreSequence> read_sequences(Fields& fields);
 InFlight read_in_flight(Fields& fields);
+// Absent: all.
+MemoryTags read_tags(Fields& fields);
 
 struct HelloRequest {
   int64_t protocol_version = 0;

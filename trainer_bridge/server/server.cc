@@ -207,6 +207,11 @@ Outcome Server::State::health() const {
 }
 
 std::string Server::State::advice() const {
+  if (const SleepState sleep = service->sleep_state(); sleep.asleep.any()) {
+    return "the engine sleeps: wake_up()";
+  } else if (sleep.needs_weights) {
+    return "sleep(level=2) has dropped the weights: update_weights() with all tensors";
+  }
   const auto version = service->awaited_weight_version();
   if (!version) return "";
   return fmt::format(

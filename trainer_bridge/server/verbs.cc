@@ -41,6 +41,8 @@ const std::vector<Verbs::Entry>& Verbs::entries() {
       {"abort", &Verbs::abort},
       {"pause", &Verbs::pause},
       {"resume", &Verbs::resume},
+      {"sleep", &Verbs::sleep},
+      {"wake_up", &Verbs::wake_up},
       {"score", &Verbs::score},
       {"update_weights", &Verbs::update_weights},
       {"get_weight_version", &Verbs::get_weight_version},
@@ -188,6 +190,26 @@ void Verbs::resume(Request& request) {
   check_no_fds(request);
   parts_.service.resume();
   reply_when_durable(request.responder);
+}
+
+void Verbs::sleep(Request& request) {
+  const auto level = static_cast<int>(request.fields.integer("level", 1, 2));
+  const InFlight in_flight = read_in_flight(request.fields);
+  request.fields.finish();
+  check_no_fds(request);
+  parts_.service.sleep(level, in_flight, sleep_answer(request.responder));
+}
+
+void Verbs::wake_up(Request& request) {
+  const MemoryTags tags = read_tags(request.fields);
+  request.fields.finish();
+  check_no_fds(request);
+  parts_.service.wake_up(tags, sleep_answer(request.responder));
+}
+
+Answer<SleepState> Verbs::sleep_answer(const Responder& responder) const {
+  return answering<SleepState>(
+      responder, [responder](const SleepState& state) { responder.ok(sleep_reply(state)); });
 }
 
 void Verbs::score(Request& request) {

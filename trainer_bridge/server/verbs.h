@@ -71,6 +71,9 @@ class Verbs {
   void abort(Request& request);
   void pause(Request& request);
   void resume(Request& request);
+  void sleep(Request& request);
+  void wake_up(Request& request);
+  Answer<SleepState> sleep_answer(const Responder& responder) const;
   void score(Request& request);
   void update_weights(Request& request);
   void weight_chunk(Request& request, int64_t version);

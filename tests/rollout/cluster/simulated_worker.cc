@@ -97,10 +97,10 @@ void SimulatedWorker::turn() {
 }
 
 void SimulatedWorker::work() {
-  if (!is_paused_) {
+  if (!rests()) {
     for (size_t i = 0; i < items_.size() && is_alive_;) {
       Item& item = items_[i];
-      const bool admits = pending_pauses_.empty() && !pending_commit_;
+      const bool admits = pending_pauses_.empty() && !pending_commit_ && !pending_sleep_;
       item.has_started |= admits;
       if (!item.has_started || --item.turns_left > 0) {
         ++i;
@@ -124,7 +124,7 @@ void SimulatedWorker::work() {
     num_pulled_ += missing;
     emit(Pull{.num_samples = missing});
   }
-  if (world_.now_ms < next_word_ms_ || items_.empty() || is_paused_) return;
+  if (world_.now_ms < next_word_ms_ || items_.empty() || rests()) return;
   next_word_ms_ = world_.now_ms + kWordIntervalMs;
   emit(StepProgress{});
 }
@@ -231,7 +231,7 @@ void SimulatedWorker::stop_for(int64_t ms) {
   is_at_fault_ = true;
   stopped_at_ms_ = world_.now_ms;
   stopped_until_ms_ = world_.now_ms + ms;
-  owed_at_stop_ = (!items_.empty() && !is_paused_ && !is_stopped_) || held_ != nullptr;
+  owed_at_stop_ = (!items_.empty() && !rests() && !is_stopped_) || held_ != nullptr;
 }
 
 void SimulatedWorker::kill() {
@@ -312,7 +312,31 @@ void SimulatedWorker::handle(Resume&) {
   for (const uint64_t ticket : std::exchange(pending_pauses_, {})) answer(ticket);
 }
 
+void SimulatedWorker::handle(Sleep& command) {
+  if (command.in_flight == bridge::InFlight::kAbort) hand_back(std::nullopt);
+  if (command.in_flight == bridge::InFlight::kKeep) return fall_asleep(command);
+  pending_sleep_ = command;
+}
+
+void SimulatedWorker::fall_asleep(const Sleep& command) {
+  world_.check(!staged_.has_value(), "a worker was put to sleep with weights staged");
+  asleep_ = {.weights = true, .kv_cache = true};
+  if (command.level > 1) {
+    has_weights_ = false;
+    weights_ = -1;
+  }
+  emit(Ack{.ticket = command.ticket, .held_bytes = 1});
+}
+
+void SimulatedWorker::handle(WakeUp& command) {
+  asleep_.weights &= !command.tags.weights;
+  asleep_.kv_cache &= !command.tags.kv_cache;
+  emit(Ack{.ticket = command.ticket, .held_bytes = 2});
+}
+
 void SimulatedWorker::handle(BeginWeights& command) {
+  world_.check(!asleep_.weights, "a worker whose weights sleep is to stage others");
+  world_.check(has_weights_ || !command.is_partial, "a part of weights that were dropped comes");
   staged_ = command.is_partial ? weights_ : 0;
   answer(command.ticket);
 }
@@ -350,7 +374,7 @@ void SimulatedWorker::handle(CommitWeights& command) {
     is_at_fault_ = true;
     return answer(command.ticket, ErrorInfo{.code = ErrorCode::kInternal, .message = "no switch"});
   }
-  if (command.in_flight == bridge::InFlight::kWait && !items_.empty() && !is_paused_) {
+  if (command.in_flight == bridge::InFlight::kWait && !items_.empty() && !rests()) {
     pending_commit_ = command;
     return;
   }
@@ -363,6 +387,7 @@ void SimulatedWorker::switch_to(const CommitWeights& commit) {
   weights_ = staged_.value_or(-1);
   staged_.reset();
   version_ = commit.version;
+  has_weights_ = true;
   if (is_process_ && version_ > 0 && world_.dice.chance(world_.fault_rate)) {
     world_.fault(Fault::kWrongWeights);
     is_at_fault_ = true;
@@ -372,9 +397,10 @@ void SimulatedWorker::switch_to(const CommitWeights& commit) {
 }
 
 void SimulatedWorker::finish_waits() {
-  const bool has_started = !is_paused_ && std::ranges::any_of(items_, &Item::has_started);
+  const bool has_started = !rests() && std::ranges::any_of(items_, &Item::has_started);
   if (!is_alive_ || is_stopped_ || has_started) return;
   if (pending_commit_) switch_to(*std::exchange(pending_commit_, std::nullopt));
+  if (pending_sleep_) fall_asleep(*std::exchange(pending_sleep_, std::nullopt));
   if (pending_pauses_.empty()) return;
   is_paused_ = true;
   for (const uint64_t ticket : std::exchange(pending_pauses_, {})) answer(ticket);

@@ -148,12 +148,16 @@ class SimulatedWorker : public WorkerLink, public std::enable_shared_from_this<S
   void answer_with_hash(uint64_t ticket, int64_t weights);
   void switch_to(const CommitWeights& commit);
   void finish_waits();
+  bool rests() const { return is_paused_ || asleep_.any() || !has_weights_; }
+  void fall_asleep(const Sleep& command);
 
   void handle(AddGroups& command);
   void handle(AddScores& command);
   void handle(AbortSamples& command) { hand_back(command.request_id); }
   void handle(Pause& command);
   void handle(Resume& command);
+  void handle(Sleep& command);
+  void handle(WakeUp& command);
   void handle(BeginWeights& command);
   void handle(StageWeights& command);
   void handle(FinishWeights& command) { answer_with_hash(command.ticket, staged_.value_or(-1)); }
@@ -181,6 +185,8 @@ class SimulatedWorker : public WorkerLink, public std::enable_shared_from_this<S
   bool has_left_ = false;    // the dispatcher was told that the link is at its end
   bool is_stopped_ = false;  // by command
   bool is_paused_ = false;
+  bridge::MemoryTags asleep_;
+  bool has_weights_ = true;
   bool was_killed_ = false;  // or should have been
   int64_t stopped_at_ms_ = 0, stopped_until_ms_ = 0;
   bool owed_at_stop_ = false;
@@ -197,6 +203,7 @@ class SimulatedWorker : public WorkerLink, public std::enable_shared_from_this<S
   std::optional<int64_t> staged_;
   std::vector<uint64_t> pending_pauses_;
   std::optional<CommitWeights> pending_commit_;
+  std::optional<Sleep> pending_sleep_;
 };
 
 }  // namespace rollpack::rollout::simulation

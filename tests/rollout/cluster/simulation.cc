@@ -80,6 +80,8 @@ class Run : public bridge::SampleSink {
   void stage();
   void end_update(bridge::Outcome error);
   void score();
+  void sleep_or_wake();
+  void wake_up(bridge::MemoryTags tags);
   void start_replacements();
   void calm_down();
   bool is_quiet() const;
@@ -90,7 +92,9 @@ class Run : public bridge::SampleSink {
   void end(const SampleName& name);
 
   const bool shares_weights_;
+  const bool sleeps_;  // now and then
   World world_;
+  Dice sleep_dice_;  // of their own, so that other seeds stay what they were
   std::optional<Callbacks> callbacks_;
   // Of runs with a journal.
   std::shared_ptr<testing::Disk> disk_;
@@ -129,7 +133,11 @@ EngineLimits simulated_limits() {
   return {.page_tokens = 16, .num_pages = 1000, .page_bytes = 1024, .max_positions = 4096};
 }
 
-Run::Run(uint64_t seed) : shares_weights_(seed % 3 == 0), world_(seed) {
+Run::Run(uint64_t seed)
+    : shares_weights_(seed % 3 == 0),
+      sleeps_(seed % 5 == 2),
+      world_(seed),
+      sleep_dice_(seed + 1000000007) {
   // From a quiet run to one where nearly everything goes wrong.
   world_.fault_rate = std::array{0.003, 0.01, 0.03, 0.1}[seed % 4];
   replaces_lost_ = world_.dice.chance(0.6);
@@ -237,7 +245,11 @@ Report Run::run() {
   calm_down();
   for (int i = 0; i < kCalmTurns && !is_over() && !is_quiet(); ++i) {
     turn();
-    if (update_ == Update::kOpen) cancel();
+    if (dispatcher_->sleep_state().needs_weights) {
+      update();
+    } else if (update_ == Update::kOpen) {
+      cancel();
+    }
     if (dispatcher_->awaited_weight_version()) resume();
   }
   if (bridges_ && !is_over()) bridges_->check_end();
@@ -411,6 +423,28 @@ void Run::act() {
   if (dispatcher_->awaited_weight_version() && dice.chance(0.02)) resume();
   if (dice.chance(0.3)) update();
   if (dice.chance(0.03)) score();
+  if (sleeps_) sleep_or_wake();
+}
+
+void Run::sleep_or_wake() {
+  const bridge::SleepState state = dispatcher_->sleep_state();
+  if (!state.asleep.any() && sleep_dice_.chance(0.06)) {
+    world_.fault(Fault::kSleep);
+    const auto level = static_cast<int>(sleep_dice_.between(1, 2));
+    const auto mode = static_cast<bridge::InFlight>(sleep_dice_.below(3));
+    const auto done = callbacks_->outcome([](bridge::Outcome) {});
+    dispatcher_->sleep(level, mode,
+                       [done](bridge::Outcome error, bridge::SleepState) { done(error); });
+  }
+  if (!state.asleep.any() || !sleep_dice_.chance(0.15)) return;
+  const bool wakes_all = sleep_dice_.chance(0.4);
+  const bool wakes_weights = sleep_dice_.chance(0.5);
+  wake_up({.weights = wakes_all || wakes_weights, .kv_cache = wakes_all || !wakes_weights});
+}
+
+void Run::wake_up(bridge::MemoryTags tags) {
+  const auto done = callbacks_->outcome([](bridge::Outcome) {});
+  dispatcher_->wake_up(tags, [done](bridge::Outcome error, bridge::SleepState) { done(error); });
 }
 
 // Goes on with the weights there are, awaited or not.
@@ -434,7 +468,9 @@ void Run::submit() {
   try {
     request = dispatcher_->submit(std::move(prompts), node);
   } catch (const Error&) {
-    return world_.check(dispatcher_->health().has_value(), "a submit was refused");
+    return world_.check(
+        dispatcher_->health().has_value() || dispatcher_->sleep_state().needs_weights,
+        "a submit was refused");
   }
   requests_.insert(request);
   if (node > 0) node_of_request_[request] = node;
@@ -452,7 +488,8 @@ void Run::update() {
   if (update_ == Update::kAsked) return;
   if (update_ == Update::kNone) {
     reload_ = dispatcher_->awaited_weight_version();
-    is_partial_ = !reload_ && world_.dice.chance(0.3);
+    is_partial_ = !reload_ && world_.dice.chance(0.3) &&
+                  !(world_.has_calmed_down && dispatcher_->sleep_state().needs_weights);
     staged_ = is_partial_ ? weights_of_[world_.committed_version] : 0;
     version_ = reload_.value_or(std::max(version_, world_.committed_version) + 1);
     update_ = Update::kAsked;
@@ -527,6 +564,7 @@ void Run::calm_down() {
   world_.has_calmed_down = true;
   world_.fault_rate = 0;
   if (is_paused_) resume();
+  if (sleeps_) wake_up({.weights = true, .kv_cache = true});
 }
 
 bool Run::is_quiet() const {
@@ -547,13 +585,15 @@ bool Run::is_quiet() const {
 }  // namespace
 
 const std::array<const char*, kNumFaults> kFaultNames = {
-    "death",          "death in an update", "stop",           "short stop",     "zombie",
-    "engine failure", "lost tail",          "duplicate",      "reorder",        "slow link",
-    "poison",         "refused chunk",      "refused switch", "stopped rank 0", "abort",
-    "pause",          "cancelled update",   "late result",    "conviction",     "no worker left",
-    "replacement",    "failed start",       "wrong weights",  "straight",       "withdrawal",
-    "lost bridge",    "rank 0 death",       "torn journal",   "client death",   "redelivery",
-    "passed over",    "awaited weights",    "lost submit"};
+    "death",           "death in an update", "stop",         "short stop",
+    "zombie",          "engine failure",     "lost tail",    "duplicate",
+    "reorder",         "slow link",          "poison",       "refused chunk",
+    "refused switch",  "stopped rank 0",     "abort",        "pause",
+    "sleep",           "cancelled update",   "late result",  "conviction",
+    "no worker left",  "replacement",        "failed start", "wrong weights",
+    "straight",        "withdrawal",         "lost bridge",  "rank 0 death",
+    "torn journal",    "client death",       "redelivery",   "passed over",
+    "awaited weights", "lost submit"};
 
 void Report::add(const Report& other) {
   for (size_t i = 0; i < kNumFaults; ++i) num_faults[i] += other.num_faults[i];

@@ -27,6 +27,7 @@ enum class Fault {
   kStoppedRank0,  // rank 0 stands still for longer than all leases
   kAbort,         // a client aborts what runs
   kPause,         // or pauses
+  kSleep,         // or has all ranks give their memory back
   kCancelledUpdate,
   kLateResult,  // a result of a fenced attempt was dropped
   kConviction,  // a prompt was convicted

@@ -29,6 +29,12 @@ TEST(Health, AServingJobIsWellUpToEachLimitAndNotBeyond) {
   const std::vector<Case> cases = {
       {"ok", [](Snapshot&) {}},
       {"paused", [](Snapshot& s) { s.values["is_paused"] = 1; }},
+      {"asleep",
+       [](Snapshot& s) {
+         s.values["is_asleep"] = s.values["needs_weights"] = s.values["is_paused"] = 1;
+       }},
+      {"without_weights", [](Snapshot& s) { s.values["needs_weights"] = 1; },
+       "sleep(level=2) has dropped them: send a whole update"},
       {"starting", [](Snapshot& s) { s.phase = ServingPhase::kStarting; }, "ranks are loading"},
       {"draining", [](Snapshot& s) { s.phase = ServingPhase::kDraining; }, "told to end"},
       {"broken",
@@ -55,7 +61,8 @@ TEST(Health, AServingJobIsWellUpToEachLimitAndNotBeyond) {
     const Health health = health_of(snapshot, kNow, kLimits);
     EXPECT_EQ(health.status, c.status);
     EXPECT_EQ(health.message, c.message) << c.status;
-    EXPECT_EQ(health.is_well, health.status == "ok" || health.status == "paused") << c.status;
+    const std::set<std::string> well = {"ok", "paused", "asleep", "without_weights"};
+    EXPECT_EQ(health.is_well, well.contains(health.status)) << c.status;
   }
 }
 

@@ -55,6 +55,8 @@ def test_every_verb_is_awaited(start: Start) -> None:
         await client.submit([[3]], n=2)
         assert await client.abort() == 2
         await client.resume()
+        assert (await client.sleep(2)).needs_weights
+        assert (await client.wake_up(["weights"])).asleep == ("kv_cache",)
         with await client.next_batch(timeout_s=20) as batch:
             assert batch["finish_reason"].tolist() == [2, 2]
             assert batch.num_complete_groups == 0

@@ -134,6 +134,44 @@ def test_abort_hands_back_partial_samples_of_that_request_only(start: Start) -> 
             client.abort(99)
 
 
+def test_sleep_and_wake_up_say_what_sleeps_and_what_is_held(start: Start) -> None:
+    with rollpack.connect(start().path) as client:
+        both = client.sleep()
+        assert (both.asleep, both.needs_weights, both.held_bytes) == (
+            ("weights", "kv_cache"), False, 400)
+        client.submit([[1]], n=1)
+        with pytest.raises(rollpack.DeadlineExceeded, match=r"the engine sleeps: wake_up\(\)"):
+            client.next_batch(timeout_s=0.05)
+        part = client.wake_up(tags=["weights"])
+        assert (part.asleep, part.held_bytes, part.is_awake) == (("kv_cache",), 700, False)
+        assert client.wake_up().is_awake
+        client.next_batch(1, timeout_s=20).release()
+        assert client.sleep(level=2, mode="abort").needs_weights
+        state = client.wake_up(tags=["kv_cache", "weights"])
+        assert (state.asleep, state.is_awake) == ((), False)
+        with pytest.raises(rollpack.DeadlineExceeded, match="has dropped the weights"):
+            client.next_batch(timeout_s=0.05)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda client: client.sleep(0), "level = 0: expected 1 or 2"),
+        (lambda client: client.sleep(1, mode="later"), "mode = 'later': expected keep or wait or"),
+        (lambda client: client.wake_up(["weigths"]), 'tags = \'weigths\': expected a list of "w'),
+        (lambda client: client.wake_up([]), "tags = []: expected a list of"),
+    ],
+    ids=["level", "mode", "tag", "no tag"],
+)
+def test_sleep_and_wake_up_refuse_what_they_do_not_know(
+    start: Start, call: Callable[[rollpack.Client], object], text: str
+) -> None:
+    with rollpack.connect(start().path) as client:
+        with pytest.raises(rollpack.InvalidArgument) as error:
+            call(client)
+        assert text in str(error.value)
+
+
 def test_nothing_is_sampled_between_pause_and_resume(start: Start) -> None:
     with rollpack.connect(start().path) as client:
         client.pause("keep")

@@ -240,6 +240,34 @@ void FakeService::resume() {
   changed_.notify_all();
 }
 
+void FakeService::sleep(int level, InFlight in_flight, Answer<SleepState> done) {
+  {
+    const std::lock_guard lock(mutex_);
+    sleep_ = {.asleep = {.weights = true, .kv_cache = true},
+              .needs_weights = sleep_.needs_weights || level == 2,
+              .held_bytes = 400};
+  }
+  pause(in_flight,
+        [this, done = std::move(done)](const Outcome& outcome) { done(outcome, sleep_state()); });
+}
+
+void FakeService::wake_up(MemoryTags tags, Answer<SleepState> done) {
+  bool is_awake = false;
+  {
+    const std::lock_guard lock(mutex_);
+    if (tags.weights && std::exchange(sleep_.asleep.weights, false)) sleep_.held_bytes += 300;
+    if (tags.kv_cache && std::exchange(sleep_.asleep.kv_cache, false)) sleep_.held_bytes += 300;
+    is_awake = sleep_.is_awake();
+  }
+  if (is_awake) resume();
+  done(std::nullopt, sleep_state());
+}
+
+SleepState FakeService::sleep_state() const {
+  const std::lock_guard lock(mutex_);
+  return sleep_;
+}
+
 void FakeService::score(std::vector<ScoreSequence> sequences,
                         std::function<void(Outcome, std::vector<ScoredSequence>)> done) {
   std::vector<ScoredSequence> results;

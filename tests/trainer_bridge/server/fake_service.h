@@ -59,6 +59,10 @@ class FakeService : public RolloutService {
   }
   void pause(InFlight in_flight, OutcomeCallback done) override;
   void resume() override;
+  // Pauses and resumes, and keeps the state: 1000 bytes are held, less 300 for each tag asleep.
+  void sleep(int level, InFlight in_flight, Answer<SleepState> done) override;
+  void wake_up(MemoryTags tags, Answer<SleepState> done) override;
+  SleepState sleep_state() const override;
   void score(std::vector<ScoreSequence> sequences,
              Answer<std::vector<ScoredSequence>> done) override;
   void begin_weights(WeightUpdate update, OutcomeCallback done) override;
@@ -99,6 +103,7 @@ class FakeService : public RolloutService {
   std::optional<std::pair<OutcomeCallback, bool>> settling_;  // once idle; then paused or not
   bool is_working_ = false;
   bool is_paused_ = false;
+  SleepState sleep_{.held_bytes = 1000};
   bool is_stopping_ = false;
   int64_t last_request_id_ = 0;
   int64_t version_ = 0;

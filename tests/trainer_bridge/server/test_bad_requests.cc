@@ -233,6 +233,12 @@ std::vector<BadRequest> bad_requests() {
       {"pause", {{"mode", "now"}}, invalid, "one of keep, wait, abort"},
       {"pause", {}, invalid, "mode (request): missing"},
       {"resume", {{"mode", "keep"}}, invalid, "mode = \"keep\" (request)"},
+      {"sleep", {{"mode", "keep"}}, invalid, "level (request): missing"},
+      {"sleep", {{"level", 3}, {"mode", "keep"}}, invalid, "level = 3"},
+      {"sleep", {{"level", 1}, {"mode", "now"}}, invalid, "one of keep, wait, abort"},
+      {"wake_up", {{"tags", "weights"}}, invalid, "a list of \"weights\" and \"kv_cache\""},
+      {"wake_up", {{"tags", Json::array()}}, invalid, "a list of \"weights\" and \"kv_cache\""},
+      {"wake_up", {{"tags", {"weights", "graphs"}}}, invalid, "tags = \"graphs\""},
       {"score", {{"sequences", {Json::object()}}}, invalid, "sequences[0].id (score)"},
       {"score", one_sequence({{"temperature", "x"}}), invalid, "sequences[0].temperature"},
       {"score", one_sequence({{"response_ids", "abc"}}), invalid, "sequences[0].response_ids"},
@@ -285,8 +291,8 @@ TEST_F(BadRequests, NothingButHelloAndHealthBeforeHello) {
   start();
   TestClient client(path, /*says_hello=*/false);
   for (const char* verb :
-       {"submit", "next_batch", "release", "abort", "pause", "resume", "score", "update_weights",
-        "get_weight_version", "report_probs_diff", "stats", "shutdown"}) {
+       {"submit", "next_batch", "release", "abort", "pause", "resume", "sleep", "wake_up", "score",
+        "update_weights", "get_weight_version", "report_probs_diff", "stats", "shutdown"}) {
     const ErrorInfo error = error_in(client.request(verb));
     EXPECT_EQ(error.code, ErrorCode::kFailedPrecondition) << verb;
     EXPECT_EQ(error.allowed, "hello first") << verb;

@@ -30,6 +30,7 @@ from rollpack.generation import SamplesFailed
 from rollpack.launcher import launch
 from rollpack.prompts import Prompt, Sampling, ScoredSequence, ScoreSequence
 from rollpack.samples import Sample
+from rollpack.sleeping import SleepState
 from rollpack.views import LayoutView
 from rollpack.weights import WeightVersion
 
@@ -56,6 +57,7 @@ __all__ = [
     "Sampling",
     "ScoreSequence",
     "ScoredSequence",
+    "SleepState",
     "Unavailable",
     "Unsupported",
     "WeightVersion",

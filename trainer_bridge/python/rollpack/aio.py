@@ -30,6 +30,7 @@ from rollpack.inbox import Pending, Steps, end_connection
 from rollpack.prompts import Prompt, Sampling, ScoredSequence, ScoreSequence, TokenIds
 from rollpack.samples import Sample
 from rollpack.session import Mode, Opening, Order, Session, State, opening
+from rollpack.sleeping import SleepState, Tag
 from rollpack.weights import CHUNK_BYTES, Tensor, WeightVersion
 
 T = TypeVar("T")
@@ -145,6 +146,18 @@ class AsyncClient:
     async def resume(self, *, timeout_s: float = 60.0) -> None:
         """Go on generating after `pause`."""
         await self._run(self._session.resume(timeout_s))
+
+    async def sleep(
+        self, level: int = 1, *, mode: Mode = "keep", timeout_s: float = 300.0
+    ) -> SleepState:
+        """Have all ranks give their memory back until `wake_up`; as Client.sleep."""
+        return await self._run(self._session.sleep(level, mode, timeout_s))
+
+    async def wake_up(
+        self, tags: Iterable[Tag] | None = None, *, timeout_s: float = 300.0
+    ) -> SleepState:
+        """Have all ranks take their memory again; as Client.wake_up."""
+        return await self._run(self._session.wake_up(tags, timeout_s))
 
     async def update_weights(
         self,

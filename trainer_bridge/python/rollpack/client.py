@@ -18,6 +18,7 @@ from rollpack.inbox import end_connection
 from rollpack.prompts import Prompt, Sampling, ScoredSequence, ScoreSequence, TokenIds
 from rollpack.samples import Sample
 from rollpack.session import Mode, Opening, Order, Session, State, opening
+from rollpack.sleeping import SleepState, Tag
 from rollpack.weights import CHUNK_BYTES, Tensor, WeightVersion
 
 
@@ -99,6 +100,7 @@ class Client:
         Raises:
             InvalidArgument: names the prompt and the field; nothing was accepted.
             WouldBlock: queues are full; take batches, then try again.
+            FailedPrecondition: `sleep(level=2)` has dropped the weights; send all of them first.
         """
         return self._session.run(self._session.submit(prompts, n, sampling, timeout_s))
 
@@ -212,6 +214,7 @@ class Client:
 
         Raises:
             InvalidArgument: names the sequence and the field.
+            FailedPrecondition: the engines sleep, or have no weights.
             DeadlineExceeded: not done in time.
         """
         return self._session.run(self._session.score(sequences, timeout_s))
@@ -244,6 +247,60 @@ class Client:
         """Go on generating after `pause`."""
         self._session.run(self._session.resume(timeout_s))
 
+    def sleep(
+        self, level: int = 1, *, mode: Mode = "keep", timeout_s: float = 300.0
+    ) -> SleepState:
+        """Have all ranks give their memory back to the system until `wake_up`.
+
+        Generation stands still meanwhile. What is submitted waits; finished batches can be taken.
+        The engines sleep on when this client goes: the next one may wake them. A step of a trainer
+        that shares their devices:
+
+            engine.sleep(level=2)                     # the optimizer has the memory
+            engine.wake_up(tags=["weights"])
+            engine.update_weights(model.state_dict(), version)
+            engine.wake_up(tags=["kv_cache"])
+
+        Args:
+            level: 1 drops keys and values, and keeps the weights: in host memory where a device
+                computes, where they are on the CPU. 2 drops both; nothing is generated, and
+                `submit` refused, until `update_weights` has brought all tensors.
+            mode: what becomes of samples in flight: "keep" holds them, and they go on from the
+                tokens they have after `wake_up`, with the same tokens as undisturbed; "wait"
+                finishes them first; "abort" hands them back as partial samples.
+            timeout_s: longest wait until all ranks sleep, seconds.
+
+        Returns:
+            What sleeps, and the bytes that are held all the same.
+
+        Raises:
+            InvalidArgument: another level or mode.
+            FailedPrecondition: a weight update is under way.
+            ResourceExhausted: the host has no room for the weights of a device; call `wake_up`.
+            DeadlineExceeded: not in time; they fall asleep all the same.
+        """
+        return self._session.run(self._session.sleep(level, mode, timeout_s))
+
+    def wake_up(
+        self, tags: Iterable[Tag] | None = None, *, timeout_s: float = 300.0
+    ) -> SleepState:
+        """Have all ranks take memory again that they gave back; generation goes on with the last.
+
+        Args:
+            tags: of "weights" and "kv_cache" what to take; None takes both. What is awake already
+                stays as it is.
+            timeout_s: longest wait until all ranks have it, seconds.
+
+        Returns:
+            What still sleeps, and the bytes that are held.
+
+        Raises:
+            InvalidArgument: another tag.
+            ResourceExhausted: others have the memory; it sleeps on, free some and call again.
+            DeadlineExceeded: not in time; they wake up all the same.
+        """
+        return self._session.run(self._session.wake_up(tags, timeout_s))
+
     def update_weights(
         self,
         weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
@@ -275,7 +332,8 @@ class Client:
             InvalidArgument: a tensor is missing, unknown or of another shape or dtype; names it. Or
                 base_version is not the current one.
             DataLoss: a tensor's bytes are not those that were sent.
-            FailedPrecondition: another update is under way.
+            FailedPrecondition: another update is under way; the weights sleep; or base_version
+                after `sleep(level=2)`, which takes all tensors.
         """
         call = self._session.update_weights(
             weights, version, mode, base_version, timeout_s, chunk_bytes

@@ -36,6 +36,7 @@ from rollpack.prompts import (
     encode_sequences,
 )
 from rollpack.samples import Sample
+from rollpack.sleeping import SleepState, Tag, checked_level, checked_tags
 from rollpack.slots import Lease, Slot
 from rollpack.weights import CHUNKS_AHEAD, Tensor, WeightVersion, write_chunks
 
@@ -253,6 +254,16 @@ class Session:
     def resume(self, timeout_s: float) -> Steps[None]:
         """See Client.resume."""
         yield from self._request("resume", {}, timeout_s)
+
+    def sleep(self, level: int, mode: Mode, timeout_s: float) -> Steps[SleepState]:
+        """See Client.sleep."""
+        request = {"level": checked_level(level), "mode": _checked_mode(mode)}
+        return SleepState.from_reply((yield from self._request("sleep", request, timeout_s)))
+
+    def wake_up(self, tags: Iterable[Tag] | None, timeout_s: float) -> Steps[SleepState]:
+        """See Client.wake_up."""
+        request = {"tags": checked_tags(tags)}
+        return SleepState.from_reply((yield from self._request("wake_up", request, timeout_s)))
 
     def update_weights(
         self,
