@@ -132,9 +132,11 @@ void Dispatcher::doubt_node(int node) {
   }
 }
 
-// Nobody: neither for all, nor beside rank 0 for suspects.
+// Nobody: neither for all, nor beside rank 0 for suspects. Who is about to join is nobody where the
+// weights were dropped: an update that brings others would find no rank to take it.
 void Dispatcher::end_if_nobody_is_left(const ErrorInfo& last, Effects& effects) {
-  if (has_worker_processes()) return;
+  const bool nobody_takes_weights = needs_weights_ && all_workers().empty();
+  if (has_worker_processes() && !nobody_takes_weights) return;
   for (const GroupRequest& request : ledger_.take_suspects()) {
     ++num_groups_convicted_;
     fail_open(request, no_worker_error(request, last), effects);
@@ -198,7 +200,7 @@ void Dispatcher::end_with(ErrorInfo error, Effects& effects) {
 
 // Replacements on their way count, and those that are started when the job wakes up.
 bool Dispatcher::has_worker_processes() const {
-  return num_starting_ > 0 || (!is_awake() && !unreplaced_.empty()) ||
+  return num_starting_ > 0 || (asleep_.any() && !needs_weights_ && !unreplaced_.empty()) ||
          std::ranges::any_of(workers_, [](const WorkerState& worker) {
            return !worker.is_stopped && worker.link->is_own_process();
          });

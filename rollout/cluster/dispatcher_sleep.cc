@@ -86,6 +86,13 @@ void Dispatcher::begin_sleep_call(Effects& effects) {
     effects.push_back([this, error = std::move(error)] { end_sleep_call(error); });
     return;
   }
+  if (sleeps && all_workers().empty()) {
+    ErrorInfo error{.code = ErrorCode::kUnavailable,
+                    .field = "sleep",
+                    .message = "no worker takes part at present"};
+    effects.push_back([this, error = std::move(error)] { end_sleep_call(error); });
+    return;
+  }
   if (sleeps) {
     asleep_ = {.weights = true, .kv_cache = true};
     if (call.level > 1) {
@@ -113,6 +120,8 @@ void Dispatcher::end_sleep_call(bridge::Outcome error) {
     call = std::move(sleep_calls_.front());
     sleep_calls_.pop_front();
     const bool was_awake = is_awake();
+    // Where all who slept are lost nobody sleeps: those who come in their place are awake.
+    if (call.level == 0 && all_workers().empty() && !fatal_) error.reset();
     if (call.level == 0 && !error) {
       asleep_.weights &= !call.tags.weights;
       asleep_.kv_cache &= !call.tags.kv_cache;

@@ -267,7 +267,8 @@ Report Run::run() {
   } else if (is_over()) {
     world_.fault(Fault::kNoWorkerLeft);
     for (const auto& worker : workers_) {
-      world_.check(!worker->is_alive() || worker->has_left() || worker->is_given_up(),
+      world_.check(!worker->is_alive() || worker->has_left() || worker->is_given_up() ||
+                       dispatcher_->sleep_state().needs_weights,
                    "the job ended though a worker was there");
     }
   } else {
