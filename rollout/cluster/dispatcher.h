@@ -249,6 +249,7 @@ class Dispatcher : public bridge::RolloutService {
                                         Effects& effects);
   std::vector<int32_t> all_workers() const;  // that take part
   std::vector<int32_t> packing_workers() const;
+  bool can_take_weights() const;  // some worker, that is
   void release_tokens(int32_t worker, int64_t num_tokens);
   void share_weights(bridge::InFlight in_flight, bridge::OutcomeCallback done);
   void adopt_weights(bridge::OwnedFd fd, bridge::InFlight in_flight,

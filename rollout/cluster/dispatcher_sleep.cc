@@ -86,10 +86,12 @@ void Dispatcher::begin_sleep_call(Effects& effects) {
     effects.push_back([this, error = std::move(error)] { end_sleep_call(error); });
     return;
   }
-  if (sleeps && all_workers().empty()) {
+  if (sleeps && (all_workers().empty() || (call.level > 1 && !can_take_weights()))) {
     ErrorInfo error{.code = ErrorCode::kUnavailable,
                     .field = "sleep",
-                    .message = "no worker takes part at present"};
+                    .message = all_workers().empty()
+                                   ? "no worker takes part at present"
+                                   : "rank 0's engine is lost, and no other packs new weights"};
     effects.push_back([this, error = std::move(error)] { end_sleep_call(error); });
     return;
   }

@@ -30,6 +30,11 @@ std::vector<int32_t> Dispatcher::packing_workers() const {
   return shares_weights_ ? std::vector<int32_t>{0} : all_workers();
 }
 
+bool Dispatcher::can_take_weights() const {
+  return std::ranges::any_of(packing_workers(),
+                             [this](int32_t worker) { return workers_[worker].takes_part(); });
+}
+
 void Dispatcher::begin_weights(bridge::WeightUpdate update, bridge::OutcomeCallback done) {
   Effects effects;
   bridge::Outcome error;
