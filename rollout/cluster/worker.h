@@ -104,7 +104,7 @@ class Worker : public WorkerLink, private EngineOutput {
   std::optional<CommitWeights> pending_commit_;  // likewise
   std::optional<Sleep> pending_sleep_;           // likewise
   std::thread check_;                            // reads the staged set through while steps go on
-  bool is_phase_due_ = false;                    // of the update under way, once its tensors come
+  bool is_phase_due_ = false;                    // of the update under way
   std::chrono::nanoseconds phase_wait_{0};       // what is left of its waits for phases
   UpdateTimes times_;                            // of the update under way
   UpdateTimes last_times_;                       // of the last one that was switched to

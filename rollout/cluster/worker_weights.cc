@@ -43,6 +43,7 @@ void Worker::handle(BeginWeights& command) {
   finish_check();
   times_ = {};
   phase_wait_ = kPhaseWait;
+  is_phase_due_ = true;
   acknowledge(command.ticket, [&] {
     const Lap lap(times_.packing_ms, engine_);
     command.is_partial ? replica_.weights().begin_partial_staging()

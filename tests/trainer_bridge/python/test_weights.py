@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import rollpack
 import torch
-from rollpack.weights import write_chunks
+from rollpack.weights import PHASES_AHEAD, write_chunks
 
 from fake_server import FakeServer, Message, refusal, weights_reply
 
@@ -186,6 +186,46 @@ def test_a_refused_chunk_raises_the_servers_words_and_sends_nothing_after(
     with pytest.raises(rollpack.InvalidArgument, match=r"weights\['x'\]: not in the model"):
         client.update_weights({"x": np.ones(3, np.float32)}, 2)
     assert phases == ["begin", "chunk", "cancel"]
+
+
+def test_chunks_go_ahead_of_the_reply_to_begin_and_a_refused_begin_is_what_is_raised(
+    client: rollpack.Client, server: FakeServer
+) -> None:
+    phases: list[str] = []
+
+    def take(request: Message, fds: list[int]) -> Message:
+        phases.append(request["phase"])
+        for _ in fds:
+            return refusal("failed_precondition", field="update_weights", value="chunk")
+        if request["phase"] == "cancel":
+            return refusal("failed_precondition", field="update_weights", value="cancel")
+        return refusal("invalid_argument", field="version", value="3")
+
+    server.handlers["update_weights"] = take
+    state = {f"t{index}": np.ones(16, np.float32) for index in range(9)}
+    with pytest.raises(rollpack.InvalidArgument) as error:
+        client.update_weights(state, 3, chunk_bytes=64)
+    assert error.value.field == "version"
+    # No more than the server takes, whether or not the refusal was seen in the midst of them.
+    assert phases[0] == "begin" and phases[-1] == "cancel"
+    assert phases[1:-1] == ["chunk"] * (PHASES_AHEAD - 1)
+
+
+def test_a_second_update_of_a_client_is_refused_and_the_first_goes_through(
+    client: rollpack.Client, received: list[Sent]
+) -> None:
+    def weights() -> Iterator[tuple[str, np.ndarray]]:
+        yield "a", np.ones(4, np.float32)
+        for version in (1, 2):
+            with pytest.raises(rollpack.FailedPrecondition) as error:
+                client.update_weights({"b": np.ones(4, np.float32)}, version)
+            assert error.value.value == f"version {version}"
+        yield "c", np.ones(4, np.float32)
+
+    assert client.update_weights(weights(), 1) == 1
+    assert [request["version"] for request, _ in received] == [1, 1, 1]
+    assert list(tensors(received)) == ["a", "c"]
+    assert client.update_weights({"b": np.ones(4, np.float32)}, 2) == 2
 
 
 def test_a_wrong_mode_is_refused_before_a_byte_is_sent(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import threading
 import time
 import weakref
 from collections import deque
@@ -38,7 +39,7 @@ from rollpack.prompts import (
 from rollpack.samples import Sample
 from rollpack.sleeping import SleepState, Tag, checked_level, checked_tags
 from rollpack.slots import Lease, Slot
-from rollpack.weights import CHUNKS_AHEAD, Tensor, WeightVersion, write_chunks
+from rollpack.weights import PHASES_AHEAD, Tensor, WeightVersion, write_chunks
 
 DEFAULT_SOCKET = "run/rollpack.sock"
 
@@ -112,6 +113,9 @@ class Session:
         path = opening.socket_path
         self.connection = Connection(open_socket(path, opening.timeout_s), path)
         self._abandoned: set[int] = set()
+        # Held during an update: the server tells a client's updates apart by their versions alone,
+        # and what one sends ahead of its replies must not become part of another.
+        self._updating = threading.Lock()
         self.leases: weakref.WeakSet[Lease] = weakref.WeakSet()
         try:
             self.info, slots = self._say_hello(opening)
@@ -275,8 +279,33 @@ class Session:
         chunk_bytes: int,
     ) -> Steps[WeightVersion]:
         """See Client.update_weights."""
-        deadline = time.monotonic() + timeout_s
         mode = _checked_mode(mode)
+        if not self._updating.acquire(blocking=False):
+            raise FailedPrecondition(
+                "one update of a client at a time",
+                field="update_weights",
+                value=f"version {version}",
+                allowed="the end of the update under way first",
+            )
+        try:
+            return (
+                yield from self._send_update(
+                    weights, version, mode, base_version, timeout_s, chunk_bytes
+                )
+            )
+        finally:
+            self._updating.release()
+
+    def _send_update(
+        self,
+        weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+        version: int,
+        mode: Mode,
+        base_version: int | None,
+        timeout_s: float,
+        chunk_bytes: int,
+    ) -> Steps[WeightVersion]:
+        deadline = time.monotonic() + timeout_s
 
         def pending(future: Future[Reply]) -> Pending:
             return Pending(future, "update_weights", max(0.0, deadline - time.monotonic()))
@@ -284,12 +313,13 @@ class Session:
         begin: dict[str, Any] = {"phase": "begin", "version": version}
         if base_version is not None:
             begin["base_version"] = base_version
-        yield pending(self._post("update_weights", begin))
+        # What is ready is sent ahead of the replies before it, the first chunks too: the ranks begin
+        # when their step ends, and that time is enough to write them.
+        in_flight = deque([self._post("update_weights", begin)])
         try:
-            in_flight: deque[Future[Reply]] = deque()
             for chunk in write_chunks(weights, chunk_bytes):
                 in_flight.append(self._post("update_weights", chunk.request(version), [chunk.fd]))
-                if len(in_flight) == CHUNKS_AHEAD:
+                if len(in_flight) == PHASES_AHEAD:
                     yield pending(in_flight.popleft())
             while in_flight:
                 yield pending(in_flight.popleft())

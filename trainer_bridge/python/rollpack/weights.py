@@ -20,7 +20,7 @@ from isal import isal_zlib
 from rollpack.errors import InvalidArgument, ResourceExhausted
 
 CHUNK_BYTES = 64 << 20
-CHUNKS_AHEAD = 4  # what lies ready is taken between two steps; the server allows no more
+PHASES_AHEAD = 4  # what lies ready is taken between two steps; the server allows no more
 _MFD_NOEXEC_SEAL = 0x8  # Linux 6.3; os has no name for it
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 _TENSOR_ALIGNMENT = 64
