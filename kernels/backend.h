@@ -247,7 +247,8 @@ class Backend {
   // a set: what staged_weights_hash() found goes with the set that it was asked for.
   virtual uint64_t weights_hash() = 0;
   // What weights_hash() will say once the staged set is committed. Alone of the calls about weights
-  // it may run beside steps, on a thread of its own; no other call about weights meanwhile.
+  // this one and export_staged_weights() may run beside steps, on a thread of their own; no other
+  // call about weights meanwhile.
   // Errors: failed_precondition when nothing is staged, or not all of it.
   virtual uint64_t staged_weights_hash() = 0;
   // Sharing a staged set between the processes of a node: the one that packed it exports a sealed

@@ -213,8 +213,7 @@ void WeightStore::drop() {
 int64_t WeightStore::held_bytes() const {
   int64_t bytes = 0;
   for (const std::optional<Set>* set : {&committed_, &staged_}) {
-    const bool is_own = *set && !((*set)->arena.is_read_only() && (*set)->arena.fd() < 0);
-    if (is_own) bytes += (*set)->arena.bytes();
+    if (*set && !(*set)->is_adopted) bytes += (*set)->arena.bytes();
   }
   return bytes;
 }
@@ -257,7 +256,7 @@ int WeightStore::export_staged() {
 
 void WeightStore::adopt_staged(int fd) {
   if (staged_) fail_weight_state("weights", "staged", "commit or discard the staged set first");
-  Set set{.is_loaded = weights_.flags(true)};
+  Set set{.is_adopted = true, .is_loaded = weights_.flags(true)};
   set.arena = Arena::adopt(fd, next_offset_);
   set.block_hashes.resize(num_hash_blocks());
   ArenaHeader header;

@@ -57,6 +57,7 @@ class WeightStore {
  private:
   struct Set {
     Arena arena;
+    bool is_adopted = false;  // the memory is another process's
     DeclaredWeights::Flags is_loaded;
     std::vector<bool> is_populated;  // [windows of the arena]
     // Of blocks of kHashBlock bytes behind the header, where it is known.

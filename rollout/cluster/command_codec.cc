@@ -158,10 +158,7 @@ struct CommandEncoder {
     return {{"type", "stage_weights"}, {"ticket", m.ticket}, {"chunk", encode_chunk(*m.chunk)}};
   }
   json operator()(const FinishWeights& m) const {
-    return {{"type", "finish_weights"}, {"ticket", m.ticket}};
-  }
-  json operator()(const ExportWeights& m) const {
-    return {{"type", "export_weights"}, {"ticket", m.ticket}};
+    return {{"type", "finish_weights"}, {"ticket", m.ticket}, {"exports", m.exports}};
   }
   json operator()(const AdoptWeights& m) const {
     return {{"type", "adopt_weights"}, {"ticket", m.ticket}};
@@ -210,8 +207,7 @@ Command decode_known_command(const json& map, std::vector<OwnedFd>& fds) {
   if (type == "stage_weights") {
     return StageWeights{ticket(), decode_chunk(map.at("chunk"), fds.at(0))};
   }
-  if (type == "finish_weights") return FinishWeights{ticket()};
-  if (type == "export_weights") return ExportWeights{ticket()};
+  if (type == "finish_weights") return FinishWeights{ticket(), map.at("exports")};
   if (type == "adopt_weights") {
     return AdoptWeights{ticket(), std::make_shared<const OwnedFd>(std::move(fds.at(0)))};
   }

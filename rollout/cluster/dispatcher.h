@@ -251,7 +251,6 @@ class Dispatcher : public bridge::RolloutService {
   std::vector<int32_t> packing_workers() const;
   bool can_take_weights() const;  // some worker, that is
   void release_tokens(int32_t worker, int64_t num_tokens);
-  void share_weights(bridge::InFlight in_flight, bridge::OutcomeCallback done);
   void adopt_weights(bridge::OwnedFd fd, bridge::InFlight in_flight,
                      const bridge::OutcomeCallback& done);
   void switch_weights(bridge::InFlight in_flight, bridge::OutcomeCallback done);

@@ -53,9 +53,7 @@ struct StageWeights {
 };
 struct FinishWeights {  // everything was staged: is it complete?
   uint64_t ticket = 0;
-};
-struct ExportWeights {  // hand out the packed staged set; the Ack carries its descriptor
-  uint64_t ticket = 0;
+  bool exports = false;  // the Ack carries the packed set's descriptor, for others of the node
 };
 struct AdoptWeights {  // a packed set that a rank of the same node has exported
   uint64_t ticket = 0;
@@ -84,7 +82,7 @@ struct Ping {  // is it there?
 };
 
 using Command = std::variant<AddGroups, AddScores, AbortSamples, Pause, Resume, Sleep, WakeUp,
-                             BeginWeights, StageWeights, FinishWeights, ExportWeights, AdoptWeights,
+                             BeginWeights, StageWeights, FinishWeights, AdoptWeights,
                              CommitWeights, DiscardWeights, Measure, TakeMeasurement, Stop, Ping>;
 
 // Time in which an update kept a worker from its steps, while it had some to do.
@@ -138,7 +136,7 @@ struct Ack {
   std::optional<uint64_t> weights_hash;
   UpdateTimes times;                  // of CommitWeights
   std::optional<int64_t> held_bytes;  // of Sleep and WakeUp
-  int fd = -1;  // of ExportWeights, in the worker's process; it stays the worker's
+  int fd = -1;  // of FinishWeights that exports, in the worker's process; it stays the worker's
 };
 struct StepProgress {};  // layers of a step that takes long have been computed since the last event
 struct WorkerStats {

@@ -121,10 +121,14 @@ void Dispatcher::commit_weights(bridge::InFlight in_flight, bridge::OutcomeCallb
     is_begun = update_version_ && !fatal_;
     if (is_begun) {
       broadcast(
-          packing_workers(), [](uint64_t ticket) { return FinishWeights{ticket}; },
-          [this, in_flight, done](bridge::Outcome refused, int) {
+          packing_workers(),
+          [this](uint64_t ticket) {
+            return FinishWeights{ticket, shares_weights_};
+          },
+          [this, in_flight, done](bridge::Outcome refused, int fd) {
             if (refused) return drop_update(done, std::move(refused));
-            shares_weights_ ? share_weights(in_flight, done) : switch_weights(in_flight, done);
+            shares_weights_ ? adopt_weights(bridge::OwnedFd::duplicate(fd), in_flight, done)
+                            : switch_weights(in_flight, done);
           },
           effects);
     }
@@ -134,21 +138,6 @@ void Dispatcher::commit_weights(bridge::InFlight in_flight, bridge::OutcomeCallb
 }
 
 // Worker 0's packed set goes to all others.
-void Dispatcher::share_weights(bridge::InFlight in_flight, bridge::OutcomeCallback done) {
-  Effects effects;
-  {
-    const std::lock_guard lock(mutex_);
-    broadcast(
-        {0}, [](uint64_t ticket) { return ExportWeights{ticket}; },
-        [this, in_flight, done](bridge::Outcome refused, int fd) {
-          if (refused) return drop_update(done, std::move(refused));
-          adopt_weights(bridge::OwnedFd::duplicate(fd), in_flight, done);
-        },
-        effects);
-  }
-  run(effects);
-}
-
 void Dispatcher::adopt_weights(bridge::OwnedFd fd, bridge::InFlight in_flight,
                                const bridge::OutcomeCallback& done) {
   Effects effects;

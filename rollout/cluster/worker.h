@@ -56,7 +56,7 @@ class Worker : public WorkerLink, private EngineOutput {
   void fall_asleep(const Sleep& command);
   int64_t held_bytes() const;
   void switch_weights(const CommitWeights& command);
-  void check_staged(uint64_t ticket);
+  void check_staged(uint64_t ticket, bool exports);
   bool has_next_phase();
   void finish_check();
   void watch_prefill();
@@ -71,7 +71,6 @@ class Worker : public WorkerLink, private EngineOutput {
   void handle(BeginWeights& command);
   void handle(StageWeights& command);
   void handle(FinishWeights& command);
-  void handle(ExportWeights& command);
   void handle(AdoptWeights& command);
   void handle(CommitWeights& command);
   void handle(DiscardWeights& command);

@@ -72,20 +72,8 @@ void Worker::handle(FinishWeights& command) {
   } catch (const Error& error) {
     return emit_(Ack{.ticket = command.ticket, .error = error.info});
   }
-  check_staged(command.ticket);
-}
-
-void Worker::handle(ExportWeights& command) {
-  is_phase_due_ = false;  // the others read the set through first
-  Ack ack{.ticket = command.ticket};
-  try {
-    const Lap lap(times_.pause_ms, engine_);
-    finish_check();
-    ack.fd = replica_.backend().export_staged_weights();
-  } catch (const Error& error) {
-    ack.error = error.info;
-  }
-  emit_(std::move(ack));
+  if (command.exports) is_phase_due_ = false;  // the others read the set through first
+  check_staged(command.ticket, command.exports);
 }
 
 void Worker::handle(AdoptWeights& command) {
@@ -96,7 +84,7 @@ void Worker::handle(AdoptWeights& command) {
   } catch (const Error& error) {
     return emit_(Ack{.ticket = command.ticket, .error = error.info});
   }
-  check_staged(command.ticket);
+  check_staged(command.ticket, false);
 }
 
 // Whether commands have come that should be taken before another step: an update's next phase.
@@ -161,12 +149,14 @@ void Worker::watch_prefill() {
 }
 
 // The staged set is read through before anybody switches to it, beside the steps: at 15 GB/s it
-// would cost each of them a pause.
-void Worker::check_staged(uint64_t ticket) {
-  check_ = std::thread([this, ticket] {
+// would cost each of them a pause. So would the sealing of what is exported, 50 ms for 1 GB in pages
+// of 4 KiB.
+void Worker::check_staged(uint64_t ticket, bool exports) {
+  check_ = std::thread([this, ticket, exports] {
     Ack ack{.ticket = ticket};
     try {
       ack.weights_hash = replica_.backend().staged_weights_hash();
+      if (exports) ack.fd = replica_.backend().export_staged_weights();
       fault_at(FaultPoint::kWeightsChecked);
     } catch (const Error& error) {
       ack.error = error.info;

@@ -348,7 +348,8 @@ void SimulatedWorker::handle(StageWeights& command) {
   answer(command.ticket);
 }
 
-void SimulatedWorker::handle(ExportWeights& command) {
+void SimulatedWorker::handle(FinishWeights& command) {
+  if (!command.exports) return answer_with_hash(command.ticket, staged_.value_or(-1));
   if (!staged_) return answer(command.ticket, ErrorInfo{.code = ErrorCode::kFailedPrecondition});
   // The dispatcher duplicates the descriptor while it handles the event, which is now: the one
   // exporting worker has no wire.
@@ -357,7 +358,9 @@ void SimulatedWorker::handle(ExportWeights& command) {
     dispatcher_.handle(index_, std::move(outbox_.front().message));
     outbox_.pop_front();
   }
-  dispatcher_.handle(index_, Ack{.ticket = command.ticket, .fd = fd.get()});
+  dispatcher_.handle(index_, Ack{.ticket = command.ticket,
+                                 .weights_hash = static_cast<uint64_t>(*staged_),
+                                 .fd = fd.get()});
 }
 
 void SimulatedWorker::handle(AdoptWeights& command) {

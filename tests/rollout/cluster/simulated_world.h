@@ -160,8 +160,7 @@ class SimulatedWorker : public WorkerLink, public std::enable_shared_from_this<S
   void handle(WakeUp& command);
   void handle(BeginWeights& command);
   void handle(StageWeights& command);
-  void handle(FinishWeights& command) { answer_with_hash(command.ticket, staged_.value_or(-1)); }
-  void handle(ExportWeights& command);
+  void handle(FinishWeights& command);
   void handle(AdoptWeights& command);
   void handle(CommitWeights& command);
   void handle(DiscardWeights&) { staged_.reset(); }

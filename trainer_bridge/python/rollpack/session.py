@@ -313,12 +313,13 @@ class Session:
         begin: dict[str, Any] = {"phase": "begin", "version": version}
         if base_version is not None:
             begin["base_version"] = base_version
-        # What is ready is sent ahead of the replies before it, the first chunks too: the ranks begin
-        # when their step ends, and that time is enough to write them.
+        # What is ready is sent ahead of the replies before it: the ranks begin when their step ends,
+        # time enough to write the first chunks.
         in_flight = deque([self._post("update_weights", begin)])
         try:
             for chunk in write_chunks(weights, chunk_bytes):
-                in_flight.append(self._post("update_weights", chunk.request(version), [chunk.fd]))
+                request = chunk.request(version)
+                in_flight.append(self._post("update_weights", request, [chunk.fd]))
                 if len(in_flight) == PHASES_AHEAD:
                     yield pending(in_flight.popleft())
             while in_flight:
