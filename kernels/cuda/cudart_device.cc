@@ -166,6 +166,38 @@ class CudartDevice final : public Device {
           "cudaMemsetAsync");
   }
 
+  // Relaxed: a kernel that is first launched here is loaded from its image meanwhile, which the
+  // stricter modes take for an allocation and refuse.
+  void begin_capture(Stream stream) override {
+    check(cudaStreamBeginCapture(handle(stream), cudaStreamCaptureModeRelaxed),
+          "cudaStreamBeginCapture");
+  }
+  Graph end_capture(Stream stream) override {
+    cudaGraph_t recorded = nullptr;
+    check(cudaStreamEndCapture(handle(stream), &recorded), "cudaStreamEndCapture");
+    cudaGraphExec_t graph = nullptr;
+    cudaError_t error = cudaGraphInstantiate(&graph, recorded, 0);
+    cudaGraphDestroy(recorded);
+    if (error != cudaSuccess) fail_capture(error, "cudaGraphInstantiate");
+    error = cudaGraphUpload(graph, handle(stream));  // else the first launch would allocate
+    if (error == cudaSuccess) return {graph};
+    cudaGraphExecDestroy(graph);
+    fail_capture(error, "cudaGraphUpload");
+  }
+  void abandon_capture(Stream stream) noexcept override {
+    cudaGraph_t recorded = nullptr;
+    cudaStreamEndCapture(handle(stream), &recorded);
+    if (recorded != nullptr) cudaGraphDestroy(recorded);
+    cudaGetLastError();  // what broke the capture has been thrown already
+  }
+  void launch(Stream stream, Graph graph) override {
+    check(cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph.handle), handle(stream)),
+          "cudaGraphLaunch");
+  }
+  void free_graph(Graph graph) noexcept override {
+    cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph.handle));
+  }
+
   // Polls: a wait inside of CUDA has no deadline. A step is milliseconds, so the first hundred
   // microseconds are spun through and then some slept.
   void wait(Stream stream, std::chrono::steady_clock::time_point deadline) override {
@@ -189,6 +221,10 @@ class CudartDevice final : public Device {
 
  private:
   static cudaStream_t handle(Stream stream) { return static_cast<cudaStream_t>(stream.handle); }
+  [[noreturn]] static void fail_capture(cudaError_t error, const char* call) {
+    cudaGetLastError();  // else the next launch would report it
+    fail(error, call);
+  }
   static void copy(Stream stream, void* target, const void* source, int64_t bytes,
                    cudaMemcpyKind kind) {
     if (bytes == 0) return;

@@ -68,6 +68,21 @@ class Device {
   virtual void copy_rows_to_device(Stream stream, void* target, int64_t pitch, const void* source,
                                    int64_t width, int64_t num_rows) = 0;
 
+  // What this thread enqueues on the stream from here to end_capture() is recorded, with all its
+  // arguments, and not done. Meanwhile the thread makes no other call than those that enqueue on
+  // this stream: it allocates nothing and asks for no event or stream.
+  virtual void begin_capture(Stream stream) = 0;
+  // Ends the capture; the graph is ready to be launched and has all memory that it needs. Errors:
+  // those of what was enqueued; resource_exhausted.
+  virtual Graph end_capture(Stream stream) = 0;
+  // Ends it and forgets what was recorded.
+  virtual void abandon_capture(Stream stream) noexcept = 0;
+  // Enqueues what was recorded: the same kernels and copies with the same arguments, in their
+  // order.
+  virtual void launch(Stream stream, Graph graph) = 0;
+  // Its launches have ended.
+  virtual void free_graph(Graph graph) noexcept = 0;
+
   // Returns when all of the stream's work is done.
   // Errors: those of the work; deadline_exceeded with the work still running.
   virtual void wait(Stream stream, std::chrono::steady_clock::time_point deadline) = 0;
@@ -170,6 +185,27 @@ class OwnEvent {
  private:
   Device& device_;
   Event event_;
+};
+
+// A graph that frees itself.
+class OwnGraph {
+ public:
+  OwnGraph(Device& device, Graph graph) : device_(&device), graph_(graph) {}
+  OwnGraph(OwnGraph&& other) noexcept
+      : device_(std::exchange(other.device_, nullptr)), graph_(other.graph_) {}
+  OwnGraph& operator=(OwnGraph&& other) noexcept {
+    std::swap(device_, other.device_);
+    std::swap(graph_, other.graph_);
+    return *this;
+  }
+  ~OwnGraph() {
+    if (device_ != nullptr) device_->free_graph(graph_);
+  }
+  operator Graph() const { return graph_; }
+
+ private:
+  Device* device_ = nullptr;
+  Graph graph_;
 };
 
 // A stream that frees itself.

@@ -6,7 +6,7 @@
 
 namespace rollpack::kernels::cuda {
 
-// Work on one stream runs in the order of its submission. Null in the emulation.
+// Work on one stream runs in the order of its submission.
 struct Stream {
   void* handle = nullptr;  // a cudaStream_t
 };
@@ -14,6 +14,11 @@ struct Stream {
 // A point in a stream's work. Null in the emulation.
 struct Event {
   void* handle = nullptr;  // a cudaEvent_t
+};
+
+// Work that was captured from a stream, to be enqueued again as a whole.
+struct Graph {
+  void* handle = nullptr;  // a cudaGraphExec_t
 };
 
 struct GridShape {

@@ -3,25 +3,29 @@
 #include <fmt/format.h>
 #include <sys/mman.h>
 
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <utility>
 
 #include "kernels/base/error.h"
+#include "kernels/cuda/emulation/recording.h"
 #include "kernels/cuda/launchers.h"
 
 namespace rollpack::kernels::cuda {
 namespace {
+
+using emulation::Recording;
+using emulation::require_no_capture;
 
 constexpr size_t kAlignment = 256;
 constexpr size_t kPageBytes = size_t{64} << 10;  // in which ranges get memory; 2 MiB on devices
 
 class EmulatedDevice final : public Device {
  public:
-  explicit EmulatedDevice(const EmulatedDeviceOptions& options) {
+  explicit EmulatedDevice(const EmulatedDeviceOptions& options) : options_(options) {
     info_ = {.name = "emulated",
              .description = "kernels emulated on the host",
              .fingerprint = "emulated",
@@ -39,6 +43,7 @@ class EmulatedDevice final : public Device {
   }
 
   void* alloc(int64_t bytes, const char* what) override {
+    require_no_capture("alloc");
     const std::lock_guard lock(mutex_);
     const size_t size = (static_cast<size_t>(bytes) + kAlignment) / kAlignment * kAlignment;
     void* const memory = bytes >= 0 && bytes <= info_.total_bytes - used_
@@ -48,6 +53,7 @@ class EmulatedDevice final : public Device {
     std::memset(memory, 0, size);
     sizes_[memory] = bytes;
     used_ += bytes;
+    note_memory(what, memory, bytes);
     return memory;
   }
   void free(void* memory) noexcept override {
@@ -56,19 +62,22 @@ class EmulatedDevice final : public Device {
     if (at == sizes_.end()) std::abort();  // not ours, or freed before
     used_ -= at->second;
     sizes_.erase(at);
+    forget_memory(memory);
     std::free(memory);
   }
   // What is not mapped faults, as on a device.
   void* reserve(int64_t bytes, const char* what) override {
+    require_no_capture("reserve");
     const size_t size = (static_cast<size_t>(bytes) + kPageBytes - 1) / kPageBytes * kPageBytes;
     void* const at =
         mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (at == MAP_FAILED) fail_memory(what, bytes);
     const std::lock_guard lock(mutex_);
-    ranges_[at] = {.size = size, .what = what};
+    ranges_[at] = {.size = size, .bytes = bytes, .what = what};
     return at;
   }
   void map(void* range) override {
+    require_no_capture("map");
     const std::lock_guard lock(mutex_);
     Range& of = ranges_.at(range);
     if (of.is_mapped) return;
@@ -77,12 +86,15 @@ class EmulatedDevice final : public Device {
     map_over(range, of.size, PROT_READ | PROT_WRITE);
     used_ += bytes;
     of.is_mapped = true;
+    note_memory(of.what, range, of.bytes);
   }
   void unmap(void* range) override {
+    require_no_capture("unmap");
     const std::lock_guard lock(mutex_);
     Range& of = ranges_.at(range);
     if (!std::exchange(of.is_mapped, false)) return;
     map_over(range, of.size, PROT_NONE);
+    forget_memory(range);
     used_ -= static_cast<int64_t>(of.size);
   }
   void release(void* range) noexcept override {
@@ -90,43 +102,89 @@ class EmulatedDevice final : public Device {
     const auto at = ranges_.find(range);
     if (at == ranges_.end()) std::abort();  // not ours, or released before
     if (at->second.is_mapped) used_ -= static_cast<int64_t>(at->second.size);
+    forget_memory(range);
     munmap(range, at->second.size);
     ranges_.erase(at);
   }
-  void* alloc_host(int64_t bytes, const char*) override { return ::operator new(size_t(bytes)); }
+  void* alloc_host(int64_t bytes, const char*) override {
+    require_no_capture("alloc_host");
+    return ::operator new(size_t(bytes));
+  }
   void free_host(void* memory) noexcept override { ::operator delete(memory); }
 
-  Stream make_stream() override { return {}; }
-  void free_stream(Stream) noexcept override {}
+  Stream make_stream() override {
+    const std::lock_guard lock(mutex_);
+    streams_.push_back(std::make_unique<char>());
+    return {streams_.back().get()};
+  }
+  void free_stream(Stream stream) noexcept override {
+    const std::lock_guard lock(mutex_);
+    std::erase_if(streams_, [&](const auto& known) { return known.get() == stream.handle; });
+  }
   Event make_event() override { return {}; }
   void free_event(Event) noexcept override {}
-  void record(Event, Stream) override {}
-  bool has_passed(Event) override { return true; }  // work is done when it is enqueued
+  void record(Event, Stream) override { require_no_capture("record"); }
+  bool has_passed(Event) override {
+    require_no_capture("has_passed");
+    return true;  // work is done when it is enqueued
+  }
 
-  void copy_to_device(Stream, void* target, const void* source, int64_t bytes) override {
-    std::memcpy(target, source, static_cast<size_t>(bytes));
+  void copy_to_device(Stream stream, void* target, const void* source, int64_t bytes) override {
+    copy(stream, target, source, bytes);
   }
-  void copy_to_host(Stream, void* target, const void* source, int64_t bytes) override {
-    std::memcpy(target, source, static_cast<size_t>(bytes));
+  void copy_to_host(Stream stream, void* target, const void* source, int64_t bytes) override {
+    copy(stream, target, source, bytes);
   }
-  void copy_on_device(Stream, void* target, const void* source, int64_t bytes) override {
-    std::memcpy(target, source, static_cast<size_t>(bytes));
+  void copy_on_device(Stream stream, void* target, const void* source, int64_t bytes) override {
+    copy(stream, target, source, bytes);
   }
-  void clear(Stream, void* target, int64_t bytes) override {
-    std::memset(target, 0, static_cast<size_t>(bytes));
+  void clear(Stream stream, void* target, int64_t bytes) override {
+    enqueue(stream, "clear", [=] { std::memset(target, 0, static_cast<size_t>(bytes)); });
   }
-  void copy_rows_to_device(Stream, void* target, int64_t pitch, const void* source, int64_t width,
-                           int64_t num_rows) override {
-    for (int64_t row = 0; row < num_rows; ++row) {
-      std::memcpy(static_cast<std::byte*>(target) + row * pitch,
-                  static_cast<const std::byte*>(source) + row * width, static_cast<size_t>(width));
+  void copy_rows_to_device(Stream stream, void* target, int64_t pitch, const void* source,
+                           int64_t width, int64_t num_rows) override {
+    enqueue(stream, "copy", [=] {
+      for (int64_t row = 0; row < num_rows; ++row) {
+        std::memcpy(static_cast<std::byte*>(target) + row * pitch,
+                    static_cast<const std::byte*>(source) + row * width,
+                    static_cast<size_t>(width));
+      }
+    });
+  }
+
+  void begin_capture(Stream stream) override { emulation::begin_recording(stream); }
+  Graph end_capture(Stream stream) override {
+    auto recording = std::make_unique<Recording>(emulation::end_recording(stream));
+    const std::lock_guard lock(mutex_);
+    const int64_t bytes = bytes_of(*recording);
+    if (bytes > info_.total_bytes - used_) fail_memory("device, a graph", bytes);
+    used_ += bytes;
+    if (options_.log) {
+      std::vector<std::string>& names = options_.log->graphs.emplace_back();
+      for (const emulation::RecordedWork& work : *recording) names.push_back(work.name);
     }
+    return {recording.release()};
   }
-  void wait(Stream, std::chrono::steady_clock::time_point) override {}
+  void abandon_capture(Stream stream) noexcept override { emulation::end_recording(stream); }
+  void launch(Stream stream, Graph graph) override {
+    enqueue(stream, "a graph", [=] {
+      for (emulation::RecordedWork& work : *static_cast<Recording*>(graph.handle)) work.run();
+    });
+    if (options_.log) ++options_.log->num_graph_launches;
+  }
+  void free_graph(Graph graph) noexcept override {
+    auto* const recording = static_cast<Recording*>(graph.handle);
+    const std::lock_guard lock(mutex_);
+    used_ -= bytes_of(*recording);
+    delete recording;
+  }
+
+  void wait(Stream, std::chrono::steady_clock::time_point) override { require_no_capture("wait"); }
 
  private:
   struct Range {
-    size_t size = 0;
+    size_t size = 0;    // in whole pages
+    int64_t bytes = 0;  // as asked for
     const char* what = "";
     bool is_mapped = false;
   };
@@ -145,10 +203,37 @@ class EmulatedDevice final : public Device {
     }
   }
 
+  void note_memory(const char* what, void* memory, int64_t bytes) {
+    if (!options_.log) return;
+    options_.log->memory.emplace(what,
+                                 EmulatedDeviceLog::Memory{static_cast<std::byte*>(memory), bytes});
+  }
+  void forget_memory(const void* memory) {
+    if (!options_.log) return;
+    std::erase_if(options_.log->memory,
+                  [&](const auto& known) { return known.second.data == memory; });
+  }
+
+  static void enqueue(Stream stream, const char* what, std::function<void()> work) {
+    if (Recording* recording = emulation::recording_of(stream, what)) {
+      recording->push_back({what, std::move(work)});
+    } else {
+      work();
+    }
+  }
+  static void copy(Stream stream, void* target, const void* source, int64_t bytes) {
+    enqueue(stream, "copy", [=] { std::memcpy(target, source, static_cast<size_t>(bytes)); });
+  }
+  int64_t bytes_of(const Recording& recording) const {
+    return options_.graph_work_bytes * static_cast<int64_t>(recording.size());
+  }
+
+  const EmulatedDeviceOptions options_;
   DeviceInfo info_;
   std::mutex mutex_;
   std::map<void*, Range> ranges_;
   std::map<void*, int64_t> sizes_;
+  std::vector<std::unique_ptr<char>> streams_;  // their addresses tell them apart
   int64_t used_ = 0;
 };
 

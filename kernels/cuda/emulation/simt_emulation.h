@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "kernels/cuda/emulation/block_runner.h"
+#include "kernels/cuda/emulation/recording.h"
 #include "kernels/cuda/launch_shape.h"
 
 #define __global__
@@ -168,18 +169,27 @@ void cp_async_wait() {
 }
 
 template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), const LaunchShape& shape, Stream, Args... args) {
+void launch(void (*kernel)(Params...), const LaunchShape& shape, Stream stream, Args... args) {
   struct Call {
     void (*kernel)(Params...);
+    LaunchShape shape;
     std::tuple<Params...> params;
-  } call{kernel, {static_cast<Params>(args)...}};
-  emulation::runner().run(
-      shape,
-      [](void* context) {
-        const Call& call = *static_cast<const Call*>(context);
-        std::apply(call.kernel, call.params);
-      },
-      &call);
+
+    void run() {
+      emulation::runner().run(
+          shape,
+          [](void* context) {
+            const Call& call = *static_cast<const Call*>(context);
+            std::apply(call.kernel, call.params);
+          },
+          this);
+    }
+  } call{kernel, shape, {static_cast<Params>(args)...}};
+  if (emulation::Recording* recording = emulation::recording_of(stream, shape.kernel)) {
+    recording->push_back({shape.kernel, [call]() mutable { call.run(); }});
+  } else {
+    call.run();
+  }
 }
 
 }  // namespace rollpack::kernels::cuda::inline emulated
