@@ -47,6 +47,8 @@ struct BackendOptions {
   int32_t max_num_seqs = 256;             // sequence slots
   int32_t max_num_batched_tokens = 2048;  // token rows of one step
   bool shared_weights = false;            // stage weights in memory that other processes can map
+  // A device launches every kernel of every step, instead of graphs captured at start.
+  bool enforce_eager = false;
   // Of the ranks that hold one model together (kernels/shards.h), all of which are given the same
   // plans; none: this backend holds a whole one.
   std::shared_ptr<Communicator> communicator;
@@ -75,7 +77,9 @@ struct BackendInfo {
   std::string fingerprint;  // two backends with equal fingerprints give equal bits
   KvLayout kv;
   MemoryPlan memory;
-  std::vector<int32_t> row_buckets;  // row counts steps are padded to; empty: any count as it is
+  // Row counts, ascending, to which the backend itself fills up steps that only decode, so that it
+  // can enqueue them as a whole; empty: it does not.
+  std::vector<int32_t> row_buckets;
   // Steps that it profits from having in flight: 2 where it computes while the host does something
   // else, so that the next step is planned meanwhile.
   int32_t max_steps_under_way = 1;
@@ -210,6 +214,13 @@ class StepProgram {
  public:
   virtual ~StepProgram() = default;
   virtual void run(Backend& backend, int64_t num_rows, int64_t num_head_rows) = 0;
+
+  // Whether what run() enqueues depends on its arguments alone, and stays valid as long as the
+  // program does: a backend may then run it once for row counts of its choice, up to the most rows
+  // of a step, and enqueue the same again for steps of as many.
+  virtual bool is_replayable() const { return false; }
+  // Instead of run(): what it would enqueue was enqueued again.
+  virtual void on_replay() {}
 };
 
 class Backend {

@@ -12,6 +12,7 @@ namespace {
 template <class Element>
 __global__ void __launch_bounds__(kMaxHeadWidth) merge_chunks(AttentionInputs in) {
   const AttentionMerge merge = in.work.merges[blockIdx.x];
+  if (merge.row < 0) return;
   const auto head = static_cast<int32_t>(blockIdx.y);
   const auto column = static_cast<int32_t>(threadIdx.x);
   if (column >= in.cache.K) return;
@@ -38,7 +39,7 @@ __global__ void __launch_bounds__(kMaxHeadWidth) merge_chunks(AttentionInputs in
 
 void attention(Stream stream, const AttentionInputs& in) {
   const bool is_bf16 = in.dtype == DType::kBF16;
-  if (in.work.num_items > 0) {
+  if (in.work.item_blocks > 0) {
     is_bf16 ? attention_bf16(stream, in) : attention_f32(stream, in);
   }
   if (in.work.num_merges == 0) return;

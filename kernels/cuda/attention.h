@@ -14,13 +14,15 @@ inline constexpr int64_t kMaxHeadWidth = 128;
 
 // An AttentionPlan in device memory.
 struct AttentionWork {
-  const AttentionItem* items = nullptr;    // [num_items]
+  const AttentionItem* items = nullptr;    // StepScalars::num_items of them
   const int32_t* item_rows = nullptr;      // rows of the items
   const int32_t* row_states = nullptr;     // [T]
-  const AttentionMerge* merges = nullptr;  // [num_merges]
-  int32_t num_items = 0;
+  const AttentionMerge* merges = nullptr;  // [num_merges], those without a row are skipped
+  int32_t item_blocks = 0;                 // that take the items in turn; 0 where there are none
   int32_t num_merges = 0;
   int32_t max_states = 0;  // of attention_limits(), for which the workspace was sized
+
+  bool operator==(const AttentionWork&) const = default;
 };
 
 struct AttentionInputs {

@@ -318,7 +318,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       .warp_keys = reinterpret_cast<uint16_t*>(own_keys),
       .warp_values = reinterpret_cast<uint16_t*>(own_keys + (has_own_values ? L::kTileBytes : 0))};
   const ChunkStates stored = chunk_states(in);
-  for (int32_t i = static_cast<int32_t>(blockIdx.x); i < in.work.num_items;
+  const int32_t num_items = in.rows.scalars->num_items;
+  for (int32_t i = static_cast<int32_t>(blockIdx.x); i < num_items;
        i += static_cast<int32_t>(gridDim.x)) {
     block.item = in.work.items[i];
     const AttentionItem& item = block.item;
@@ -431,7 +432,7 @@ void launch_chunks(Stream stream, const AttentionInputs& in) {
   const auto parts = static_cast<uint32_t>(head_parts(in.H / in.cache.G));
   launch(attention_chunks<W>,
          {.kernel = "attention_chunks",
-          .grid = {.x = static_cast<uint32_t>(in.work.num_items),
+          .grid = {.x = static_cast<uint32_t>(in.work.item_blocks),
                    .y = static_cast<uint32_t>(in.cache.G) * parts},
           .block = kThreads,
           .shared_bytes = Layout<W>::bytes(has_own_values)},

@@ -68,43 +68,53 @@ __device__ SoftmaxState soften_chunk(const AttentionInputs& in, const AttentionI
   return {max, total};
 }
 
+// One row of an item.
+__device__ void attend_row(const AttentionInputs& in, const AttentionItem& item,
+                           const HeadRange& heads, int32_t index, float scale, Shared& shared) {
+  const ChunkStates stored = chunk_states(in);
+  const auto thread = static_cast<int>(threadIdx.x);
+  const int K = in.cache.K;
+  const ItemRow row = item_row(in, item, heads, index);
+  const int64_t at = (static_cast<int64_t>(row.row) * in.H + row.head) * K;
+  __syncthreads();  // the row before is done
+  if (thread < K) shared.q[thread] = static_cast<const float*>(in.q)[at + thread];
+  __syncthreads();
+  SoftmaxState state = {-infinity_f32(), 0.0f};
+  float o = 0;
+  const KeyRange all = {row.begin, row.end};
+  for (int32_t chunk = first_chunk(item, all); chunk < item.end_chunk; ++chunk) {
+    const KeyRange seen = chunk_keys(all, chunk);
+    if (seen.begin >= seen.end) break;  // rows that stand before the chunk
+    const SoftmaxState found = soften_chunk(in, item, heads.kv_head, seen, chunk, scale, shared);
+    float sum = 0;
+    if (thread < K) {
+      for (int32_t position = seen.begin; position < seen.end; ++position) {
+        const float* const value = token_row(in, item, heads.kv_head, position, true);
+        sum = fmaf(shared.p[position - chunk * kChunkKeys], value[thread], sum);
+      }
+    }
+    if (item.is_direct != 0) {
+      o = merge_sums(o, sum, merge_states(state, found));
+    } else {
+      const int64_t target = state_index(in, row, chunk);
+      if (thread < K) stored.sums[target * in.cache.row_stride + thread] = sum;
+      if (thread == 0) stored.softmax[target] = found;
+    }
+    __syncthreads();  // the next chunk's weights take their place
+  }
+  if (item.is_direct != 0 && thread < K) static_cast<float*>(in.out)[at + thread] = o / state.sum;
+}
+
 __global__ void __launch_bounds__(kThreads) attention_rows(AttentionInputs in, float scale) {
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   const HeadRange heads = head_range(in, static_cast<int32_t>(blockIdx.y));
-  const ChunkStates stored = chunk_states(in);
-  const AttentionItem item = in.work.items[blockIdx.x];
-  const auto thread = static_cast<int>(threadIdx.x);
-  const int K = in.cache.K;
-  for (int32_t index = 0; index < item.num_rows * heads.count; ++index) {
-    const ItemRow row = item_row(in, item, heads, index);
-    const int64_t at = (static_cast<int64_t>(row.row) * in.H + row.head) * K;
-    __syncthreads();  // the row before is done
-    if (thread < K) shared.q[thread] = static_cast<const float*>(in.q)[at + thread];
-    __syncthreads();
-    SoftmaxState state = {-infinity_f32(), 0.0f};
-    float o = 0;
-    const KeyRange all = {row.begin, row.end};
-    for (int32_t chunk = first_chunk(item, all); chunk < item.end_chunk; ++chunk) {
-      const KeyRange seen = chunk_keys(all, chunk);
-      if (seen.begin >= seen.end) break;  // rows that stand before the chunk
-      const SoftmaxState found = soften_chunk(in, item, heads.kv_head, seen, chunk, scale, shared);
-      float sum = 0;
-      if (thread < K) {
-        for (int32_t position = seen.begin; position < seen.end; ++position) {
-          const float* const value = token_row(in, item, heads.kv_head, position, true);
-          sum = fmaf(shared.p[position - chunk * kChunkKeys], value[thread], sum);
-        }
-      }
-      if (item.is_direct != 0) {
-        o = merge_sums(o, sum, merge_states(state, found));
-      } else {
-        const int64_t target = state_index(in, row, chunk);
-        if (thread < K) stored.sums[target * in.cache.row_stride + thread] = sum;
-        if (thread == 0) stored.softmax[target] = found;
-      }
-      __syncthreads();  // the next chunk's weights take their place
+  const int32_t num_items = in.rows.scalars->num_items;
+  for (int32_t i = static_cast<int32_t>(blockIdx.x); i < num_items;
+       i += static_cast<int32_t>(gridDim.x)) {
+    const AttentionItem item = in.work.items[i];
+    for (int32_t index = 0; index < item.num_rows * heads.count; ++index) {
+      attend_row(in, item, heads, index, scale, shared);
     }
-    if (item.is_direct != 0 && thread < K) static_cast<float*>(in.out)[at + thread] = o / state.sum;
   }
 }
 
@@ -114,7 +124,7 @@ void attention_f32(Stream stream, const AttentionInputs& in) {
   const auto parts = static_cast<uint32_t>(head_parts(in.H / in.cache.G));
   launch(attention_rows,
          {.kernel = "attention_rows",
-          .grid = {.x = static_cast<uint32_t>(in.work.num_items),
+          .grid = {.x = static_cast<uint32_t>(in.work.item_blocks),
                    .y = static_cast<uint32_t>(in.cache.G) * parts},
           .block = kThreads,
           .shared_bytes = sizeof(Shared)},

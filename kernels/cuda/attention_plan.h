@@ -36,7 +36,7 @@ struct AttentionItem {
 
 // A row whose chunks lie in stored states, chunk c of it in state first_state + c.
 struct AttentionMerge {
-  int32_t row = 0;
+  int32_t row = 0;                 // -1: none, of a row that fills a step up to those of its graph
   int32_t first_state = kNoState;  // kNoState: a pad, whose output is 0
   int32_t num_chunks = 0;
 };
@@ -60,6 +60,17 @@ struct AttentionPlan {
 // Query rows of an item.
 inline int32_t query_rows_per_item(int32_t group) {
   return group >= kItemRows ? 1 : kItemRows / group;
+}
+
+// Blocks, for every KV head, that a graph of steps of `rows` rows gives to items, whose number is
+// read on the device: one a row, as items are where there are many rows, or twice as many as fill
+// the device, where few long rows are cut into up to `max_states` more. Blocks without an item end
+// at once.
+inline int32_t graph_item_blocks(int32_t rows, const AttentionLimits& limits) {
+  const int32_t enough = (2 * limits.wanted_blocks + limits.num_kv_heads - 1) / limits.num_kv_heads;
+  const int32_t most = rows + limits.max_states;
+  const int32_t blocks = rows > enough ? rows : enough;
+  return blocks < most ? blocks : most;
 }
 
 // One plan serves every layer of the step: a layer with a window skips the chunks that it hides.

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
@@ -10,6 +11,8 @@
 
 #include "kernels/base/error.h"
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/decode_graphs.h"
+#include "kernels/cuda/graph_buckets.h"
 #include "kernels/cuda/linear.h"
 #include "kernels/cuda/lm_head.h"
 #include "kernels/cuda/memory_plan.h"
@@ -82,6 +85,7 @@ class CudaBackend final : public Backend {
         partials_(*device_, kLinearWorkspaceBytes, "partial sums"),
         attention_workspace_(*device_, attention_workspace_bytes(shape), "attention"),
         head_workspace_(*device_, lm_head_workspace_bytes(shape, options), "the head"),
+        graphs_(*device_, graph_buckets(options), memory_.graphs),
         queue_(StepQueue::DeviceRun{
             .begin = [this](const StepPlan& plan, StepProgram& program) { begin(plan, program); },
             .end = [this] { return end(); }}) {
@@ -90,6 +94,7 @@ class CudaBackend final : public Backend {
 
   ~CudaBackend() override {
     queue_.close();
+    graphs_.clear();
     program_.reset();  // while this is whole: a program may free its buffers here
   }
 
@@ -147,6 +152,7 @@ class CudaBackend final : public Backend {
     queue_.drain();  // steps keep the weights they were submitted under
     device_->bind_thread();
     weights_.commit();
+    capture_graphs();
   }
   void discard_weights() override { weights_.discard(); }
   uint64_t weights_hash() override {
@@ -177,10 +183,19 @@ class CudaBackend final : public Backend {
   }
   int64_t held_bytes() const override {
     return weights_.held_bytes() + pages_.held_bytes() + memory_.workspaces + memory_.steps +
-           buffer_bytes_;
+           graphs_.bytes() + buffer_bytes_;
   }
 
-  void set_program(std::shared_ptr<StepProgram> program) override { program_ = std::move(program); }
+  void set_program(std::shared_ptr<StepProgram> program) override {
+    if (!graphs_.is_empty()) {
+      queue_.drain();  // steps of the old program may be graphs
+      device_->bind_thread();
+      graphs_.clear();
+      describe();
+    }
+    program_ = std::move(program);
+    if (program_ && weights_.has_committed()) capture_graphs();
+  }
   StepHandle submit(StepPlan plan) override { return queue_.submit(std::move(plan), program_); }
   bool poll(StepHandle handle) override { return queue_.poll(handle); }
   StepResult wait(StepHandle handle, Deadline deadline) override {
@@ -198,7 +213,12 @@ class CudaBackend final : public Backend {
  private:
   void describe();
   void begin(const StepPlan& plan, StepProgram& program);
+  void enqueue(StepProgram& program);
   std::optional<StepResult> end();
+  void capture_graphs();
+  StepAddresses addresses() const {
+    return {step_.rows(), step_.head(), step_.attention_work(), step_.head_queries()};
+  }
   void check_layer(int32_t layer, const char* op) const;
   const float* optional_vector(WeightId id, int64_t size, const char* op) const {
     return id == kNoWeight ? nullptr : weights_.vector(id, size, op);
@@ -230,6 +250,9 @@ class CudaBackend final : public Backend {
   const KvCache cache_;
   StepContext step_;
   DeviceMemory partials_, attention_workspace_, head_workspace_;
+  DecodeGraphs graphs_;
+  // A step that goes further is enqueued kernel by kernel, for rope_append to refuse it.
+  int64_t num_graph_positions_ = 0;
   bool has_head_results_ = false;
   uint64_t step_number_ = 0;
   Deadline step_due_;  // of the oldest step handed over
@@ -250,7 +273,10 @@ void CudaBackend::describe() {
   info_.memory = {.weight_bytes = memory_.weights,
                   .staging_bytes = memory_.weights,
                   .kv_bytes = memory_.kv_cache,
-                  .activation_bytes = memory_.activations + memory_.workspaces + memory_.steps};
+                  .activation_bytes =
+                      memory_.activations + memory_.workspaces + memory_.steps + memory_.graphs};
+  info_.row_buckets = graphs_.buckets();
+  if (!graphs_.is_empty()) info_.description += ", " + graphs_.description();
   info_.max_steps_under_way = kMaxStepsUnderWay;
 }
 
@@ -275,13 +301,15 @@ void CudaBackend::begin(const StepPlan& plan, StepProgram& program) {
                  .message = "weights or KV pages sleep; wake_up first"});
   }
   device_->bind_thread();
-  has_head_results_ = false;
   if (!step_.has_step()) step_due_ = step_deadline();
   try {
-    step_.begin(stream_, plan);
-    program.run(*this, plan.num_rows(), step_.head().num_rows);
-    if (step_.head().num_rows > 0 && !has_head_results_) {
-      fail_invariant("the step's program did not run lm_head, though rows are sampled or scored");
+    const int32_t graph_rows = graphs_.rows_of(plan);
+    step_.begin(stream_, plan, graph_rows);
+    if (graph_rows > 0 && step_.is_in_place() && step_.highest_position() < num_graph_positions_) {
+      graphs_.launch(stream_, step_.place(), addresses());
+      program.on_replay();
+    } else {
+      enqueue(program);
     }
     step_.hand_over(stream_, step_number_);
   } catch (const Error& error) {
@@ -291,6 +319,37 @@ void CudaBackend::begin(const StepPlan& plan, StepProgram& program) {
     step_.abandon(stream_, step_deadline());
     throw;
   }
+}
+
+void CudaBackend::enqueue(StepProgram& program) {
+  has_head_results_ = false;
+  program.run(*this, step_.num_rows(), step_.head().num_rows);
+  if (step_.head().num_rows > 0 && !has_head_results_) {
+    fail_invariant("the step's program did not run lm_head, though rows are sampled or scored");
+  }
+}
+
+// Once program and weights are there; both stay where they are until the program changes, over
+// sleep too.
+void CudaBackend::capture_graphs() {
+  if (options_.enforce_eager || !graphs_.is_empty() || !program_ || !program_->is_replayable()) {
+    return;
+  }
+  queue_.drain();
+  device_->bind_thread();
+  num_graph_positions_ = std::numeric_limits<int64_t>::max();
+  graphs_.capture(stream_, [this](size_t place, int32_t rows) {
+    step_.begin_capture(place, rows);
+    try {
+      enqueue(*program_);
+    } catch (...) {
+      step_.end_capture();
+      throw;
+    }
+    step_.end_capture();
+    return addresses();
+  });
+  describe();
 }
 
 std::optional<StepResult> CudaBackend::end() {
@@ -318,7 +377,7 @@ void CudaBackend::check_layer(int32_t layer, const char* op) const {
 
 void CudaBackend::embed(const EmbedArgs& args) {
   const DeviceMatrix matrix = vocabulary(args.weight, "embed");
-  expect_shape(args.out, step_.plan().num_rows(), matrix.K_in, "embed out");
+  expect_shape(args.out, step_.num_rows(), matrix.K_in, "embed out");
   kernels_.embed(stream_, {.rows = step_.rows(),
                            .slots = step_.slots(),
                            .weight = matrix,
@@ -327,7 +386,7 @@ void CudaBackend::embed(const EmbedArgs& args) {
 }
 
 void CudaBackend::rms_norm(const RmsNormArgs& args) {
-  step_.plan();
+  step_.num_rows();
   expect_shape(args.out, args.in.rows(), args.in.cols(), "rms_norm out");
   kernels_.rms_norm(stream_, {.num_rows = args.in.rows(),
                               .width = args.in.cols(),
@@ -339,7 +398,7 @@ void CudaBackend::rms_norm(const RmsNormArgs& args) {
 }
 
 void CudaBackend::linear(const LinearArgs& args) {
-  step_.plan();
+  step_.num_rows();
   const DeviceMatrix matrix = weights_.matrix(args.weight, "linear");
   if (matrix.is_gated != (args.epilogue == Epilogue::kGated)) {
     fail_invariant("linear: a gated weight and the gated epilogue go together");
@@ -359,7 +418,7 @@ void CudaBackend::linear(const LinearArgs& args) {
 }
 
 void CudaBackend::rope_append(const RopeAppendArgs& args) {
-  const int64_t rows = step_.plan().num_rows();
+  const int64_t rows = step_.num_rows();
   check_layer(args.layer, "rope_append");
   expect_shape(args.qkv, rows, (shape_.H + 2 * shape_.G) * shape_.K, "rope_append qkv");
   expect_shape(args.q, rows, shape_.H * shape_.K, "rope_append q");
@@ -371,6 +430,7 @@ void CudaBackend::rope_append(const RopeAppendArgs& args) {
          .value = std::to_string(step_.highest_position()),
          .allowed = fmt::format("below {}, the rows of the rope table", args.rope_table.rows())});
   }
+  num_graph_positions_ = std::min(num_graph_positions_, args.rope_table.rows());
   kernels_.rope_append(stream_, {.rows = step_.rows(),
                                  .cache = cache_,
                                  .layer = args.layer,
@@ -386,8 +446,8 @@ void CudaBackend::rope_append(const RopeAppendArgs& args) {
 
 void CudaBackend::attention(const AttentionArgs& args) {
   check_layer(args.layer, "attention");
-  expect_shape(args.q, step_.plan().num_rows(), shape_.H * shape_.K, "attention q");
-  expect_shape(args.out, step_.plan().num_rows(), shape_.H * shape_.K, "attention out");
+  expect_shape(args.q, step_.num_rows(), shape_.H * shape_.K, "attention q");
+  expect_shape(args.out, step_.num_rows(), shape_.H * shape_.K, "attention out");
   kernels_.attention(stream_, {.rows = step_.rows(),
                                .cache = cache_,
                                .work = step_.attention_work(),
@@ -402,7 +462,7 @@ void CudaBackend::attention(const AttentionArgs& args) {
 }
 
 void CudaBackend::gather_head_rows(const GatherHeadRowsArgs& args) {
-  expect_shape(args.in, step_.plan().num_rows(), args.in.cols(), "gather_head_rows in");
+  expect_shape(args.in, step_.num_rows(), args.in.cols(), "gather_head_rows in");
   expect_shape(args.out, step_.head().num_rows, args.in.cols(), "gather_head_rows out");
   kernels_.gather_rows(stream_, {.head = step_.head(),
                                  .width = args.in.cols(),
@@ -412,7 +472,7 @@ void CudaBackend::gather_head_rows(const GatherHeadRowsArgs& args) {
 
 void CudaBackend::lm_head(const LmHeadArgs& args) {
   const DeviceMatrix matrix = vocabulary(args.weight, "lm_head");
-  step_.plan();  // an op outside of a step is an error
+  step_.num_rows();  // an op outside of a step is an error
   expect_shape(args.in, step_.head().num_rows, matrix.K_in, "lm_head in");
   kernels_.lm_head(stream_, {.rows = step_.rows(),
                              .head = step_.head(),

@@ -203,6 +203,7 @@ __global__ void __launch_bounds__(kWarp) finish_query(HeadWork work) {
   const HeadMemory& memory = work.memory;
   const auto q = static_cast<int32_t>(blockIdx.x);
   const HeadQuery query = memory.queries[q];
+  if (query.is_skipped != 0) return;
   const RowStats unit = memory.row_stats[query.row];
   const RowStats scaled = memory.row_stats[query.distribution];
   HeadResult result;
@@ -253,6 +254,7 @@ __global__ void accept_draws(LmHeadInputs in) {
   int32_t i = static_cast<int32_t>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i >= head.num_samples || head.sample_draw[i] != 0) return;
   const int32_t index = head.sample_slot[i];
+  if (index < 0) return;  // of a row that is skipped
   SlotState& slot = in.slots.states[index];
   bool counts = slot.is_finished == 0;
   for (; i < head.num_samples && head.sample_slot[i] == index; ++i) {

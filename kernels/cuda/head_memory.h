@@ -44,6 +44,7 @@ struct HeadQuery {
   int32_t is_cut;     // by top-k, top-p or min-p
   int32_t is_banned;  // stop tokens are out of the support
   int32_t wants_entropy;
+  int32_t is_skipped;  // of a row that fills the step up to those of its graph: without a result
 };
 
 // What a query that is cut or banned drew.

@@ -19,7 +19,6 @@ constexpr int kTileK = 64;           // bf16: rows of 128 bytes in shared memory
 constexpr int kChunks = kTileK / 8;  // 16-byte pieces of such a row
 constexpr int kStages = 4;
 constexpr int kFloatTileK = 32;
-constexpr int kFloatTokens = 16;
 
 // Where results go: `out` by the epilogue, or partial sums [slice][token][row of the weight].
 struct Target {
@@ -297,10 +296,6 @@ __global__ void __launch_bounds__(kThreads)
 // ---- launches
 // ------------------------------------------------------------------------------------
 
-uint32_t tiles_of(int64_t count, int64_t tile) {
-  return static_cast<uint32_t>((count + tile - 1) / tile);
-}
-
 template <int kTokens>
 void launch_multiply(Stream stream, const LinearInputs& in, const Target& target, GridShape grid) {
   const Operand weight{static_cast<const uint16_t*>(in.weight.data), target.weight_rows,
@@ -328,11 +323,10 @@ void linear(Stream stream, const LinearInputs& in) {
                 .out = in.out,
                 .partials = in.partials};
   const bool is_bf16 = in.dtype == DType::kBF16;
-  const int64_t tokens = is_bf16 ? tokens_per_tile(in.num_rows) : kFloatTokens;
-  GridShape grid{.x = tiles_of(target.weight_rows, kTileColumns),
-                 .y = tiles_of(in.num_rows, tokens)};
-  // Blocks for every slice while there are too few without: the same sums either way.
-  target.is_partial = in.slices.count > 1 && int64_t{grid.x} * grid.y < kWantedBlocks;
+  const int64_t tokens = tokens_per_tile(in.dtype, in.num_rows);
+  GridShape grid{.x = static_cast<uint32_t>(tiles_of(target.weight_rows, kTileColumns)),
+                 .y = static_cast<uint32_t>(tiles_of(in.num_rows, tokens))};
+  target.is_partial = writes_partials(in.dtype, in.slices, target.weight_rows, in.num_rows);
   if (target.is_partial) grid.z = static_cast<uint32_t>(in.slices.count);
   if (!is_bf16) {
     constexpr int64_t kBytes =
@@ -350,10 +344,10 @@ void linear(Stream stream, const LinearInputs& in) {
     launch_multiply<64>(stream, in, target, grid);
   }
   if (!target.is_partial) return;
-  const LaunchShape finish{
-      .kernel = "finish_linear",
-      .grid = {tiles_of(target.N, kThreads), static_cast<uint32_t>(in.num_rows)},
-      .block = kThreads};
+  const LaunchShape finish{.kernel = "finish_linear",
+                           .grid = {static_cast<uint32_t>(tiles_of(target.N, kThreads)),
+                                    static_cast<uint32_t>(in.num_rows)},
+                           .block = kThreads};
   if (is_bf16)
     launch(finish_linear<uint16_t>, finish, stream, target, in.slices.count);
   else

@@ -45,9 +45,25 @@ ROLLPACK_HOST_DEVICE inline int64_t gated_row(int64_t n, int part) {
   return n / 8 * 16 + n % 8 + part * 8;
 }
 
-// Rows of the step that one block takes, bf16. Any gives the same bits.
-ROLLPACK_HOST_DEVICE inline int64_t tokens_per_tile(int64_t num_rows) {
+inline constexpr int kFloatTokens = 16;  // rows of the step that a block takes, f32
+
+// Rows of the step that one block takes. Any gives the same bits.
+ROLLPACK_HOST_DEVICE inline int64_t tokens_per_tile(DType dtype, int64_t num_rows) {
+  if (dtype != DType::kBF16) return kFloatTokens;
   return num_rows <= 8 ? 8 : num_rows <= 32 ? 32 : 64;
+}
+
+ROLLPACK_HOST_DEVICE inline int64_t tiles_of(int64_t count, int64_t tile) {
+  return (count + tile - 1) / tile;
+}
+
+// Whether every slice has blocks of its own, which leave partial sums to finish_linear: while there
+// are too few blocks without. N counts rows of the weight in memory. The same sums either way.
+ROLLPACK_HOST_DEVICE inline bool writes_partials(DType dtype, const SliceRule& slices, int64_t N,
+                                                 int64_t num_rows) {
+  return slices.count > 1 &&
+         tiles_of(N, kTileColumns) * tiles_of(num_rows, tokens_per_tile(dtype, num_rows)) <
+             kWantedBlocks;
 }
 
 // Partial sums are kept only while blocks are fewer than kWantedBlocks, of 64 tokens at most.

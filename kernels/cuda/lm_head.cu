@@ -34,9 +34,24 @@ __device__ HeadQuery read_query(const HeadWork& work, int32_t result) {
             .is_greedy = 0,
             .is_cut = 0,
             .is_banned = 0,
-            .wants_entropy = 1};
+            .wants_entropy = 1,
+            .is_skipped = 0};
   }
   const int32_t index = head.sample_slot[result];
+  if (index < 0) {
+    return {.row = head.sample_head_row[result] - work.group.first_row,
+            .result = result,
+            .slot = -1,
+            .token = -1,
+            .position = -1,
+            .distribution = 0,
+            .scale = 1.0f,
+            .is_greedy = 0,
+            .is_cut = 0,
+            .is_banned = 0,
+            .wants_entropy = 0,
+            .is_skipped = 1};
+  }
   const SlotState& slot = work.in.slots.states[index];
   const int32_t position = slot.next_position + head.sample_draw[result];
   const bool is_greedy = slot.temperature == 0;
@@ -52,7 +67,8 @@ __device__ HeadQuery read_query(const HeadWork& work, int32_t result) {
           .is_greedy = is_greedy ? 1 : 0,
           .is_cut = is_cut ? 1 : 0,
           .is_banned = position < slot.min_position && slot.num_stop_tokens > 0 ? 1 : 0,
-          .wants_entropy = head.wants_entropy ? 1 : 0};
+          .wants_entropy = work.in.rows.scalars->wants_entropy,
+          .is_skipped = 0};
 }
 
 // A thread a query, one block for all. Queries of a row follow each other.
@@ -82,6 +98,7 @@ __global__ void __launch_bounds__(kMaxMergeThreads) merge_panels(HeadWork work) 
   const auto index = static_cast<int32_t>(blockIdx.x);
   const bool is_row = index < work.group.num_rows;
   const int32_t q = index - work.group.num_rows;
+  if (is_row && memory.queries[memory.row_begin[index]].is_skipped != 0) return;
   if (!is_row && memory.queries[q].distribution != work.max_rows + q) return;
   const int64_t distribution = is_row ? index : work.max_rows + q;
   const auto thread = static_cast<int64_t>(threadIdx.x);

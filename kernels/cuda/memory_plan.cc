@@ -7,6 +7,7 @@
 
 #include "kernels/base/error.h"
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/graph_buckets.h"
 #include "kernels/cuda/linear.h"
 #include "kernels/cuda/lm_head.h"
 #include "kernels/cuda/step_memory.h"
@@ -26,6 +27,13 @@ int64_t estimated_weight_bytes(const ModelShape& s) {
   return (s.V * s.D + s.L * layer) * dtype_bytes(s.dtype) + (2 * s.L + 1) * s.D * 4;
 }
 
+int64_t step_array_bytes(const BackendOptions& options) {
+  constexpr int64_t kTablePages = 24576 / kPageTokens;
+  const std::vector<int32_t> buckets = graph_buckets(options);
+  const int64_t rows = buckets.empty() ? 0 : buckets.back();
+  return (int64_t{1} << 20) + rows * kTablePages * static_cast<int64_t>(sizeof(int32_t));
+}
+
 namespace {
 
 // A row: residual, its norm, Q K V in f32, rotated Q, attention output, gated F, its place in the
@@ -39,9 +47,10 @@ int64_t activation_bytes(const ModelShape& s, const BackendOptions& options) {
 
 int64_t step_bytes(const ModelShape& shape, const BackendOptions& options) {
   const int64_t slot = static_cast<int64_t>(sizeof(SlotState)) + (shape.V + 31) / 32 * 4;
-  // Ids, positions, sequence and head entries of a row; page tables grow with use and are small.
+  // Ids, positions, sequence and head entries of a row.
   const int64_t row = 16 * 4 + static_cast<int64_t>(sizeof(HeadResult));
-  return slot * options.max_num_seqs + kMaxStepsUnderWay * row * options.max_num_batched_tokens;
+  return slot * options.max_num_seqs +
+         kMaxStepsUnderWay * (row * options.max_num_batched_tokens + step_array_bytes(options));
 }
 
 [[noreturn]] void fail_too_little(const DeviceMemoryPlan& plan, int64_t available) {
@@ -50,9 +59,10 @@ int64_t step_bytes(const ModelShape& shape, const BackendOptions& options) {
                .value = fmt::format("{} bytes", available),
                .allowed = fmt::format("at least {} bytes", plan.total()),
                .message = fmt::format(
-                   "weights {}, activations {}, workspaces {}, steps {}, KV cache {}; "
-                   "lower engine.kv_cache_memory or engine.max_num_batched_tokens",
-                   plan.weights, plan.activations, plan.workspaces, plan.steps, plan.kv_cache)});
+                   "weights {}, activations {}, workspaces {}, steps {}, graphs {}, KV cache {}; "
+                   "lower engine.kv_cache_memory or engine.max_num_batched_tokens{}",
+                   plan.weights, plan.activations, plan.workspaces, plan.steps, plan.graphs,
+                   plan.kv_cache, plan.graphs > 0 ? ", or set engine.enforce_eager" : "")});
 }
 
 }  // namespace
@@ -67,7 +77,8 @@ DeviceMemoryPlan plan_memory(const ModelShape& shape, const BackendOptions& opti
                         .activations = activation_bytes(shape, options),
                         .workspaces = kLinearWorkspaceBytes + attention_workspace_bytes(shape) +
                                       lm_head_workspace_bytes(shape, options),
-                        .steps = step_bytes(shape, options)};
+                        .steps = step_bytes(shape, options),
+                        .graphs = graph_bytes(shape, options)};
   int64_t kv_bytes = options.kv_cache_bytes;
   if (kv_bytes > 0 && kv_bytes < page_bytes) {
     throw Error({.code = ErrorCode::kResourceExhausted,

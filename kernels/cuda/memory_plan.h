@@ -24,10 +24,13 @@ struct DeviceMemoryPlan {
   int64_t activations = 0;  // what the forward pass holds for max_num_batched_tokens rows
   int64_t workspaces = 0;   // partial sums, attention, the head
   int64_t steps = 0;        // slots, stop sets, a step's rows and results
+  int64_t graphs = 0;       // of decoding steps, at most; graph_bytes()
   int64_t kv_cache = 0;     // whole pages
   int32_t num_pages = 0;
 
-  int64_t total() const { return weights + staging + activations + workspaces + steps + kv_cache; }
+  int64_t total() const {
+    return weights + staging + activations + workspaces + steps + graphs + kv_cache;
+  }
 };
 
 // Bytes of K and V of kPageTokens tokens, all layers.
@@ -37,6 +40,11 @@ int32_t kv_row_stride(const ModelShape& shape);
 // Bytes of one set of weights of a model with a tied head and no biases: what is known of a model
 // before its weights are declared.
 int64_t estimated_weight_bytes(const ModelShape& shape);
+
+// Bytes of a step's arrays that never move: 1 MiB for rows and work lists, and for every row that a
+// graph may have a page table of 24,576 tokens. Steps that need more have them elsewhere and are no
+// graphs.
+int64_t step_array_bytes(const BackendOptions& options);
 
 // `options.kv_cache_bytes` above 0 wins: KV takes the whole pages in it. 0: KV takes all that is
 // left. Weights are staged on the device where both fit, else on the host.

@@ -61,6 +61,7 @@ __device__ __forceinline__ void reduce_tile(const HeadWork& work, const TilePlac
        r += kPanelThreads / static_cast<int>(kWarp)) {
     const int32_t row = place.first_row + r;
     const int32_t begin = memory.row_begin[row], end = memory.row_begin[row + 1];
+    if (memory.queries[begin].is_skipped != 0) continue;
     for (int p = 0; p < kTilePanels; ++p) {
       const int64_t first = place.first_column + p * kPanelColumns;
       if (first >= work.V()) break;

@@ -66,6 +66,7 @@ __global__ void embed_rows(StepRows rows, Slots slots, const Element* weight, in
                            int64_t width, float* out) {
   const int64_t row = blockIdx.x;
   int32_t token = rows.input_ids[row];
+  if (token == kSkippedRow) return;
   if (token == kPendingToken) {
     token = slots.states[rows.sequence_slot[rows.row_sequence[row]]].pending_token;
   }
@@ -187,6 +188,7 @@ __global__ void rope_append_rows(RopeAppendInputs in) {
 }
 
 __global__ void gather(const int32_t* rows, const float* in, int64_t width, float* out) {
+  if (rows[blockIdx.x] < 0) return;
   const float* const source = in + rows[blockIdx.x] * width;
   for (int64_t i = threadIdx.x; i < width; i += blockDim.x) {
     out[blockIdx.x * width + i] = source[i];

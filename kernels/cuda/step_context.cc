@@ -5,6 +5,8 @@
 #include <span>
 
 #include "kernels/base/error.h"
+#include "kernels/cuda/graph_buckets.h"
+#include "kernels/cuda/memory_plan.h"
 #include "kernels/step/check_plan.h"
 #include "kernels/step/draft_draws.h"
 
@@ -12,7 +14,8 @@ namespace rollpack::kernels::cuda {
 namespace {
 
 constexpr size_t kAlignment = 16;
-constexpr int64_t kFirstArrayBytes = int64_t{1} << 20;
+constexpr int64_t kResultBytes = int64_t{64} << 10;
+static_assert(kMaxGraphRows * (sizeof(HeadResult) + 1) <= kResultBytes);
 
 SlotFill fill_of(const SlotInit& init) {
   return {.state = {.seed = init.seed,
@@ -29,7 +32,43 @@ SlotFill fill_of(const SlotInit& init) {
           .slot = init.slot};
 }
 
+std::vector<int32_t> distinct_head_rows(const StepPlan& plan) {
+  std::vector<int32_t> rows;
+  for (const SampleRow& sample : plan.samples) rows.push_back(sample.row);
+  for (const ScoreRow& score : plan.scores) rows.push_back(score.row);
+  std::sort(rows.begin(), rows.end());
+  rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
+  return rows;
+}
+
+// The slots that a plan fills; the last of a slot's inits counts.
+struct Fills {
+  std::vector<SlotFill> fills;
+  std::vector<int32_t> stop_tokens;
+
+  Fills(const StepPlan& plan, int32_t num_slots) {
+    std::vector<int32_t> fill_of_slot(static_cast<size_t>(num_slots), -1);
+    for (const SlotInit& init : plan.slot_inits) {
+      SlotFill fill = fill_of(init);
+      fill.stop_begin = static_cast<int32_t>(stop_tokens.size());
+      stop_tokens.insert(stop_tokens.end(), init.stop_token_ids.begin(), init.stop_token_ids.end());
+      int32_t& index = fill_of_slot[static_cast<size_t>(init.slot)];
+      if (index >= 0) {
+        fills[static_cast<size_t>(index)] = fill;
+      } else {
+        index = static_cast<int32_t>(fills.size());
+        fills.push_back(fill);
+      }
+    }
+  }
+};
+
 }  // namespace
+
+StepContext::Place::Place(Device& device, int64_t array_bytes)
+    : arrays(device, array_bytes, "a step's rows"),
+      results(device, kResultBytes, "a step's results"),
+      has_ended(device) {}
 
 StepContext::StepContext(Device& device, const ModelShape& shape, const BackendOptions& options,
                          const KvCache& cache)
@@ -38,25 +77,21 @@ StepContext::StepContext(Device& device, const ModelShape& shape, const BackendO
       options_(options),
       cache_(cache),
       slot_mirrors_(static_cast<size_t>(options.max_num_seqs)),
-      places_{Place(device), Place(device)} {
+      places_{Place(device, step_array_bytes(options)), Place(device, step_array_bytes(options))} {
   slots_.stop_words = static_cast<int32_t>((shape.V + 31) / 32);
   slot_states_ = DeviceMemory(device, options.max_num_seqs * int64_t{sizeof(SlotState)}, "slots");
   stop_bits_ =
       DeviceMemory(device, int64_t{options.max_num_seqs} * slots_.stop_words * 4, "stop sets");
   slots_.states = slot_states_.as<SlotState>();
   slots_.stop_bits = stop_bits_.as<uint32_t>();
-  for (Place& place : places_) {
-    place.on_host = HostMemory(device, kFirstArrayBytes, "a step's rows");
-    place.on_device = DeviceMemory(device, kFirstArrayBytes, "a step's rows");
-  }
 }
 
-const StepPlan& StepContext::plan() const {
+int64_t StepContext::num_rows() const {
   if (plan_ == nullptr) fail_invariant("ops are called by a step's program only");
-  return *plan_;
+  return rows_.num_rows;
 }
 
-void StepContext::begin(Stream stream, const StepPlan& plan) {
+void StepContext::begin(Stream stream, const StepPlan& plan, int32_t graph_rows) {
   if (num_under_way_ == places_.size()) fail_invariant("a step more than there are places for");
   check_plan(plan,
              {.V = shape_.V,
@@ -69,46 +104,77 @@ void StepContext::begin(Stream stream, const StepPlan& plan) {
                return {.is_set = mirror.is_set, .has_pending = mirror.has_pending};
              });
   plan_ = &plan;
-  arrays_.clear();
-  add_rows(stream);
+  Place& place = current();
+  const BeginStepInputs inputs = lay_out(plan, place, graph_rows);
+  note_slots(plan);
+  std::memcpy(used_arrays_->on_host.as<>(), arrays_.data(), arrays_.size());
+  device_.copy_to_device(stream, used_arrays_->on_device.as<>(), used_arrays_->on_host.as<>(),
+                         static_cast<int64_t>(arrays_.size()));
+  device_.clear(stream, rows_.row_failed, rows_.num_rows);
+  device_.kernels().begin_step(stream, inputs);
+}
+
+void StepContext::begin_capture(size_t place, int32_t graph_rows) {
+  static const StepPlan kNothing;
+  plan_ = &kNothing;
+  lay_out(kNothing, places_[place], graph_rows);
+  if (!is_in_place_) fail_invariant("a graph's arrays do not fit into their place");
+}
+
+template <class T>
+size_t StepContext::reserve(size_t count) {
+  const size_t place = (arrays_.size() + kAlignment - 1) / kAlignment * kAlignment;
+  arrays_.resize(place + count * sizeof(T));
+  return place;
+}
+
+template <class T>
+void StepContext::write(size_t place, const std::vector<T>& values) {
+  if (!values.empty())
+    std::memcpy(arrays_.data() + place, values.data(), values.size() * sizeof(T));
 }
 
 template <class T>
 size_t StepContext::add(const std::vector<T>& values) {
-  const size_t place = (arrays_.size() + kAlignment - 1) / kAlignment * kAlignment;
-  arrays_.resize(place + values.size() * sizeof(T));
-  if (!values.empty())
-    std::memcpy(arrays_.data() + place, values.data(), values.size() * sizeof(T));
+  const size_t place = reserve<T>(values.size());
+  write(place, values);
   return place;
 }
 
-void StepContext::upload(Stream stream) {
-  const auto bytes = static_cast<int64_t>(arrays_.size());
-  Place& place = current();
-  if (bytes > place.on_device.bytes()) {
-    // Page tables of many long sequences: rare, and by a factor, so a few times at most. The step
-    // that had this place has ended.
-    const int64_t grown = std::max(bytes, 2 * place.on_device.bytes());
-    place.on_host = HostMemory(device_, grown, "a step's rows");
-    place.on_device = DeviceMemory(device_, grown, "a step's rows");
+// What large plans need grows by a factor, so a few times at most. The step that had this place has
+// ended.
+StepContext::Block& StepContext::block_for(Block& fixed, Block& large, int64_t bytes,
+                                           const char* what) {
+  if (bytes <= fixed.on_device.bytes()) return fixed;
+  if (bytes > large.on_device.bytes()) {
+    const int64_t grown =
+        std::max(bytes, 2 * std::max(fixed.on_device.bytes(), large.on_device.bytes()));
+    large = Block();  // its memory first
+    large = Block(device_, grown, what);
   }
-  std::memcpy(place.on_host.as<>(), arrays_.data(), arrays_.size());
-  device_.copy_to_device(stream, place.on_device.as<>(), place.on_host.as<>(), bytes);
+  return large;
 }
 
-std::vector<int32_t> StepContext::distinct_head_rows() const {
-  std::vector<int32_t> rows;
-  for (const SampleRow& sample : plan_->samples) rows.push_back(sample.row);
-  for (const ScoreRow& score : plan_->scores) rows.push_back(score.row);
-  std::sort(rows.begin(), rows.end());
-  rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
-  return rows;
+void StepContext::note_slots(const StepPlan& plan) {
+  for (const SlotInit& init : plan.slot_inits) {
+    slot_mirrors_[static_cast<size_t>(init.slot)] = {.is_set = true, .has_pending = false};
+  }
+  // Whatever comes of the draws, a later row may stand for them.
+  for (const SampleRow& sample : plan.samples) {
+    slot_mirrors_[static_cast<size_t>(sample.slot)].has_pending = true;
+  }
 }
 
-void StepContext::add_rows(Stream stream) {
-  const StepPlan& plan = *plan_;
-  const auto num_rows = static_cast<int32_t>(plan.num_rows());
-  std::vector<int32_t> row_sequence(plan.input_ids.size());
+BeginStepInputs StepContext::lay_out(const StepPlan& plan, Place& place, int32_t graph_rows) {
+  const bool is_graph = graph_rows > 0;
+  const auto num_own = static_cast<size_t>(plan.num_rows());
+  const auto num_all = is_graph ? static_cast<size_t>(graph_rows) : num_own;
+  const auto num_rows = static_cast<int32_t>(num_all);
+  const auto filled_up = [&](std::vector<int32_t> values, int32_t value) {
+    if (is_graph) values.resize(num_all, value);
+    return values;
+  };
+  std::vector<int32_t> row_sequence(num_own);
   std::vector<int32_t> slot, row_start, row_count, table_start, page_count;
   for (size_t s = 0; s < plan.sequences.size(); ++s) {
     const StepSequence& sequence = plan.sequences[s];
@@ -120,7 +186,7 @@ void StepContext::add_rows(Stream stream) {
     std::fill_n(row_sequence.begin() + sequence.row_begin, sequence.num_rows,
                 static_cast<int32_t>(s));
   }
-  const std::vector<int32_t> head_rows = distinct_head_rows();
+  std::vector<int32_t> head_rows = distinct_head_rows(plan);
   const auto head_index = [&](int32_t row) {
     return static_cast<int32_t>(std::lower_bound(head_rows.begin(), head_rows.end(), row) -
                                 head_rows.begin());
@@ -138,61 +204,69 @@ void StepContext::add_rows(Stream stream) {
     score_token.push_back(score.token);
     score_temperature.push_back(score.temperature);
   }
-
-  // The last of a slot's inits counts.
-  std::vector<SlotFill> fills;
-  std::vector<int32_t> fill_of_slot(slot_mirrors_.size(), -1), stop_tokens;
-  for (const SlotInit& init : plan.slot_inits) {
-    SlotFill fill = fill_of(init);
-    fill.stop_begin = static_cast<int32_t>(stop_tokens.size());
-    stop_tokens.insert(stop_tokens.end(), init.stop_token_ids.begin(), init.stop_token_ids.end());
-    int32_t& index = fill_of_slot[static_cast<size_t>(init.slot)];
-    if (index >= 0) {
-      fills[static_cast<size_t>(index)] = fill;
-    } else {
-      index = static_cast<int32_t>(fills.size());
-      fills.push_back(fill);
-    }
-    slot_mirrors_[static_cast<size_t>(init.slot)] = {.is_set = true, .has_pending = false};
+  if (is_graph) {  // a sample for every skipped row, in its own row of the head
+    for (size_t i = num_own; i < num_all; ++i) sample_row.push_back(static_cast<int32_t>(i));
+    head_rows.resize(num_all, -1);
   }
-  // Whatever comes of the draws, a later row may stand for them.
-  for (const SampleRow& sample : plan.samples) {
-    slot_mirrors_[static_cast<size_t>(sample.slot)].has_pending = true;
-  }
+  const Fills fills(plan, options_.max_num_seqs);
   AttentionLimits limits = attention_limits(shape_);
   limits.wanted_blocks = device_.info().num_multiprocessors * 2;
-  const AttentionPlan attention = plan_attention(plan, limits);
+  AttentionPlan attention = plan_attention(plan, limits);
+  const auto num_items = static_cast<int32_t>(attention.items.size());
+  if (is_graph) {
+    attention.row_states.resize(num_all, kNoState);
+    attention.merges.resize(num_all, {.row = -1});
+  }
+  head_plan_ = plan_head(sample_row, score_row, static_cast<int32_t>(head_rows.size()));
 
-  const size_t ids_at = add(plan.input_ids), positions_at = add(plan.positions);
-  const size_t sequence_at = add(row_sequence), slot_at = add(slot), start_at = add(row_start);
-  const size_t count_at = add(row_count), table_start_at = add(table_start);
-  const size_t page_count_at = add(page_count), tables_at = add(plan.page_tables);
+  // First the arrays whose sizes the rows of a graph fix, so that their addresses are those that it
+  // has; then the work list, whose beginning is; then what is reached by indices from the start.
+  arrays_.clear();
+  const size_t scalars_at = add(std::vector<StepScalars>{
+      {.num_items = num_items, .wants_entropy = plan.wants_entropy ? 1 : 0}});
+  const size_t ids_at = add(filled_up(plan.input_ids, kSkippedRow));
+  const size_t positions_at = add(filled_up(plan.positions, kPadPosition));
+  const size_t sequence_at = add(filled_up(row_sequence, -1));
+  const size_t slot_at = add(filled_up(slot, -1)), start_at = add(filled_up(row_start, -1));
+  const size_t count_at = add(filled_up(row_count, 0));
+  const size_t page_count_at = add(filled_up(page_count, 0));
+  table_start = filled_up(table_start, 0);
+  const size_t table_start_at = reserve<int32_t>(table_start.size());
   const size_t head_rows_at = add(head_rows), sample_row_at = add(sample_row);
-  const size_t sample_slot_at = add(sample_slot), sample_draw_at = add(sample_draw);
+  const size_t sample_slot_at = add(filled_up(sample_slot, -1));
+  const size_t sample_draw_at = add(filled_up(sample_draw, 0));
   const size_t score_row_at = add(score_row), score_token_at = add(score_token);
   const size_t temperature_at = add(score_temperature);
-  const size_t fills_at = add(fills), stop_tokens_at = add(stop_tokens);
-  const size_t copies_at = add(plan.page_copies);
-  const size_t items_at = add(attention.items), item_rows_at = add(attention.item_rows);
-  const size_t row_states_at = add(attention.row_states), merges_at = add(attention.merges);
-  head_plan_ = plan_head(sample_row, score_row, static_cast<int32_t>(head_rows.size()));
   const size_t queries_at = add(head_plan_.queries);
-  upload(stream);
-
-  const auto num_samples = static_cast<int32_t>(plan.samples.size());
-  const auto num_scores = static_cast<int32_t>(plan.scores.size());
-  const int64_t failed_at = int64_t{sizeof(HeadResult)} * (num_samples + num_scores);
-  Place& place = current();
-  place.results_bytes = failed_at + num_rows;
-  if (place.results_bytes > place.results_on_device.bytes()) {
-    const int64_t grown = std::max(2 * place.results_bytes, int64_t{64} << 10);
-    place.results_on_device = DeviceMemory(device_, grown, "a step's results");
-    place.results_on_host = HostMemory(device_, grown, "a step's results");
+  const size_t row_states_at = add(attention.row_states), merges_at = add(attention.merges);
+  const size_t items_at = reserve<AttentionItem>(attention.items.size());
+  const auto item_rows_at = static_cast<int32_t>(add(attention.item_rows) / sizeof(int32_t));
+  const auto tables_at = static_cast<int32_t>(add(plan.page_tables) / sizeof(int32_t));
+  const size_t fills_at = add(fills.fills), stop_tokens_at = add(fills.stop_tokens);
+  const size_t copies_at = add(plan.page_copies);
+  for (int32_t& start : table_start) start += tables_at;
+  write(table_start_at, table_start);
+  for (AttentionItem& item : attention.items) {
+    item.first_row += item_rows_at;
+    item.page_table += tables_at;
   }
-  device_.clear(stream, place.results_on_device.as<>() + failed_at, num_rows);
+  write(items_at, attention.items);
+
+  Block& arrays = block_for(place.arrays, place.large_arrays, static_cast<int64_t>(arrays_.size()),
+                            "a step's rows");
+  used_arrays_ = &arrays;
+  const auto num_samples = static_cast<int32_t>(sample_row.size());
+  const auto num_scores = static_cast<int32_t>(plan.scores.size());
+  place.failed_at = int64_t{sizeof(HeadResult)} * (num_samples + num_scores);
+  place.results_bytes = place.failed_at + num_rows;
+  Block& results =
+      block_for(place.results, place.large_results, place.results_bytes, "a step's results");
+  place.used_results = &results;
+  is_in_place_ = &arrays == &place.arrays && &results == &place.results;
 
   rows_ = {.num_rows = num_rows,
-           .num_sequences = static_cast<int32_t>(plan.sequences.size()),
+           .num_sequences = static_cast<int32_t>(table_start.size()),
+           .scalars = at<StepScalars>(scalars_at),
            .input_ids = at<int32_t>(ids_at),
            .positions = at<int32_t>(positions_at),
            .row_sequence = at<int32_t>(sequence_at),
@@ -201,12 +275,11 @@ void StepContext::add_rows(Stream stream) {
            .row_counts = at<int32_t>(count_at),
            .page_table_starts = at<int32_t>(table_start_at),
            .page_counts = at<int32_t>(page_count_at),
-           .page_tables = at<int32_t>(tables_at),
-           .row_failed = place.results_on_device.as<uint8_t>() + failed_at};
+           .page_tables = at<int32_t>(0),
+           .row_failed = results.on_device.as<uint8_t>() + place.failed_at};
   head_ = {.num_rows = static_cast<int32_t>(head_rows.size()),
            .num_samples = num_samples,
            .num_scores = num_scores,
-           .wants_entropy = plan.wants_entropy,
            .rows = at<int32_t>(head_rows_at),
            .sample_head_row = at<int32_t>(sample_row_at),
            .sample_slot = at<int32_t>(sample_slot_at),
@@ -214,33 +287,31 @@ void StepContext::add_rows(Stream stream) {
            .score_head_row = at<int32_t>(score_row_at),
            .score_token = at<int32_t>(score_token_at),
            .score_temperature = at<float>(temperature_at),
-           .results = place.results_on_device.as<HeadResult>()};
+           .results = results.on_device.as<HeadResult>()};
   attention_work_ = {.items = at<AttentionItem>(items_at),
-                     .item_rows = at<int32_t>(item_rows_at),
+                     .item_rows = at<int32_t>(0),
                      .row_states = at<int32_t>(row_states_at),
                      .merges = at<AttentionMerge>(merges_at),
-                     .num_items = static_cast<int32_t>(attention.items.size()),
+                     .item_blocks = is_graph ? graph_item_blocks(num_rows, limits) : num_items,
                      .num_merges = static_cast<int32_t>(attention.merges.size()),
                      .max_states = limits.max_states};
   head_queries_ = at<int32_t>(queries_at);
   highest_position_ = plan.positions.empty() ? kPadPosition : std::ranges::max(plan.positions);
-
-  device_.kernels().begin_step(stream,
-                               {.slots = slots_,
-                                .num_fills = static_cast<int32_t>(fills.size()),
-                                .fills = at<SlotFill>(fills_at),
-                                .stop_tokens = at<int32_t>(stop_tokens_at),
-                                .cache = cache_,
-                                .num_layers = shape_.L,
-                                .element_bytes = static_cast<int32_t>(dtype_bytes(shape_.dtype)),
-                                .num_copies = static_cast<int32_t>(plan.page_copies.size()),
-                                .copies = at<PageCopy>(copies_at)});
+  return {.slots = slots_,
+          .num_fills = static_cast<int32_t>(fills.fills.size()),
+          .fills = at<SlotFill>(fills_at),
+          .stop_tokens = at<int32_t>(stop_tokens_at),
+          .cache = cache_,
+          .num_layers = shape_.L,
+          .element_bytes = static_cast<int32_t>(dtype_bytes(shape_.dtype)),
+          .num_copies = static_cast<int32_t>(plan.page_copies.size()),
+          .copies = at<PageCopy>(copies_at)};
 }
 
 void StepContext::hand_over(Stream stream, uint64_t number) {
   Place& place = current();
-  device_.copy_to_host(stream, place.results_on_host.as<>(), place.results_on_device.as<>(),
-                       place.results_bytes);
+  device_.copy_to_host(stream, place.used_results->on_host.as<>(),
+                       place.used_results->on_device.as<>(), place.results_bytes);
   device_.record(place.has_ended, stream);
   place.plan = plan_;
   place.number = number;
@@ -262,14 +333,14 @@ void StepContext::abandon(Stream stream, Deadline deadline) noexcept {
 std::optional<StepResult> StepContext::take_result() {
   const Place& place = oldest();
   if (!device_.has_passed(place.has_ended)) return std::nullopt;
-  const auto* const results = place.results_on_host.as<HeadResult>();
+  const auto* const results = place.used_results->on_host.as<HeadResult>();
   const size_t num_samples = place.plan->samples.size();
   const size_t num_scores = place.plan->scores.size();
   StepResult result;
   result.samples.assign(results, results + num_samples);
   result.scores.assign(results + num_samples, results + num_samples + num_scores);
   const auto* const row_failed =
-      reinterpret_cast<const uint8_t*>(results + num_samples + num_scores);
+      reinterpret_cast<const uint8_t*>(place.used_results->on_host.as<>() + place.failed_at);
   find_failed_sequences(*place.plan, {row_failed, static_cast<size_t>(place.plan->num_rows())},
                         result);
   forget_step();

@@ -15,12 +15,23 @@ inline constexpr int32_t kPageTokens = 16;
 // Steps that the device may have been given: each has a place of its own for rows and results.
 inline constexpr int32_t kMaxStepsUnderWay = 2;
 
+// input_ids entry of a row that fills a step up to the rows of its graph: it is at kPadPosition,
+// has no pages and no samples, and kernels of single rows leave what it has in memory as it is.
+inline constexpr int32_t kSkippedRow = -2;
+
+// What else a step's kernels read on the device, so that a graph holds for every step of its rows.
+struct StepScalars {
+  int32_t num_items = 0;      // of attention's work list
+  int32_t wants_entropy = 0;  // of samples; scores always have it
+};
+
 // The token rows of a step. Row r of sequence s lies in page
 // page_tables[page_table_starts[s] + positions[r] / kPageTokens].
 struct StepRows {
   int32_t num_rows = 0;                        // T
   int32_t num_sequences = 0;                   // S
-  const int32_t* input_ids = nullptr;          // [T] token id or kPendingToken
+  const StepScalars* scalars = nullptr;        // [1]
+  const int32_t* input_ids = nullptr;          // [T] token id, kPendingToken or kSkippedRow
   const int32_t* positions = nullptr;          // [T] or kPadPosition
   const int32_t* row_sequence = nullptr;       // [T] index of its sequence
   const int32_t* sequence_slot = nullptr;      // [S] slot of pending tokens, or -1
@@ -30,6 +41,8 @@ struct StepRows {
   const int32_t* page_counts = nullptr;        // [S]
   const int32_t* page_tables = nullptr;
   uint8_t* row_failed = nullptr;  // [T] rope_append sets 1 where some K or V is not finite
+
+  bool operator==(const StepRows&) const = default;
 };
 
 // A sequence slot, as the kernels of the step before left it.
@@ -63,12 +76,12 @@ struct Slots {
 };
 
 // The rows that the head reads and what it says of them. Samples and scores in the plan's order;
-// results has the samples first.
+// results has the samples first. Those that fill a step up to the rows of its graph have no row and
+// no slot, -1, and no result.
 struct HeadRows {
   int32_t num_rows = 0;  // distinct rows sampled or scored
   int32_t num_samples = 0;
   int32_t num_scores = 0;
-  bool wants_entropy = false;                // of samples; scores always have it
   const int32_t* rows = nullptr;             // [num_rows] rows of the step, ascending
   const int32_t* sample_head_row = nullptr;  // [num_samples] index into rows
   const int32_t* sample_slot = nullptr;      // [num_samples]
@@ -76,7 +89,9 @@ struct HeadRows {
   const int32_t* score_head_row = nullptr;   // [num_scores] index into rows
   const int32_t* score_token = nullptr;      // [num_scores]
   const float* score_temperature = nullptr;  // [num_scores]
-  HeadResult* results = nullptr;             // [num_samples + num_scores], every one is written
+  HeadResult* results = nullptr;             // [num_samples + num_scores]
+
+  bool operator==(const HeadRows&) const = default;
 };
 
 // K and V of all pages: [layer][page][head][K, V][kPageTokens][row_stride]. A token's row is its K

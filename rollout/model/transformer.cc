@@ -83,6 +83,11 @@ void Transformer::run(kernels::Backend& backend, int64_t num_rows, int64_t num_h
   backend.lm_head({.weight = weights_.lm_head, .in = normed});
 }
 
+void Transformer::on_replay() {
+  fault_at(FaultPoint::kLayerRun);
+  num_layers_run_.fetch_add(config_.num_hidden_layers, std::memory_order_relaxed);
+}
+
 void Transformer::run_layer(int64_t layer, int64_t num_rows) {
   const LayerWeights& w = weights_.layers[layer];
   const auto epsilon = static_cast<float>(config_.rms_norm_eps);

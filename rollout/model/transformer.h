@@ -24,6 +24,9 @@ class Transformer : public kernels::StepProgram {
   ~Transformer() override;
 
   void run(kernels::Backend& backend, int64_t num_rows, int64_t num_head_rows) override;
+  // Ranks that hold a model together meet in every step.
+  bool is_replayable() const override { return at_.size == 1; }
+  void on_replay() override;
 
   // Layers computed so far, by all steps. Any thread: it says that a long step is under way, and
   // orders nothing.

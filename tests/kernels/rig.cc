@@ -106,11 +106,12 @@ Rig::Rig(const std::string& name, const ModelShape& shape, RigOptions options) :
   BackendOptions given{.num_threads = options.num_threads,
                        .kv_cache_bytes = int64_t{1} << 20,
                        .max_num_seqs = options.max_num_seqs,
-                       .max_num_batched_tokens = options.max_num_batched_tokens};
+                       .max_num_batched_tokens = options.max_num_batched_tokens,
+                       .enforce_eager = options.enforce_eager};
   // A page's size is the backend's own: ask a small one, then take as many pages as are wanted.
   const int64_t page_bytes = make_tested_backend(name, shape, given)->info().kv.page_bytes;
   given.kv_cache_bytes = page_bytes * options.num_pages;
-  backend_ = make_tested_backend(name, shape, given);
+  backend_ = options.make ? options.make(shape, given) : make_tested_backend(name, shape, given);
 }
 
 Rig::~Rig() {

@@ -60,6 +60,9 @@ struct RigOptions {
   int32_t max_num_seqs = 64;
   int32_t max_num_batched_tokens = 1024;
   int32_t num_pages = 96;
+  bool enforce_eager = false;
+  // Instead of the backend of that name.
+  std::function<std::unique_ptr<Backend>(const ModelShape&, const BackendOptions&)> make;
 };
 
 // A backend, its weights and its buffers. Weights are committed before the first step.

@@ -65,6 +65,7 @@ class TinyProgram final : public StepProgram {
     backend.rms_norm({.weight = norm_, .in = head, .out = head_normed});
     backend.lm_head({.weight = embedding_, .in = head_normed});
   }
+  bool is_replayable() const override { return true; }
 
  private:
   WeightId embedding_, norm_;
@@ -150,6 +151,8 @@ TinyModel::TinyModel(const std::string& backend, DType dtype, RigOptions options
       .head = rig_.tensor(DType::kF32, rows, kShape.D),
       .head_normed = rig_.tensor(dtype, rows, kShape.D),
       .rope_table = rig_.tensor(DType::kF32, kPositions, kShape.K, rope_table())};
+  written_ = {buffers.x,        buffers.h,     buffers.qkv,  buffers.q,
+              buffers.attended, buffers.gated, buffers.head, buffers.head_normed};
   rig_.backend().set_program(
       std::make_shared<TinyProgram>(ids_[0], ids_[1], std::move(layers), buffers));
 }
@@ -158,6 +161,13 @@ void TinyModel::set_weights(uint64_t seed) {
   Numbers numbers(seed);
   const std::vector<Weight> list = weight_list();
   for (size_t i = 0; i < list.size(); ++i) rig_.set_weight(ids_[i], values_of(list[i], numbers));
+}
+
+void TinyModel::poison() {
+  for (const Tensor& tensor : written_) {
+    const std::vector<unsigned char> bits(static_cast<size_t>(tensor.bytes()), 0xff);
+    rig_.backend().upload({tensor.data, tensor.bytes()}, bits.data(), tensor.bytes());
+  }
 }
 
 void score_all(StepPlan& plan, const std::vector<int32_t>& successors) {

@@ -18,6 +18,8 @@ class TinyModel {
   StepResult run(StepPlan plan) { return rig_.run(std::move(plan)); }
   // Sets all weights from `seed` without staging them; a new model has those of seed 0.
   void set_weights(uint64_t seed);
+  // Fills what the forward pass writes with bits that are NaN. No step is under way.
+  void poison();
 
   Rig& rig() { return rig_; }
   int64_t V() const { return rig_.shape().V; }
@@ -25,6 +27,7 @@ class TinyModel {
  private:
   Rig rig_;
   std::vector<WeightId> ids_;
+  std::vector<Tensor> written_;  // by the forward pass
 };
 
 // Scores every row of the sequence added last: row i's successor is `successors[i]`.

@@ -104,6 +104,7 @@ class Pages {
 struct Cut {
   int32_t max_states, wanted_blocks;
   bool shares;
+  int32_t item_blocks = 0;  // 0: one an item
 };
 
 // Outputs of a sequence's rows, one vector a sequence.
@@ -140,26 +141,29 @@ Outputs attend(const Heads& heads, DType dtype, int32_t window, const Cut& cut,
   const KvCache cache = pages.cache();
   std::vector<float> states(static_cast<size_t>(cut.max_states * heads.H * (cache.row_stride + 2)),
                             std::numeric_limits<float>::quiet_NaN());
+  const StepScalars scalars = {.num_items = static_cast<int32_t>(work.items.size())};
   const auto device = make_emulated_device();
-  device->kernels().attention(device->make_stream(),
-                              {.rows = {.num_rows = static_cast<int32_t>(plan.num_rows()),
-                                        .positions = plan.positions.data(),
-                                        .page_tables = plan.page_tables.data()},
-                               .cache = cache,
-                               .work = {.items = work.items.data(),
-                                        .item_rows = work.item_rows.data(),
-                                        .row_states = work.row_states.data(),
-                                        .merges = work.merges.data(),
-                                        .num_items = static_cast<int32_t>(work.items.size()),
-                                        .num_merges = static_cast<int32_t>(work.merges.size()),
-                                        .max_states = cut.max_states},
-                               .window = window,
-                               .H = static_cast<int32_t>(heads.H),
-                               .dtype = dtype,
-                               .q = q.data(),
-                               .out = out.data(),
-                               .workspace = states.data(),
-                               .max_shared_bytes = shared_bytes});
+  device->kernels().attention(
+      device->make_stream(),
+      {.rows = {.num_rows = static_cast<int32_t>(plan.num_rows()),
+                .scalars = &scalars,
+                .positions = plan.positions.data(),
+                .page_tables = plan.page_tables.data()},
+       .cache = cache,
+       .work = {.items = work.items.data(),
+                .item_rows = work.item_rows.data(),
+                .row_states = work.row_states.data(),
+                .merges = work.merges.data(),
+                .item_blocks = cut.item_blocks > 0 ? cut.item_blocks : scalars.num_items,
+                .num_merges = static_cast<int32_t>(work.merges.size()),
+                .max_states = cut.max_states},
+       .window = window,
+       .H = static_cast<int32_t>(heads.H),
+       .dtype = dtype,
+       .q = q.data(),
+       .out = out.data(),
+       .workspace = states.data(),
+       .max_shared_bytes = shared_bytes});
   Outputs outputs(kSequences.size());
   for (const StepSequence& sequence : plan.sequences) {
     const auto index = static_cast<size_t>(&sequence - plan.sequences.data());
@@ -195,9 +199,13 @@ void expect_cuts_change_nothing(const Heads& heads, DType dtype, int32_t window)
         attend(heads, dtype, window, {0, 1, false}, {s})[static_cast<size_t>(s)];
     for (const float x : alone[static_cast<size_t>(s)]) ASSERT_TRUE(std::isfinite(x)) << s;
   }
-  // Nothing stored; shared chunks alone; all that fits; memory for some; nothing shared.
-  for (const Cut& cut :
-       {Cut{0, 1, true}, {500, 1, true}, {500, 1000, true}, {9, 1000, true}, {500, 1000, false}}) {
+  // Nothing stored; shared chunks alone; all that fits; memory for some; nothing shared. Blocks
+  // that take several items in turn, and more blocks than items.
+  for (const Cut& cut : {Cut{0, 1, true, 3},
+                         {500, 1, true},
+                         {500, 1000, true, 7},
+                         {9, 1000, true, 90},
+                         {500, 1000, false}}) {
     const auto order = Numbers(static_cast<uint64_t>(cut.max_states + cut.wanted_blocks))
                            .permutation(num_sequences);
     expect_same_outputs(attend(heads, dtype, window, cut, order), alone,

@@ -1,6 +1,7 @@
 // The memory plan, without a device.
 #include "kernels/cuda/memory_plan.h"
 
+#include "kernels/cuda/graph_buckets.h"
 #include "tests/kernels/rig.h"
 
 namespace rollpack::kernels::cuda {
@@ -54,12 +55,28 @@ TEST(MemoryPlan, WhatOthersHoldIsNotPlannedWith) {
   EXPECT_EQ(plan.staging, 0);
 }
 
+TEST(MemoryPlan, GraphsHaveALineThatTheyMayNotExceed) {
+  const DeviceMemoryPlan plan = plan_of(kGiB, 80 * kGiB, 80 * kGiB);
+  EXPECT_EQ(plan.graphs, graph_bytes(kLarge, {}));
+  EXPECT_GT(plan.graphs, 46 * 32 * 9 * int64_t{4096});  // 23 buckets, twice; 9 kernels a layer
+  EXPECT_LT(plan.graphs, kGiB / 8);
+  const DeviceMemoryPlan eager =
+      plan_memory(kLarge, {.kv_cache_bytes = kGiB, .enforce_eager = true}, plan.weights,
+                  {.total_bytes = 80 * kGiB, .free_bytes = 80 * kGiB});
+  EXPECT_EQ(eager.graphs, 0);
+  // Page tables of steps that are graphs have room of their own.
+  EXPECT_EQ(plan.steps - eager.steps, 2 * 256 * (24576 / 16) * 4);
+  EXPECT_EQ(plan.total() - eager.total(), plan.graphs + plan.steps - eager.steps);
+}
+
 TEST(MemoryPlan, TooLittleMemoryNamesWhatIsNeededAndThere) {
   const std::string text = testing::error_text([] { plan_of(40 * kGiB, 48 * kGiB, 48 * kGiB); });
   const DeviceMemoryPlan fitting = plan_of(40 * kGiB, 800 * kGiB, 800 * kGiB);
   EXPECT_NE(text.find(std::to_string(fitting.total() - fitting.staging)), std::string::npos)
       << text;
   EXPECT_NE(text.find("engine.kv_cache_memory"), std::string::npos) << text;
+  EXPECT_NE(text.find("graphs " + std::to_string(fitting.graphs)), std::string::npos) << text;
+  EXPECT_NE(text.find("or set engine.enforce_eager"), std::string::npos) << text;
 }
 
 }  // namespace
