@@ -84,6 +84,7 @@ struct EngineSection {
   int32_t max_num_batched_tokens = 2048;
   bool enable_chunked_prefill = true;
   bool enable_prefix_caching = true;
+  bool enforce_eager = false;
   int64_t kv_cache_memory = int64_t{2} << 30;
   int32_t num_threads = 0;
   std::string speculation = "auto";
@@ -108,6 +109,9 @@ struct EngineSection {
     field("enable_prefix_caching", self.enable_prefix_caching, Flag{},
           "compute a prompt once for its group, a common beginning once for all; false: once a "
           "sample");
+    field("enforce_eager", self.enforce_eager, Flag{},
+          "cuda: launch each kernel of a decoding step, instead of graphs captured at start; same "
+          "bits");
     field("kv_cache_memory", self.kv_cache_memory, Bytes{int64_t{4} << 10, int64_t{64} << 40},
           "of the KV cache of a rank");
     field("num_threads", self.num_threads, Between{0, 1024},

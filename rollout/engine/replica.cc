@@ -34,6 +34,7 @@ std::unique_ptr<kernels::Backend> configured_backend(const Config& config, const
                                         .max_num_seqs = engine.max_num_seqs,
                                         .max_num_batched_tokens = engine.max_num_batched_tokens,
                                         .shared_weights = options.shared_weights,
+                                        .enforce_eager = engine.enforce_eager,
                                         .communicator = options.communicator});
   if (!options.profiles) return backend;
   return std::make_unique<kernels::ProfiledBackend>(std::move(backend), shape);

@@ -34,6 +34,7 @@ Config unusual() {
                    .max_num_batched_tokens = 1,
                    .enable_chunked_prefill = false,
                    .enable_prefix_caching = false,
+                   .enforce_eager = true,
                    .kv_cache_memory = 123457,
                    .num_threads = 2,
                    .speculation = "on",
@@ -92,7 +93,8 @@ TEST(ConfigText, JsonHoldsEveryFieldWithItsType) {
             R"("prompt_overflow":"error","logprobs_mode":"processed_logprobs"},)"
             R"("engine":{"backend":"auto","batching":"continuous","max_num_seqs":256,)"
             R"("max_num_batched_tokens":2048,"enable_chunked_prefill":true,)"
-            R"("enable_prefix_caching":true,"kv_cache_memory":2147483648,"num_threads":0,)"
+            R"("enable_prefix_caching":true,"enforce_eager":false,)"
+            R"("kv_cache_memory":2147483648,"num_threads":0,)"
             R"("speculation":"auto","num_speculative_tokens":5,)"
             R"("share_weights":"auto","tensor_model_parallel_size":1},)"
             R"("reference_model":{"path":"","kv_cache_memory":536870912},)"

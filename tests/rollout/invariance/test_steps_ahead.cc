@@ -1,5 +1,6 @@
-// Steps planned while others are under way give the bits of steps that wait for each other, over
-// real numbers and every backend, the emulated CUDA one among them: that one has bits of its own.
+// Steps planned while others are under way give the bits of steps that wait for each other, and
+// steps that are graphs those of steps enqueued kernel by kernel, over real numbers and every
+// backend, the emulated CUDA one among them: that one has bits of its own.
 #include <gtest/gtest.h>
 
 #include <chrono>
@@ -50,11 +51,12 @@ struct Collected : EngineOutput {
 struct Outcome {
   std::map<std::pair<int64_t, int32_t>, bridge::Sample> samples;
   EngineCounters counters;
+  int64_t num_layers = 0;  // run by steps
 };
 
 enum class Steps { kWaitedFor, kDelayed };
 
-Outcome run(const std::string& name, Steps steps) {
+Outcome run(const std::string& name, Steps steps, bool enforce_eager = false) {
   ModelConfig model = tiny_model_config();
   Config config = tiny_config();
   config.engine.speculation = "off";  // drafts would wait for tokens
@@ -64,7 +66,8 @@ Outcome run(const std::string& name, Steps steps) {
       {.num_threads = 1,
        .kv_cache_bytes = config.engine.kv_cache_memory,
        .max_num_seqs = config.engine.max_num_seqs,
-       .max_num_batched_tokens = config.engine.max_num_batched_tokens});
+       .max_num_batched_tokens = config.engine.max_num_batched_tokens,
+       .enforce_eager = enforce_eager});
   if (steps == Steps::kDelayed) {
     backend = std::make_unique<kernels::testing::DelayedBackend>(std::move(backend), 5, 200us);
   } else {
@@ -72,6 +75,7 @@ Outcome run(const std::string& name, Steps steps) {
   }
   Replica replica(config, model, std::move(backend));
   load_tensors(replica, tiny_tensors(1));
+  const int64_t layers_of_start = replica.num_layers_run();
   Collected collected;
   Engine engine(replica.limits(), make_batching_policy("continuous"), replica.backend(), collected);
   std::mt19937 random(4);
@@ -90,15 +94,11 @@ Outcome run(const std::string& name, Steps steps) {
   while (engine.has_work()) {
     EXPECT_EQ(engine.step(60s), Engine::StepOutcome::kDone);
   }
-  return {std::move(collected.samples), engine.state().counters};
+  return {std::move(collected.samples), engine.state().counters,
+          replica.num_layers_run() - layers_of_start};
 }
 
-class StepsAhead : public ::testing::TestWithParam<std::string> {};
-
-TEST_P(StepsAhead, GiveTheBitsOfStepsThatWaitForEachOther) {
-  const Outcome want = run(GetParam(), Steps::kWaitedFor), got = run(GetParam(), Steps::kDelayed);
-  EXPECT_EQ(want.counters.num_rows_after_stop, 0);
-  EXPECT_GT(got.counters.num_rows_after_stop, 0);
+void expect_same_samples(const Outcome& got, const Outcome& want) {
   ASSERT_EQ(got.samples.size(), want.samples.size());
   for (const auto& [name, sample] : want.samples) {
     const bridge::Sample& other = got.samples.at(name);
@@ -107,6 +107,20 @@ TEST_P(StepsAhead, GiveTheBitsOfStepsThatWaitForEachOther) {
     EXPECT_EQ(other.support_logmass, sample.support_logmass);
     EXPECT_EQ(other.finish_reason, sample.finish_reason);
   }
+}
+
+class StepsAhead : public ::testing::TestWithParam<std::string> {};
+
+TEST_P(StepsAhead, GiveTheBitsOfStepsThatWaitForEachOtherAndOfKernelsOneByOne) {
+  const Outcome want = run(GetParam(), Steps::kWaitedFor), got = run(GetParam(), Steps::kDelayed);
+  EXPECT_EQ(want.counters.num_rows_after_stop, 0);
+  EXPECT_GT(got.counters.num_rows_after_stop, 0);
+  expect_same_samples(got, want);
+  const bool has_graphs = GetParam() == kernels::testing::kEmulatedCuda || GetParam() == "cuda";
+  if (!has_graphs) return;
+  const Outcome eager = run(GetParam(), Steps::kWaitedFor, true);
+  expect_same_samples(eager, want);
+  EXPECT_EQ(eager.num_layers, want.num_layers);  // replayed layers count as run
 }
 
 INSTANTIATE_TEST_SUITE_P(Backends, StepsAhead,
