@@ -1,6 +1,6 @@
 // Steps that only decode, as graphs and kernel by kernel, on every backend that has graphs: the
 // same bits for any number of rows, with two steps under way, whatever lies in rows that are
-// skipped.
+// skipped, behind sleep too.
 #include <numeric>
 
 #include "tests/kernels/decoding_steps.h"
@@ -27,6 +27,18 @@ class Pair {
     for (TinyModel* model : {&with_, &without_}) model->run(DecodingSteps::prefill(model->V()));
     EXPECT_EQ(with_.rig().backend().info().row_buckets.back(), std::min(max_rows, 512));
     EXPECT_TRUE(without_.rig().backend().info().row_buckets.empty());
+  }
+
+  // The model with graphs sleeps and wakes up, in two parts and with the KV pages last.
+  void sleep(int level) {
+    Backend& backend = with_.rig().backend();
+    const std::vector<int32_t> buckets = backend.info().row_buckets;
+    backend.sleep(level);
+    backend.wake_up({.weights = true});
+    if (level == 2) with_.rig().commit();
+    backend.wake_up({.kv_cache = true});
+    EXPECT_EQ(backend.info().row_buckets, buckets);
+    with_.run(DecodingSteps::prefill(with_.V()));
   }
 
   // A batch of `rows` sequences, then others of them, each step given before the last has ended.
@@ -98,6 +110,15 @@ TEST_P(DecodeGraphs, ChangeNoBitForAnyNumberOfRows) {
   if (!takes_all) return;
   Pair pair(GetParam(), DType::kBF16, 520);
   for (const int32_t rows : {256, 300, 129, 512}) pair.expect_same(rows, 2);
+}
+
+TEST_P(DecodeGraphs, ChangeNoBitBehindSleep) {
+  Pair pair(GetParam(), DType::kBF16, 8);
+  pair.expect_same(7, 1);
+  for (const int level : {1, 2}) {
+    pair.sleep(level);
+    pair.expect_same(5, static_cast<uint64_t>(level) + 1);
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Backends, DecodeGraphs, ::testing::ValuesIn(backends_with_graphs()));

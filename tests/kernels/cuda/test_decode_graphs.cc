@@ -37,6 +37,11 @@ class Logged {
     run(std::move(plan));
     return log_->num_graph_launches - before;
   }
+  // Where the memory lies that is in use under this name; null: there is none.
+  const std::byte* place_of(const std::string& what) const {
+    const auto found = log_->memory.find(what);
+    return found == log_->memory.end() ? nullptr : found->second.data;
+  }
   // All bytes that are allocated under this name.
   std::vector<std::byte> bytes_of(const std::string& what) const {
     std::vector<std::byte> bytes;
@@ -225,6 +230,43 @@ TEST(DecodeGraphs, ReadTheWeightsThatAreCommittedLast) {
   eager.model().set_weights(9);
   expect_same_results(got.samples, eager.run(plan).samples, "new weights");
   EXPECT_NE(got.samples[0].logprob, old.samples[0].logprob);
+}
+
+// Weights and pages come back to the addresses that graphs hold: none is captured again.
+TEST(DecodeGraphs, StayAsTheyAreOverSleep) {
+  testing::RigOptions options{.max_num_seqs = 4, .max_num_batched_tokens = 8};
+  Logged sleeper(options), awake(options);
+  options.enforce_eager = true;
+  Logged eager(options);
+  const StepPlan plan = decoding({0, 1, 2}, 5);
+  EXPECT_EQ(sleeper.launches_of(plan), 1);
+  const size_t captured = sleeper.log().graphs.size();
+  const int64_t held = sleeper.backend().held_bytes();
+  EXPECT_GT(held, eager.backend().held_bytes()) << "what graphs hold";
+  const std::vector<std::string> names = {"weights", "engine.kv_cache_memory"};
+  std::vector<const std::byte*> places;
+  for (const std::string& name : names) places.push_back(sleeper.place_of(name));
+  for (const int level : {1, 2}) {
+    sleeper.backend().sleep(level);
+    for (const std::string& name : names) EXPECT_EQ(sleeper.place_of(name), nullptr) << name;
+    sleeper.backend().wake_up({.weights = true, .kv_cache = true});
+    if (level == 2) {
+      for (Logged* logged : {&sleeper, &awake, &eager}) {
+        logged->model().set_weights(9);
+        logged->model().rig().commit();
+      }
+    }
+    for (size_t i = 0; i < names.size(); ++i) {
+      EXPECT_EQ(sleeper.place_of(names[i]), places[i]) << names[i];
+    }
+    EXPECT_EQ(sleeper.backend().held_bytes(), held);
+    const int64_t before = sleeper.log().num_graph_launches;
+    const StepResult got = sleeper.run(plan);
+    EXPECT_EQ(sleeper.log().num_graph_launches, before + 1);
+    expect_same_results(got.samples, awake.run(plan).samples, "one that never slept");
+    expect_same_results(got.samples, eager.run(plan).samples, "kernel by kernel");
+  }
+  EXPECT_EQ(sleeper.log().graphs.size(), captured);
 }
 
 }  // namespace
