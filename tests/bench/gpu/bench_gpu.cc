@@ -1,5 +1,6 @@
-// Ops of the CUDA backend at the shape of an 8B model, through the Backend interface, as shares of
-// what the device can do at most, measured in the same run. One JSON object a line, as it goes.
+// Ops of the CUDA backend at the shape of an 8B model and whole steps of a 0.5B one, through the
+// Backend interface, as shares of what the device can do at most, measured in the same run. One
+// JSON object a line, as it goes.
 //
 //   bench_gpu            all of it, some minutes
 //   bench_gpu --probe    whether a device can be used: one line; exit code 3 and the reason if not
@@ -17,6 +18,7 @@
 
 #include "kernels/base/error.h"
 #include "kernels/registry.h"
+#include "tests/bench/gpu/decode_steps.h"
 #ifdef ROLLPACK_BENCH_DEVICE
 #include "tests/bench/gpu/device_limits.h"
 #endif
@@ -258,6 +260,18 @@ const Sizes kSmoke = {.model = {.D = 64, .H = 4, .G = 2, .K = 32, .F = 128, .V =
                       .context = 40,
                       .repeats = 2};
 
+// Qwen2.5-0.5B: its kernels are so short that enqueuing them one by one takes longer.
+const DecodeSizes kDecoding = {
+    .model = {.D = 896, .H = 14, .G = 2, .K = 64, .F = 4864, .V = 151936, .L = 24},
+    .rows = {1, 8, 32, 64, 256},
+    .context = 511,
+    .num_steps = 100};
+const DecodeSizes kSmokeDecoding = {
+    .model = {.D = 64, .H = 4, .G = 2, .K = 32, .F = 128, .V = 3000, .L = 2},
+    .rows = {1, 5},
+    .context = 40,
+    .num_steps = 3};
+
 int run(const std::vector<std::string_view>& args) {
   const auto has = [&](std::string_view name) {
     return std::ranges::find(args, name) != args.end();
@@ -265,6 +279,7 @@ int run(const std::vector<std::string_view>& args) {
   const BackendChoice choice = choose_backend("auto");
   if (has("--smoke")) {
     Bench(choice.name, kSmoke, {}).run();
+    run_decode_steps(choice.name, kSmokeDecoding);
     return 0;
   }
   if (choice.name != "cuda") {
@@ -284,6 +299,9 @@ int run(const std::vector<std::string_view>& args) {
   fmt::print("{{\"bf16_tflops\": {:.1f}, \"read_gb_per_s\": {:.1f}}}\n", limits.bf16_flops / 1e12,
              limits.bytes_per_second / 1e9);
   std::fflush(stdout);
+  DecodeSizes decoding = kDecoding;
+  decoding.bytes_per_second = limits.bytes_per_second;
+  run_decode_steps("cuda", decoding);  // first: what follows takes long
   Bench("cuda", kLarge, limits).run();
   return 0;
 }
