@@ -149,8 +149,8 @@ void Worker::watch_prefill() {
 }
 
 // The staged set is read through before anybody switches to it, beside the steps: at 15 GB/s it
-// would cost each of them a pause. So would the sealing of what is exported, 50 ms for 1 GB in pages
-// of 4 KiB.
+// would cost each of them a pause. So would sealing what is exported, 50 ms for 1 GB in pages of
+// 4 KiB.
 void Worker::check_staged(uint64_t ticket, bool exports) {
   check_ = std::thread([this, ticket, exports] {
     Ack ack{.ticket = ticket};

@@ -313,8 +313,8 @@ class Session:
         begin: dict[str, Any] = {"phase": "begin", "version": version}
         if base_version is not None:
             begin["base_version"] = base_version
-        # What is ready is sent ahead of the replies before it: the ranks begin when their step ends,
-        # time enough to write the first chunks.
+        # What is ready is sent ahead of the replies before it: ranks begin when their step ends,
+        # which is time enough to write the first chunks.
         in_flight = deque([self._post("update_weights", begin)])
         try:
             for chunk in write_chunks(weights, chunk_bytes):
