@@ -18,23 +18,23 @@ while [ $# -gt 0 ]; do
   shift 2
 done
 
-programs=(tests/kernels/test_kernels tests/bench/gpu/bench_gpu)
+programs=(tests/kernels/test_kernels tests/rollout/test_rollout_steps_ahead)
 if [ -x bin/bench_gpu ]; then  # a bundle
-  tests=bin/test_kernels bench=bin/bench_gpu
+  tests=("${programs[@]/#*\//bin/}") bench=bin/bench_gpu
   export LD_LIBRARY_PATH=$PWD/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 else
-  tests/build.sh release --target test_kernels bench_gpu >&2
-  tests=build/${programs[0]} bench=build/${programs[1]}
+  tests/build.sh release --target "${programs[@]##*/}" bench_gpu >&2
+  tests=("${programs[@]/#/build/}") bench=build/tests/bench/gpu/bench_gpu
 fi
 
 if [ -n "$bundle" ]; then
   folder=$(mktemp -d)
   trap 'rm -rf "$folder"' EXIT
   mkdir -p "$folder"/rollpack_gpu/{bin,lib,tests}
-  cp "$tests" "$bench" "$folder/rollpack_gpu/bin/"
+  cp "${tests[@]}" "$bench" "$folder/rollpack_gpu/bin/"
   strip "$folder"/rollpack_gpu/bin/*
   # Libraries that a bare machine may lack; the C library and the driver are its own.
-  ldd "$tests" "$bench" | awk '/=> \//{print $3}' | sort -u |
+  ldd "${tests[@]}" "$bench" | awk '/=> \//{print $3}' | sort -u |
     grep -vE '/(libc|libm|libdl|libpthread|librt|ld-linux[^/]*|libcuda)\.so' |
     xargs -r cp -L -t "$folder/rollpack_gpu/lib"
   cp tests/run_gpu.sh "$folder/rollpack_gpu/tests/"
@@ -58,13 +58,16 @@ cat "$output"
 deadline=$((SECONDS + minutes * 60))
 passed=0 failed=0
 # A test at a time, so that a device that is lost takes one with it.
-mapfile -t names < <("$tests" --gtest_list_tests | awk '
-  /^[^ ]/ { suite = $1 }
-  /GetParam\(\) = "cuda"$/ { print suite $1 }')
-for name in "${names[@]}"; do
+mapfile -t names < <(for program in "${tests[@]}"; do
+  "$program" --gtest_list_tests | awk -v program="$program" '
+    /^[^ ]/ { suite = $1 }
+    /GetParam\(\) = "cuda"$/ { print program " " suite $1 }'
+done)
+for program_and_name in "${names[@]}"; do
+  program=${program_and_name% *} name=${program_and_name#* }
   [ $SECONDS -lt $deadline ] || break
   begin=$(date +%s%3N) result=ok
-  timeout 120 "$tests" --gtest_filter="$name" --gtest_brief=1 >"$output.test" 2>&1 || result=failed
+  timeout 120 "$program" --gtest_filter="$name" --gtest_brief=1 >"$output.test" 2>&1 || result=failed
   printf '{"test": "%s", "result": "%s", "ms": %d}\n' "$name" "$result" \
     $(($(date +%s%3N) - begin)) >>"$output"
   if [ $result = ok ]; then passed=$((passed + 1)); else
