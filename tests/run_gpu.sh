@@ -67,7 +67,8 @@ for program_and_name in "${names[@]}"; do
   program=${program_and_name% *} name=${program_and_name#* }
   [ $SECONDS -lt $deadline ] || break
   begin=$(date +%s%3N) result=ok
-  timeout 120 "$program" --gtest_filter="$name" --gtest_brief=1 >"$output.test" 2>&1 || result=failed
+  timeout 120 "$program" --gtest_filter="$name" --gtest_brief=1 >"$output.test" 2>&1 ||
+    result=failed
   printf '{"test": "%s", "result": "%s", "ms": %d}\n' "$name" "$result" \
     $(($(date +%s%3N) - begin)) >>"$output"
   if [ $result = ok ]; then passed=$((passed + 1)); else
