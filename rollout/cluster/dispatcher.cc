@@ -296,7 +296,9 @@ void Dispatcher::score(std::vector<bridge::ScoreSequence> sequences,
 void Dispatcher::send_score(const std::shared_ptr<ScoreBatch>& batch, size_t index) {
   const std::vector<int32_t> live = all_workers();
   const int32_t worker = live[index % live.size()];
-  const uint64_t ticket = new_ticket(worker);
+  expect_progress(worker);
+  const uint64_t ticket = ++num_tickets_;
+  workers_[worker].score_tickets.insert(ticket);
   scores_[ticket] = {batch, index};
   AddScores command;
   command.requests.push_back({.ticket = ticket, .sequence = batch->sequences[index]});

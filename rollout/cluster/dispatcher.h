@@ -165,7 +165,8 @@ class Dispatcher : public bridge::RolloutService {
     bool is_asleep = false;                // likewise
     int32_t num_wanted = 0;                // samples it has asked for
     int64_t num_outstanding = 0;           // expected tokens of what it works on
-    std::set<uint64_t> tickets;            // it has to answer
+    std::set<uint64_t> tickets;            // it has to answer, whatever its state
+    std::set<uint64_t> score_tickets;      // likewise, by steps
     TimePoint last_progress;               // or since when it owes something
     // Replaced, never changed: whoever sums thousands of them does so without the lock.
     std::shared_ptr<const std::map<std::string, double>> stats =
@@ -173,7 +174,8 @@ class Dispatcher : public bridge::RolloutService {
 
     bool takes_part() const { return !is_stopped && !is_joining; }
     bool owes() const {
-      return !tickets.empty() || (num_outstanding > 0 && !is_paused && !is_asleep);
+      const bool has_steps_to_do = num_outstanding > 0 || !score_tickets.empty();
+      return !tickets.empty() || (has_steps_to_do && !is_paused && !is_asleep);
     }
   };
   // Acks still missing of one command to several workers.

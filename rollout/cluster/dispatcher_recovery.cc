@@ -110,6 +110,7 @@ void Dispatcher::give_up(int32_t worker, ErrorInfo error, Effects& effects) {
   doubt_node(state.link->node());
   spdlog::warn("{} workers left, {} on their way; {} groups of the lost one are queued again",
                all_workers().size(), num_starting_, fenced.num_requeued);
+  state.tickets.merge(state.score_tickets);
   for (const uint64_t ticket : std::exchange(state.tickets, {})) {
     give_up_ticket(ticket, error, effects);
   }

@@ -205,7 +205,7 @@ void Dispatcher::release_tokens(int32_t worker, int64_t num_tokens) {
 }
 
 void Dispatcher::on_event(int32_t worker, Scored& event, Effects& effects) {
-  workers_[worker].tickets.erase(event.ticket);
+  workers_[worker].score_tickets.erase(event.ticket);
   const auto found = scores_.find(event.ticket);
   if (found == scores_.end()) return;
   const auto [batch, index] = found->second;

@@ -98,8 +98,16 @@ TEST(Recovery, GivesUpARankThatOwesAndShowsNoProgressForALease) {
   dispatcher.pause(bridge::InFlight::kKeep, [&](bridge::Outcome) { paused.set_value(); });
   ASSERT_EQ(paused.get_future().wait_for(30s), std::future_status::ready);
   dispatcher.submit(numbered_prompts(12));
+  std::promise<bridge::Outcome> scored;
+  dispatcher.score(
+      {{.input_ids = {1}, .response_ids = {2}}, {.input_ids = {3}, .response_ids = {4}}},
+      [&](bridge::Outcome error, auto) { scored.set_value(std::move(error)); });
   pass(60000);
   EXPECT_EQ(stat(dispatcher, "num_worker_deaths"), 0);
+  dispatcher.resume();
+  std::future<bridge::Outcome> outcome = scored.get_future();
+  ASSERT_EQ(outcome.wait_for(30s), std::future_status::ready);
+  EXPECT_FALSE(outcome.get());
 }
 
 // Takes commands and never answers, as a stopped process does.
