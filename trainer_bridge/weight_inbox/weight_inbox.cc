@@ -89,7 +89,7 @@ void WeightInbox::chunk(uint64_t client, int64_t version, ChunkManifest manifest
                         OutcomeCallback done) {
   try {
     check_owner("chunk", client, version);
-    if (waiting_.size() + num_staging_ >= kMaxPhasesAhead) {
+    if (update_->num_ahead >= kMaxPhasesAhead) {
       throw Error({.code = ErrorCode::kWouldBlock,
                    .field = "update_weights",
                    .value = "chunk",
@@ -99,6 +99,7 @@ void WeightInbox::chunk(uint64_t client, int64_t version, ChunkManifest manifest
   } catch (const Error& error) {
     return done(error.info);
   }
+  ++update_->num_ahead;
   auto shared_fd = std::make_shared<OwnedFd>(std::move(fd));  // std::function wants copies
   enqueue({Kind::kChunk,
            [this, manifest = std::move(manifest), shared_fd](const OutcomeCallback& end) {
@@ -169,6 +170,7 @@ void WeightInbox::phase_ended(uint64_t update_serial, Kind kind, const OutcomeCa
     is_busy_ = false;
   }
   const bool is_current = update_ && update_serial == update_serial_;
+  if (is_current && kind == Kind::kChunk) --update_->num_ahead;
   if (!is_current && !outcome) {
     outcome =
         out_of_order(name_of(kind), "an update that goes on", "the update was cancelled meanwhile");

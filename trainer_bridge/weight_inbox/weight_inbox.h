@@ -39,7 +39,7 @@ class WeightInbox {
   // `done` is called once, on the foreground. Errors, through `done`:
   //   invalid_argument     a version not above the current one; a base that is not the current one
   //   failed_precondition  a phase out of order, another client's update, another version
-  //   would_block          more than kMaxPhasesAhead phases wait
+  //   would_block          more than kMaxPhasesAhead chunks of this update wait
   //   and what the manifest's memory or the service has against it, which ends the update
   void begin(uint64_t client, WeightUpdate update, OutcomeCallback done);
   void chunk(uint64_t client, int64_t version, ChunkManifest manifest, OwnedFd fd,
@@ -63,6 +63,7 @@ class WeightInbox {
     uint64_t client = 0;
     int64_t version = 0;
     bool is_committing = false;
+    size_t num_ahead = 0;         // chunks that wait for their reply
     std::set<std::string> names;  // of the tensors sent so far
   };
 

@@ -309,6 +309,25 @@ TEST_F(SlowInboxTest, WhatTheServiceHoldsCountsAsAhead) {
   EXPECT_EQ(answers["too many"].code, ErrorCode::kWouldBlock);
 }
 
+TEST_F(SlowInboxTest, WhatTheServiceHoldsOfAClientThatHasGoneDoesNotCountForTheNext) {
+  inbox.begin(kAnna, {.version = 1}, into("begin"));
+  for (const std::string& name : kAllNames) send(kAnna, 1, {name}, "of one who goes");
+  run_all();
+  ASSERT_EQ(service.num_held(), kAllNames.size());
+  inbox.client_gone(kAnna);
+  inbox.begin(kBerta, {.version = 1}, into("begin"));
+  for (const std::string& name : kAllNames) {
+    send(kBerta, 1, {name}, name);
+    EXPECT_EQ(answer(name).message, "no answer");
+  }
+  for (size_t i = 0; i < 2 * kAllNames.size(); ++i) {
+    service.answer_first();
+    run_all();
+  }
+  EXPECT_EQ(answer("begin").message, "ok");
+  for (const std::string& name : kAllNames) EXPECT_EQ(answer(name).message, "ok");
+}
+
 TEST_F(SlowInboxTest, ARefusalEndsTheUpdateOfChunksHeldBesideAndTheNextWaitsForThem) {
   inbox.begin(kAnna, {.version = 1}, into("begin"));
   Chunk unknown = make_chunk({"lm_head.weight"});
