@@ -305,6 +305,13 @@ void Worker::handle(Sleep& command) {
   pending_sleep_ = command;
 }
 
+// A rank without room, or asked at the wrong time, is as it was. One that is broken ends: where it
+// only answered, all others would sleep on with it.
+bool Worker::can_go_on_after(const Error& error) {
+  return error.info.code == ErrorCode::kResourceExhausted ||
+         error.info.code == ErrorCode::kFailedPrecondition;
+}
+
 void Worker::fall_asleep(const Sleep& command) {
   finish_check();
   finish_steps();
@@ -313,6 +320,7 @@ void Worker::fall_asleep(const Sleep& command) {
     engine_.sleep(command.level);
     if (reference_) reference_->sleep(kStepTimeout, [] { return false; });
   } catch (const Error& error) {
+    if (!can_go_on_after(error)) throw;
     ack.error = error.info;
   }
   ack.held_bytes = held_bytes();
@@ -327,6 +335,7 @@ void Worker::handle(WakeUp& command) {
     if (reference_) reference_->wake_up(tags);
     engine_.wake_up(tags);
   } catch (const Error& error) {
+    if (!can_go_on_after(error)) throw;
     ack.error = error.info;
   }
   ack.held_bytes = held_bytes();

@@ -54,6 +54,7 @@ class Worker : public WorkerLink, private EngineOutput {
   void finish_switch();
   bool stands_still() const { return is_paused_ || !engine_.is_awake(); }
   void fall_asleep(const Sleep& command);
+  static bool can_go_on_after(const Error& error);
   int64_t held_bytes() const;
   void switch_weights(const CommitWeights& command);
   void check_staged(uint64_t ticket, bool exports);
