@@ -195,7 +195,7 @@ void WeightStore::discard() {
 
 void WeightStore::sleep(bool keeps_copy) {
   if (staged_) fail_weight_state("weights", "staged", "commit or discard the staged set first");
-  if (keeps_copy && has_committed_ && committed_.has_memory()) {
+  if (keeps_copy && has_committed_ && !is_asleep()) {
     HostMemory copy(device_, next_offset_, "weights that sleep");
     device_.copy_to_host(stream_, copy.as<>(), committed_.as<>(), next_offset_);
     finish_copies();
@@ -210,7 +210,7 @@ void WeightStore::sleep(bool keeps_copy) {
 
 void WeightStore::wake_up() {
   if (!is_asleep()) return;
-  committed_.take();
+  if (!committed_.has_memory()) committed_.take();
   if (sleeping_.bytes() == 0) return;
   device_.copy_to_device(stream_, committed_.as<>(), sleeping_.as<>(), next_offset_);
   finish_copies();

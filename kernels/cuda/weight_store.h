@@ -38,7 +38,10 @@ class WeightStore {
   void sleep(bool keeps_copy);
   // Takes it again. Errors: resource_exhausted: it sleeps on.
   void wake_up();
-  bool is_asleep() const { return committed_.bytes() > 0 && !committed_.has_memory(); }
+  // Also where the copy back has failed: it is tried again.
+  bool is_asleep() const {
+    return sleeping_.bytes() > 0 || (committed_.bytes() > 0 && !committed_.has_memory());
+  }
   int64_t held_bytes() const {
     return committed_.held_bytes() + (staged_ ? staged_->on_device.bytes() : 0);
   }
