@@ -193,6 +193,7 @@ class CudaBackend final : public Backend {
       graphs_.clear();
       describe();
     }
+    are_graphs_tried_ = false;
     program_ = std::move(program);
     if (program_ && weights_.has_committed()) capture_graphs();
   }
@@ -251,6 +252,7 @@ class CudaBackend final : public Backend {
   StepContext step_;
   DeviceMemory partials_, attention_workspace_, head_workspace_;
   DecodeGraphs graphs_;
+  bool are_graphs_tried_ = false;  // of the program
   // A step that goes further is enqueued kernel by kernel, for rope_append to refuse it.
   int64_t num_graph_positions_ = 0;
   bool has_head_results_ = false;
@@ -276,7 +278,11 @@ void CudaBackend::describe() {
                   .activation_bytes =
                       memory_.activations + memory_.workspaces + memory_.steps + memory_.graphs};
   info_.row_buckets = graphs_.buckets();
-  if (!graphs_.is_empty()) info_.description += ", " + graphs_.description();
+  if (!graphs_.is_empty()) {
+    info_.description += ", " + graphs_.description();
+  } else if (are_graphs_tried_) {
+    info_.description += ", no room for graphs of decoding steps";
+  }
   info_.max_steps_under_way = kMaxStepsUnderWay;
 }
 
@@ -329,16 +335,17 @@ void CudaBackend::enqueue(StepProgram& program) {
   }
 }
 
-// Once program and weights are there; both stay where they are until the program changes, over
-// sleep too.
+// Once a program, when weights are there too; both stay where they are until the program changes,
+// over sleep too.
 void CudaBackend::capture_graphs() {
-  if (options_.enforce_eager || !graphs_.is_empty() || !program_ || !program_->is_replayable()) {
+  if (options_.enforce_eager || are_graphs_tried_ || !program_ || !program_->is_replayable()) {
     return;
   }
+  are_graphs_tried_ = true;
   queue_.drain();
   device_->bind_thread();
   num_graph_positions_ = std::numeric_limits<int64_t>::max();
-  graphs_.capture(stream_, [this](size_t place, int32_t rows) {
+  const auto capture = [this](size_t place, int32_t rows) {
     step_.begin_capture(place, rows);
     try {
       enqueue(*program_);
@@ -348,7 +355,13 @@ void CudaBackend::capture_graphs() {
     }
     step_.end_capture();
     return addresses();
-  });
+  };
+  try {
+    graphs_.capture(stream_, capture);
+  } catch (const Error& error) {
+    // Others on the device have taken the room: steps are the same kernel by kernel.
+    if (error.info.code != ErrorCode::kResourceExhausted) throw;
+  }
   describe();
 }
 
