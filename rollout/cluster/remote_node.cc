@@ -67,7 +67,8 @@ bool is_about_weights(const Command& command) {
         using T = std::decay_t<decltype(known)>;
         return std::is_same_v<T, BeginWeights> || std::is_same_v<T, StageWeights> ||
                std::is_same_v<T, FinishWeights> || std::is_same_v<T, AdoptWeights> ||
-               std::is_same_v<T, CommitWeights> || std::is_same_v<T, DiscardWeights>;
+               std::is_same_v<T, CommitWeights> || std::is_same_v<T, DiscardWeights> ||
+               std::is_same_v<T, Sleep> || std::is_same_v<T, WakeUp>;  // drop what is discarded
       },
       command);
 }
