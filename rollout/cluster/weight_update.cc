@@ -127,8 +127,12 @@ void Dispatcher::commit_weights(bridge::InFlight in_flight, bridge::OutcomeCallb
           },
           [this, in_flight, done](bridge::Outcome refused, int fd) {
             if (refused) return drop_update(done, std::move(refused));
-            shares_weights_ ? adopt_weights(bridge::OwnedFd::duplicate(fd), in_flight, done)
-                            : switch_weights(in_flight, done);
+            if (!shares_weights_) return switch_weights(in_flight, done);
+            try {
+              adopt_weights(bridge::OwnedFd::duplicate(fd), in_flight, done);
+            } catch (const Error& error) {  // no descriptor left
+              drop_update(done, error.info);
+            }
           },
           effects);
     }
