@@ -325,8 +325,10 @@ class Dispatcher : public bridge::RolloutService {
   std::set<std::pair<int64_t, int32_t>> askers_;  // (outstanding, worker) of those that want work
   std::function<void(int)> replace_;
   KeptWeights kept_weights_;
-  int32_t num_starting_ = 0;     // replacements asked for and not there yet
-  int32_t num_fruitless_ = 0;    // in a row that were lost without a sample
+  int32_t num_starting_ = 0;  // replacements asked for and not there yet
+  // Replacements in a row that are lost without a sample: another would fare no better.
+  static constexpr int32_t kMaxFruitless = 3;
+  int32_t num_fruitless_ = 0;
   std::vector<int> unreplaced_;  // ranks on this node that wait for a full update
   int64_t num_replacements_ = 0;
   bool is_paused_ = false;

@@ -12,9 +12,6 @@
 namespace rollpack::rollout {
 namespace {
 
-// Replacements in a row that are lost without a sample: another would fare no better.
-constexpr int32_t kMaxFruitless = 3;
-
 std::string too_many_partial_updates() {
   return fmt::format("the current weights came in more partial updates than are kept ({})",
                      KeptWeights::kMaxPartialUpdates);

@@ -199,9 +199,11 @@ void Dispatcher::end_with(ErrorInfo error, Effects& effects) {
   if (!std::exchange(is_ending_, true) && on_end_) effects.push_back(on_end_);
 }
 
-// Replacements on their way count, and those that are started when the job wakes up.
+// Replacements on their way count, and those that are started when the job wakes up or has weights.
 bool Dispatcher::has_worker_processes() const {
-  return num_starting_ > 0 || (asleep_.any() && !needs_weights_ && !unreplaced_.empty()) ||
+  const bool can_start =
+      num_fruitless_ < kMaxFruitless && (needs_weights_ || kept_weights_.is_complete());
+  return num_starting_ > 0 || (!is_awake() && can_start && !unreplaced_.empty()) ||
          std::ranges::any_of(workers_, [](const WorkerState& worker) {
            return !worker.is_stopped && worker.link->is_own_process();
          });

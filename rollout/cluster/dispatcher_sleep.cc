@@ -78,6 +78,10 @@ void Dispatcher::add_sleep_call(SleepCall call) {
 void Dispatcher::begin_sleep_call(Effects& effects) {
   const SleepCall& call = sleep_calls_.front();
   const bool sleeps = call.level > 0;
+  if (fatal_) {
+    effects.push_back([this, error = *fatal_] { end_sleep_call(error); });
+    return;
+  }
   if (sleeps && update_version_) {
     ErrorInfo error{.code = ErrorCode::kFailedPrecondition,
                     .field = "sleep",
