@@ -20,7 +20,6 @@ from recovery_rig import (
     MODEL,
     Samples,
     prompts_of,
-    take,
     take_rest,
     wait_and_connect,
     wait_for_stats,
@@ -33,7 +32,8 @@ pytestmark = pytest.mark.skipif(bool(WHY_IMPOSSIBLE),
                                 reason=f"no network namespaces here: {WHY_IMPOSSIBLE}")
 
 PROMPTS = prompts_of(40)
-NUM_SAMPLES, RESPONSE_LENGTH = 4, 80
+# Long enough for ranks to be in the midst of them when the link is cut.
+NUM_SAMPLES, RESPONSE_LENGTH = 4, 160
 LEASE_S = 3.0
 Tensors = dict[str, torch.Tensor]
 
@@ -154,10 +154,8 @@ def test_a_host_that_is_cut_off_in_mid_step_costs_nothing_but_time(
         undisturbed: dict[int, Samples]) -> None:
     with _serve(hosts, folder, tmp_path) as job, wait_and_connect(job, tmp_path) as client:
         client.submit(PROMPTS)
-        samples: Samples = {}
-        take(client.next_batch(timeout_s=60), samples)
-        hosts.cut()
-        assert _take_rest(client, samples) == undisturbed[0]
+        hosts.cut()  # takes up to a second beside ranks at work
+        assert _take_rest(client, {}) == undisturbed[0]
         stats = _wait_for_deaths(client, 2)
         assert (stats["num_workers"], stats["num_worker_deaths"]) == (2, 2)
         assert stats["num_groups_requeued"] > 0
