@@ -6,6 +6,7 @@
 #include <future>
 
 #include "kernels/base/error.h"
+#include "kernels/forwarding_backend.h"
 #include "tests/error_text.h"
 #include "tests/rollout/cluster/thread_ranks.h"
 #include "tests/rollout/cluster/weight_chunk.h"
@@ -309,6 +310,69 @@ TEST(Sleep, ARankThatIsLostWhileItFallsAsleepKeepsNobodyWaiting) {
   wake_up(dispatcher);
   ASSERT_TRUE(ranks.sink.wait_for(24));
   expect_same(ranks.sink.samples(), 8);
+}
+
+// Fails to wake up with a code, `num_failures` times.
+class SleepyBackend final : public kernels::ForwardingBackend {
+ public:
+  SleepyBackend(std::unique_ptr<kernels::Backend> inner, ErrorCode code, int num_failures)
+      : ForwardingBackend(std::move(inner)), code_(code), num_failures_(num_failures) {}
+  ~SleepyBackend() override { inner().set_program(nullptr); }
+  void wake_up(kernels::MemoryTags tags) override {
+    if (num_failures_-- > 0) throw Error({.code = code_, .field = "device memory"});
+    inner().wake_up(tags);
+  }
+
+ private:
+  const ErrorCode code_;
+  int num_failures_;
+};
+
+// Two ranks, of which the second does not wake up well.
+ThreadRanks ranks_with_a_sleepy_one(ErrorCode code) {
+  return ThreadRanks(2,
+                     [code](int rank) {
+                       const Config config = long_config();
+                       if (rank == 0) return tiny_replica(config);
+                       auto backend =
+                           configured_backend(config, tiny_model_config(), ReplicaOptions{});
+                       auto replica = std::make_unique<Replica>(
+                           config, tiny_model_config(),
+                           std::make_unique<SleepyBackend>(std::move(backend), code, 1));
+                       load_tensors(*replica, tiny_tensors(1));
+                       return replica;
+                     },
+                     {.is_on = true});
+}
+
+TEST(Sleep, ARankThatIsBrokenWhenItWakesUpIsGivenUpAndTheOthersAreAwake) {
+  ThreadRanks ranks = ranks_with_a_sleepy_one(ErrorCode::kUnavailable);
+  Dispatcher& dispatcher = ranks.dispatcher();
+  dispatcher.submit(some_prompts(0, 8));
+  ASSERT_TRUE(ranks.sink.wait_for(1));
+  sleep(dispatcher, 1);
+  EXPECT_TRUE(wake_up(dispatcher).is_awake());
+  ASSERT_TRUE(ranks.sink.wait_for(24));
+  expect_same(ranks.sink.samples(), 8);
+  EXPECT_EQ(stat(dispatcher, "num_worker_deaths"), 1);
+}
+
+TEST(Sleep, WhereARankFindsNoRoomAllSleepOnUntilTheNextCall) {
+  ThreadRanks ranks = ranks_with_a_sleepy_one(ErrorCode::kResourceExhausted);
+  Dispatcher& dispatcher = ranks.dispatcher();
+  dispatcher.submit(some_prompts(0, 8));
+  ASSERT_TRUE(ranks.sink.wait_for(1));
+  sleep(dispatcher, 1);
+  Slept slept;
+  dispatcher.wake_up(kAll, slept.callback());
+  const auto [error, state] = slept.get();
+  ASSERT_TRUE(error);
+  EXPECT_EQ(error->code, ErrorCode::kResourceExhausted);
+  EXPECT_FALSE(state.is_awake());
+  EXPECT_TRUE(wake_up(dispatcher).is_awake());
+  ASSERT_TRUE(ranks.sink.wait_for(24));
+  expect_same(ranks.sink.samples(), 8);
+  EXPECT_EQ(stat(dispatcher, "num_worker_deaths"), 0);
 }
 
 }  // namespace
