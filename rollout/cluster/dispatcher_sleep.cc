@@ -4,6 +4,7 @@
 //
 // At level 1 the weights count as asleep wherever they are kept: a trainer that wakes them before
 // it updates them does right on every backend.
+#include <algorithm>
 #include <utility>
 
 #include <fmt/format.h>
@@ -126,8 +127,11 @@ void Dispatcher::end_sleep_call(bridge::Outcome error) {
     call = std::move(sleep_calls_.front());
     sleep_calls_.pop_front();
     const bool was_awake = is_awake();
-    // Where all who slept are lost nobody sleeps: those who come in their place are awake.
-    if (call.level == 0 && all_workers().empty() && !fatal_) error.reset();
+    // Where all who slept are lost nobody sleeps: those who have come in their place, or will, are
+    // awake.
+    const bool nobody_sleeps = std::ranges::none_of(
+        all_workers(), [this](int32_t worker) { return workers_[worker].is_asleep; });
+    if (call.level == 0 && nobody_sleeps && !fatal_) error.reset();
     if (call.level == 0 && !error) {
       asleep_.weights &= !call.tags.weights;
       asleep_.kv_cache &= !call.tags.kv_cache;
@@ -141,6 +145,11 @@ void Dispatcher::end_sleep_call(bridge::Outcome error) {
                    : state.is_awake() ? "awake"
                                       : "awake in part",
                    mebibytes(state.held_bytes), all_workers().size());
+    }
+    if (call.level == 0 && asleep_.any()) {  // who has joined while others woke up
+      for (const int32_t worker : all_workers()) {
+        if (!workers_[worker].is_asleep) put_to_sleep(worker);
+      }
     }
     if (!sleep_calls_.empty()) begin_sleep_call(effects);
   }
