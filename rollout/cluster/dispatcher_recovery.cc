@@ -136,7 +136,8 @@ void Dispatcher::doubt_node(int node) {
 // Nobody: neither for all, nor beside rank 0 for suspects. Who is about to join is nobody where the
 // weights were dropped: an update that brings others would find no rank to take it.
 void Dispatcher::end_if_nobody_is_left(const ErrorInfo& last, Effects& effects) {
-  const bool nobody_takes_weights = needs_weights_ && !can_take_weights();
+  // In mid-switch others are about to have them.
+  const bool nobody_takes_weights = needs_weights_ && !is_switching_ && !can_take_weights();
   if (has_worker_processes() && !nobody_takes_weights) return;
   for (const GroupRequest& request : ledger_.take_suspects()) {
     ++num_groups_convicted_;

@@ -291,7 +291,7 @@ void Dispatcher::end_switch(const bridge::WeightsInUse& switched, bridge::Outcom
       kept_weights_.discard();
       // Some switched, some did not: no version to go on with. With recovery who did not is given
       // up, so an error says that nobody did.
-      if (!recovery_.is_on) end_with(*error, effects);
+      recovery_.is_on ? end_if_nobody_is_left(*error, effects) : end_with(*error, effects);
     } else {
       weights_ = switched;
       weights_.packing_ms = update_times_.packing_ms;
