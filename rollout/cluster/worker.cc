@@ -305,37 +305,34 @@ void Worker::handle(Sleep& command) {
   pending_sleep_ = command;
 }
 
-// A rank without room, or asked at the wrong time, is as it was. One that is broken ends: where it
-// only answered, all others would sleep on with it.
-bool Worker::can_go_on_after(const Error& error) {
-  return error.info.code == ErrorCode::kResourceExhausted ||
-         error.info.code == ErrorCode::kFailedPrecondition;
-}
-
 void Worker::fall_asleep(const Sleep& command) {
   finish_check();
   finish_steps();
-  Ack ack{.ticket = command.ticket};
-  try {
+  acknowledge_with_held_bytes(command.ticket, [&] {
     engine_.sleep(command.level);
     if (reference_) reference_->sleep(kStepTimeout, [] { return false; });
-  } catch (const Error& error) {
-    if (!can_go_on_after(error)) throw;
-    ack.error = error.info;
-  }
-  ack.held_bytes = held_bytes();
-  emit_(std::move(ack));
+  });
 }
 
 void Worker::handle(WakeUp& command) {
-  Ack ack{.ticket = command.ticket};
   const kernels::MemoryTags tags{.weights = command.tags.weights,
                                  .kv_cache = command.tags.kv_cache};
-  try {
+  acknowledge_with_held_bytes(command.ticket, [&] {
     if (reference_) reference_->wake_up(tags);
     engine_.wake_up(tags);
+  });
+}
+
+// A rank without room, or asked at the wrong time, is as it was. One that is broken ends: where it
+// only answered, all others would sleep on with it.
+void Worker::acknowledge_with_held_bytes(uint64_t ticket, const std::function<void()>& action) {
+  Ack ack{.ticket = ticket};
+  try {
+    action();
   } catch (const Error& error) {
-    if (!can_go_on_after(error)) throw;
+    const bool is_as_it_was = error.info.code == ErrorCode::kResourceExhausted ||
+                              error.info.code == ErrorCode::kFailedPrecondition;
+    if (!is_as_it_was) throw;
     ack.error = error.info;
   }
   ack.held_bytes = held_bytes();

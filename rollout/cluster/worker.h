@@ -54,7 +54,6 @@ class Worker : public WorkerLink, private EngineOutput {
   void finish_switch();
   bool stands_still() const { return is_paused_ || !engine_.is_awake(); }
   void fall_asleep(const Sleep& command);
-  static bool can_go_on_after(const Error& error);
   int64_t held_bytes() const;
   void switch_weights(const CommitWeights& command);
   void check_staged(uint64_t ticket, bool exports);
@@ -80,6 +79,7 @@ class Worker : public WorkerLink, private EngineOutput {
   void handle(Stop& command);
   void handle(Ping& command);
   void acknowledge(uint64_t ticket, const std::function<void()>& action);
+  void acknowledge_with_held_bytes(uint64_t ticket, const std::function<void()>& action);
 
   void tell_sample(bridge::Sample sample);
   int32_t attempt_of(const bridge::SampleKey& key);
