@@ -13,27 +13,9 @@ namespace {
 
 using namespace std::chrono_literals;
 
-// A clock that only the test moves.
-struct Clock {
-  std::atomic<int64_t> ms = 1000000;
-  RecoveryOptions recovery() {
-    return {.is_on = true, .lease = 10s, .now = [this] {
-              return std::chrono::steady_clock::time_point(std::chrono::milliseconds(ms));
-            }};
-  }
-};
-
 ErrorInfo gone(int rank) {
   return {
       .code = ErrorCode::kUnavailable, .field = "rank " + std::to_string(rank), .value = "gone"};
-}
-
-double stat(const Dispatcher& dispatcher, const std::string& name) {
-  for (const auto& [known, value] : dispatcher.stats()) {
-    if (known == name) return value;
-  }
-  ADD_FAILURE() << "no " << name;
-  return -1;
 }
 
 Config long_config() {

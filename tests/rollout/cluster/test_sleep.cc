@@ -55,14 +55,6 @@ bridge::SleepState wake_up(Dispatcher& dispatcher, bridge::MemoryTags tags = kAl
   return state;
 }
 
-double stat(const Dispatcher& dispatcher, const std::string& name) {
-  for (const auto& [known, value] : dispatcher.stats()) {
-    if (known == name) return value;
-  }
-  ADD_FAILURE() << "no " << name;
-  return -1;
-}
-
 Config long_config() {
   Config config = tiny_config();
   config.rollout.response_length = 60;
@@ -261,16 +253,6 @@ TEST(Sleep, PauseAndSleepDoNotUndoEachOther) {
   wake_up(dispatcher);
   EXPECT_TRUE(ranks.sink.wait_for(6));
 }
-
-// A clock that only the test moves.
-struct Clock {
-  std::atomic<int64_t> ms = 1000000;
-  RecoveryOptions recovery() {
-    return {.is_on = true, .lease = 10s, .now = [this] {
-              return std::chrono::steady_clock::time_point(std::chrono::milliseconds(ms));
-            }};
-  }
-};
 
 TEST(Sleep, ARankThatIsLostAsleepIsReplacedAfterwardsAndItsWorkBlamesNobody) {
   Clock clock;

@@ -2,6 +2,8 @@
 // to and from every worker but the first go through the codec, as they would between processes.
 #pragma once
 
+#include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <future>
 #include <map>
@@ -135,6 +137,24 @@ class ThreadRanks {
   std::unique_ptr<Dispatcher> dispatcher_;
   std::vector<std::shared_ptr<Worker>> workers_;
 };
+
+// A clock that only the test moves.
+struct Clock {
+  std::atomic<int64_t> ms = 1000000;
+  RecoveryOptions recovery() {
+    return {.is_on = true, .lease = std::chrono::seconds(10), .now = [this] {
+              return std::chrono::steady_clock::time_point(std::chrono::milliseconds(ms));
+            }};
+  }
+};
+
+inline double stat(const Dispatcher& dispatcher, const std::string& name) {
+  for (const auto& [known, value] : dispatcher.stats()) {
+    if (known == name) return value;
+  }
+  ADD_FAILURE() << "no " << name;
+  return -1;
+}
 
 inline std::vector<bridge::PromptRequest> numbered_prompts(int count) {
   std::mt19937 random(9);
