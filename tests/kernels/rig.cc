@@ -207,6 +207,17 @@ Deadline soon() {
   return std::chrono::steady_clock::now() + std::chrono::minutes(1);
 }
 
+std::vector<StepResult> run_ahead(Backend& backend, const std::vector<StepPlan>& plans) {
+  std::vector<StepResult> results;
+  StepHandle last = backend.submit(plans.front());
+  for (size_t i = 1; i <= plans.size(); ++i) {
+    const StepHandle next = i < plans.size() ? backend.submit(plans[i]) : 0;
+    results.push_back(backend.wait(last, soon()));
+    last = next;
+  }
+  return results;
+}
+
 std::vector<int32_t> page_range(int32_t first, int32_t count) {
   std::vector<int32_t> pages(static_cast<size_t>(count));
   std::iota(pages.begin(), pages.end(), first);

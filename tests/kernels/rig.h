@@ -104,6 +104,9 @@ class Rig {
 // Waits at most a minute: no test may hang.
 Deadline soon();
 
+// The results of the plans, each submitted while the one before is under way.
+std::vector<StepResult> run_ahead(Backend& backend, const std::vector<StepPlan>& plans);
+
 // Pages [first, first + count).
 std::vector<int32_t> page_range(int32_t first, int32_t count);
 // Adds rows `ids` at positions from `first_position` as one sequence over `pages`.

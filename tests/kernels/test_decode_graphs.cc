@@ -78,15 +78,7 @@ class Pair {
 
   static std::vector<StepResult> run(TinyModel& model, const std::vector<StepPlan>& plans) {
     model.poison();
-    Backend& backend = model.rig().backend();
-    std::vector<StepResult> results;
-    StepHandle last = backend.submit(plans.front());
-    for (size_t i = 1; i <= plans.size(); ++i) {
-      const StepHandle next = i < plans.size() ? backend.submit(plans[i]) : 0;
-      results.push_back(backend.wait(last, soon()));
-      last = next;
-    }
-    return results;
+    return run_ahead(model.rig().backend(), plans);
   }
 
   TinyModel with_, without_;

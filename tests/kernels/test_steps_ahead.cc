@@ -42,18 +42,6 @@ StepPlan decoding(const Ids& slots, int32_t position) {
   return plan;
 }
 
-// The same steps, each submitted while the one before is under way.
-std::vector<StepResult> run_ahead(Backend& backend, const std::vector<StepPlan>& plans) {
-  std::vector<StepResult> results;
-  StepHandle last = backend.submit(plans.front());
-  for (size_t i = 1; i <= plans.size(); ++i) {
-    const StepHandle next = i < plans.size() ? backend.submit(plans[i]) : 0;
-    results.push_back(backend.wait(last, soon()));
-    last = next;
-  }
-  return results;
-}
-
 TEST_P(StepsAhead, ASampleThatHasEndedDrawsNothingUntilItsSlotIsFilledAgain) {
   TinyModel model(GetParam(), DType::kBF16);
   const Ids prompt = Numbers(3).ids(kPrompt, model.V());
