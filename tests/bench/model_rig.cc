@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "kernels/forwarding_backend.h"
+#include "tests/bench/made_model.h"
 
 namespace rollpack::bench {
 namespace {
@@ -25,22 +26,6 @@ double seconds_since(Clock::time_point start) {
 
 int32_t pages_for(int32_t tokens) {
   return (tokens + kPageTokens - 1) / kPageTokens;
-}
-
-rollout::ModelConfig config_of(const ModelShape& shape, int64_t num_positions) {
-  rollout::ModelConfig config;
-  config.architecture = "LlamaForCausalLM";
-  config.hidden_size = shape.D;
-  config.num_attention_heads = shape.H;
-  config.num_key_value_heads = shape.G;
-  config.head_dim = shape.K;
-  config.intermediate_size = shape.F;
-  config.vocab_size = shape.V;
-  config.num_hidden_layers = shape.L;
-  config.max_position_embeddings = num_positions;
-  config.tie_word_embeddings = true;
-  config.layer_windows.assign(static_cast<size_t>(shape.L), 0);
-  return config;
 }
 
 // Pages of a group's prompt and of sample `member`'s own tokens, in the order of positions.

@@ -13,6 +13,7 @@
 #include "kernels/registry.h"
 #include "rollout/model/transformer.h"
 #include "rollout/model/weights.h"
+#include "tests/bench/made_model.h"
 
 namespace rollpack::bench {
 namespace {
@@ -22,22 +23,6 @@ using Clock = std::chrono::steady_clock;
 
 constexpr int32_t kNumRuns = 5;
 constexpr auto kLongestStep = std::chrono::minutes(2);
-
-rollout::ModelConfig config_of(const ModelShape& shape, int64_t num_positions) {
-  rollout::ModelConfig config;
-  config.architecture = "LlamaForCausalLM";
-  config.hidden_size = shape.D;
-  config.num_attention_heads = shape.H;
-  config.num_key_value_heads = shape.G;
-  config.head_dim = shape.K;
-  config.intermediate_size = shape.F;
-  config.vocab_size = shape.V;
-  config.num_hidden_layers = shape.L;
-  config.max_position_embeddings = num_positions;
-  config.tie_word_embeddings = true;
-  config.layer_windows.assign(static_cast<size_t>(shape.L), 0);
-  return config;
-}
 
 // A model of made weights that decodes over pages nobody has written: they cost as much as any.
 class Decoder {
