@@ -22,8 +22,8 @@
 
 namespace rollpack::bridge {
 
-// Phases a client may send ahead of their replies. Each holds a descriptor and a mapping. At four
-// chunks of 64 MiB a replica whose steps take 100 ms can take in 2.7 GB/s.
+// Chunks of an update that a client may send ahead of their replies. Each holds a descriptor and a
+// mapping. At four chunks of 64 MiB a replica whose steps take 100 ms can take in 2.7 GB/s.
 inline constexpr size_t kMaxPhasesAhead = 4;
 
 // All calls on one thread, the foreground.
