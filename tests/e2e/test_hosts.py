@@ -20,6 +20,7 @@ from recovery_rig import (
     MODEL,
     Samples,
     prompts_of,
+    take,
     take_rest,
     wait_and_connect,
     wait_for_stats,
@@ -149,13 +150,18 @@ def test_weights_leave_rank_0_once_however_many_hosts_there_are(
         _end_well(job, client)
 
 
-def test_a_host_that_is_cut_off_in_mid_step_costs_nothing_but_time(
+def test_a_host_that_is_cut_off_in_mid_sample_costs_nothing_but_time(
         hosts: Hosts, folder: pathlib.Path, tmp_path: pathlib.Path, new_weights: Tensors,
         undisturbed: dict[int, Samples]) -> None:
     with _serve(hosts, folder, tmp_path) as job, wait_and_connect(job, tmp_path) as client:
+        samples: Samples = {}
         client.submit(PROMPTS)
-        hosts.cut()  # takes up to a second beside ranks at work
-        assert _take_rest(client, {}) == undisturbed[0]
+        take(client.next_batch(num_groups=1, timeout_s=60), samples)  # all ranks are at work
+        # Cutting takes up to a second beside ranks at work, in which they could end it.
+        client.pause("keep")
+        hosts.cut()
+        client.resume()
+        assert _take_rest(client, samples) == undisturbed[0]
         stats = _wait_for_deaths(client, 2)
         assert (stats["num_workers"], stats["num_worker_deaths"]) == (2, 2)
         assert stats["num_groups_requeued"] > 0
