@@ -311,6 +311,7 @@ void Worker::fall_asleep(const Sleep& command) {
   acknowledge_with_held_bytes(command.ticket, [&] {
     engine_.sleep(command.level);
     if (reference_) reference_->sleep(kStepTimeout, [] { return false; });
+    tell_stats(/*now=*/true);  // so that who is answered sees the last step counted
   });
 }
 
