@@ -75,6 +75,7 @@ ScoreRequest decode_score(const json& map) {
 }
 
 json encode_chunk(const bridge::WeightChunk& chunk) {
+  if (chunk.lender) fail_invariant("lent weights are read by the process they were lent to");
   json tensors = json::array();
   for (const bridge::WeightTensor& tensor : chunk.tensors) {
     tensors.push_back({{"name", tensor.name},

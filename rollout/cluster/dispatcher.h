@@ -128,6 +128,7 @@ class Dispatcher : public bridge::RolloutService {
              bridge::Answer<std::vector<bridge::ScoredSequence>> done) override;
   void begin_weights(bridge::WeightUpdate update, bridge::OutcomeCallback done) override;
   void stage_weights(bridge::WeightChunk chunk, bridge::OutcomeCallback done) override;
+  bool takes_lent_weights() const override;
   void commit_weights(bridge::InFlight in_flight, bridge::OutcomeCallback done) override;
   void cancel_weights() override;
   int64_t weight_version() const override;

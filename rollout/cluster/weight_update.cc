@@ -30,6 +30,12 @@ std::vector<int32_t> Dispatcher::packing_workers() const {
   return shares_weights_ ? std::vector<int32_t>{0} : all_workers();
 }
 
+// One worker packs, which is this process's, and what it packs is all that others will need.
+bool Dispatcher::takes_lent_weights() const {
+  const std::lock_guard lock(mutex_);
+  return shares_weights_ || workers_.size() == 1;
+}
+
 bool Dispatcher::can_take_weights() const {
   return std::ranges::any_of(packing_workers(),
                              [this](int32_t worker) { return workers_[worker].takes_part(); });
@@ -97,7 +103,7 @@ void Dispatcher::stage_weights(bridge::WeightChunk chunk, bridge::OutcomeCallbac
     is_begun = update_version_ && !fatal_;
     if (is_begun) {
       const auto shared = std::make_shared<const bridge::WeightChunk>(std::move(chunk));
-      if (replace_ && !shares_weights_) kept_weights_.stage(*shared);
+      if (replace_ && !shares_weights_ && !shared->lender) kept_weights_.stage(*shared);
       broadcast(
           packing_workers(),
           [&](uint64_t ticket) {

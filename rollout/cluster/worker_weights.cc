@@ -7,6 +7,7 @@
 
 #include "kernels/base/error.h"
 #include "kernels/base/fault_point.h"
+#include "rollout/cluster/lent_tensor.h"
 #include "rollout/cluster/worker.h"
 
 namespace rollpack::rollout {
@@ -58,7 +59,12 @@ void Worker::handle(StageWeights& command) {
   acknowledge(command.ticket, [&] {
     const Lap lap(times_.packing_ms, engine_);
     for (const bridge::WeightTensor& tensor : command.chunk->tensors) {
-      replica_.weights().stage(tensor.name, tensor.dtype, tensor.shape, tensor.bytes);
+      if (command.chunk->lender) {
+        const LentTensor lent(tensor, *command.chunk->lender);
+        replica_.weights().stage(tensor.name, tensor.shape, lent);
+      } else {
+        replica_.weights().stage(tensor.name, tensor.dtype, tensor.shape, tensor.bytes);
+      }
     }
     fault_at(FaultPoint::kWeightsStaged);
   });

@@ -60,18 +60,17 @@ class FileSource final : public kernels::WeightSource {
   const size_t index_;
 };
 
-// Rows and columns of a tensor as backends take them: a vector is one row.
-std::array<int64_t, 2> matrix_shape(std::span<const int64_t> shape) {
-  if (shape.size() == 1) return {1, shape[0]};
-  return {shape[0], shape[1]};
-}
-
 // Buffers that old checkpoints carry and that the forward pass derives itself.
 bool is_derived(const std::string& name) {
   return name.ends_with(".rotary_emb.inv_freq");
 }
 
 }  // namespace
+
+std::array<int64_t, 2> matrix_shape(std::span<const int64_t> shape) {
+  if (shape.size() < 2) return {1, shape.empty() ? 1 : shape[0]};
+  return {shape[0], shape[1]};
+}
 
 ModelWeights::ModelWeights(const ModelConfig& config, kernels::Backend& backend,
                            kernels::ReplicaRank at)
@@ -190,9 +189,14 @@ void ModelWeights::check_tensor(const std::string& name, std::span<const int64_t
 
 void ModelWeights::stage(const std::string& name, DType dtype, std::span<const int64_t> shape,
                          std::span<const std::byte> bytes) {
+  stage(name, shape, kernels::TensorSource({bytes.data(), dtype, matrix_shape(shape)}));
+}
+
+void ModelWeights::stage(const std::string& name, std::span<const int64_t> shape,
+                         const kernels::WeightSource& source) {
   if (is_derived(name)) return;
   check_tensor(name, shape);
-  stage(name, kernels::TensorSource({bytes.data(), dtype, matrix_shape(shape)}));
+  stage(name, source);
 }
 
 void ModelWeights::stage(const std::string& name, const kernels::WeightSource& source) {

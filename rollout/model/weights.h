@@ -4,6 +4,7 @@
 // replica of several holds some rows of each matrix (kernels/shards.h), and reads only those.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -33,6 +34,9 @@ struct LayerWeights {
   kernels::WeightId down_bias = kernels::kNoWeight;       // [D]
 };
 
+// Rows and columns of a tensor as backends take them: a vector is one row.
+std::array<int64_t, 2> matrix_shape(std::span<const int64_t> shape);
+
 class ModelWeights {
  public:
   // Declares every weight of `config` at the backend, or what rank `at` of a replica holds of it.
@@ -45,6 +49,9 @@ class ModelWeights {
   void begin_partial_staging();
   void stage(const std::string& name, DType dtype, std::span<const int64_t> shape,
              std::span<const std::byte> bytes);
+  // Rows and columns of `source` are matrix_shape(shape).
+  void stage(const std::string& name, std::span<const int64_t> shape,
+             const kernels::WeightSource& source);
   void finish_staging() const;
 
   // Stages all tensors of a folder and checks that nothing is missing.

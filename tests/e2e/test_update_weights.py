@@ -216,9 +216,27 @@ def test_a_corrupt_tensor_is_named_and_the_old_weights_stay(
     with monkeypatch.context() as patch:
         patch.setattr("rollpack.session.write_chunks", corrupted)
         with pytest.raises(rollpack.DataLoss, match=NORM):
-            client.update_weights(new, version=1)
+            client.update_weights(new, version=1, copy=True)
     assert client.get_weight_version() == 0
     assert _draw(client) == before
+
+
+@pytest.mark.parametrize(("num_ranks", "share_weights"), [(1, "off"), (2, "on"), (2, "off")])
+def test_tensors_are_packed_where_they_lie_and_out_of_copies_alike(
+        num_ranks: int, share_weights: str, config: pathlib.Path, new: Tensors) -> None:
+    overrides = {"engine.share_weights": share_weights}
+    with rollpack.launch(config, num_ranks=num_ranks, set=overrides) as client:
+        # Of two ranks that pack for themselves, one is another process than the server.
+        assert client.info.reads_memory == (share_weights == "on" or num_ranks == 1)
+        hashes = [client.update_weights(new, 1).weights_hash,
+                  client.update_weights(new, 2, copy=True).weights_hash,
+                  client.update_weights(iter(new.items()), 3).weights_hash,
+                  client.update_weights({name: tensor.t().contiguous().t()
+                                         for name, tensor in new.items()}, 4).weights_hash]
+        assert len(set(hashes)) == 1
+        changed = {NORM: new[NORM] + 1}
+        assert client.update_weights(changed, 5, base_version=4).weights_hash != hashes[0]
+        assert client.update_weights({NORM: new[NORM]}, 6, base_version=5).weights_hash == hashes[0]
 
 
 @pytest.mark.parametrize("share_weights", ["on", "off"])

@@ -35,6 +35,7 @@ int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   read_fields(map, [](Fields& fields) { read_in_flight(fields); });
   read_fields(map, [](Fields& fields) { read_sequences(fields); });
   read_fields(map, [](Fields& fields) { read_manifest(fields); });
+  read_fields(map, [](Fields& fields) { read_lent_manifest(fields); });
   reads_or_refuses([&] { error_from_map(map); });
   return 0;
 }

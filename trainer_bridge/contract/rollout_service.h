@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -16,6 +17,8 @@
 #include "trainer_bridge/contract/sample.h"
 
 namespace rollpack::bridge {
+
+class PeerMemory;  // trainer_bridge/shared_memory/peer_memory.h
 
 // Sampling keys a request may override; what is absent comes from the configuration.
 struct SamplingOverrides {
@@ -71,16 +74,19 @@ struct WeightTensor {
   std::string name;
   DType dtype = DType::kF32;  // kF32, kF16 or kBF16
   std::vector<int64_t> shape;
-  std::span<const std::byte> bytes;
+  std::span<const std::byte> bytes;  // none where the chunk is lent
+  uint64_t address = 0;              // in the lender's memory
 };
 
 // Tensors of one sealed memfd, checked; valid until the callback of their stage_weights() was
 // called. Other processes of the node map `fd` themselves: a tensor's offset there is its distance
-// from the start of `mapping`.
+// from the start of `mapping`. Or tensors that their sender lends for as long: they are read where
+// they lie in its memory, by this process alone.
 struct WeightChunk {
   int fd = -1;
   std::span<const std::byte> mapping;
   std::vector<WeightTensor> tensors;
+  std::shared_ptr<const PeerMemory> lender;
 };
 
 // std::nullopt: done. Otherwise what went wrong.
@@ -166,6 +172,8 @@ class RolloutService {
   // sleep(level=2).
   virtual void begin_weights(WeightUpdate update, OutcomeCallback done) = 0;
   virtual void stage_weights(WeightChunk chunk, OutcomeCallback done) = 0;
+  // Whether stage_weights() takes lent chunks: no other process needs them, now or later.
+  virtual bool takes_lent_weights() const = 0;
   virtual void commit_weights(InFlight in_flight, OutcomeCallback done) = 0;
   virtual void cancel_weights() = 0;
   virtual int64_t weight_version() const = 0;

@@ -38,6 +38,7 @@ void Responder::outcome(const std::optional<ErrorInfo>& outcome) const {
 Connection::Connection(asio::io_context& io, OwnedFd socket, Peer peer, uint64_t client_number,
                        FrameSocketOptions options)
     : client(client_number),
+      peer_pid(peer.pid),
       socket_(std::make_shared<FrameSocket>(io, std::move(socket), options)),
       peer_life_(io) {
   if (peer.pidfd) peer_life_.assign(peer.pidfd.release());

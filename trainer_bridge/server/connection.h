@@ -65,6 +65,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
 
   // A number no other connection of this server has or had.
   const uint64_t client;
+  const pid_t peer_pid;  // 0 across pid namespaces
   bool said_hello = false;
 
  private:

@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kMaxI32 = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMaxI64 = std::numeric_limits<int64_t>::max();
 constexpr int64_t kMaxDpSize = 65536;
+constexpr size_t kMaxProbeWords = 16;
 // A wait without end by another name; keeps deadlines away from the clock's limit.
 constexpr int64_t kMaxTimeoutMs = int64_t{365} * 24 * 3600 * 1000;
 
@@ -75,6 +76,17 @@ ScoreSequence read_sequence(const Json& map, size_t index) {
   return sequence;
 }
 
+MemoryProbe read_probe(const Json& map) {
+  Fields fields(map, "probe", "hello");
+  MemoryProbe probe{.address = fields.u64("address"), .value = fields.i32s("value")};
+  fields.finish();
+  if (probe.value.empty() || probe.value.size() > kMaxProbeWords) {
+    fields.refuse("value", probe.value.size(),
+                  fmt::format("1 to {} words of 4 bytes", kMaxProbeWords));
+  }
+  return probe;
+}
+
 }  // namespace
 
 std::vector<PromptRequest> read_prompts(Fields& fields) {
@@ -128,6 +140,7 @@ HelloRequest read_hello(Fields& fields) {
   const auto size = fields.optional_integer("dp_size", 1, kMaxDpSize);
   const auto rank = fields.optional_integer("dp_rank", 0, size.value_or(kMaxDpSize) - 1);
   const bool keeps_groups_whole = fields.optional_boolean("whole_groups").value_or(false);
+  if (const Json* const probe = fields.optional_map("probe")) request.probe = read_probe(*probe);
   fields.finish();
   if (size.has_value() != rank.has_value()) {
     fields.refuse(size ? "dp_rank" : "dp_size", nullptr, "dp_rank and dp_size together");

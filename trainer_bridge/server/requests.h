@@ -22,9 +22,16 @@ InFlight read_in_flight(Fields& fields);
 // Absent: all.
 MemoryTags read_tags(Fields& fields);
 
+// Bytes that a client has somewhere in its memory, to be looked for there.
+struct MemoryProbe {
+  uint64_t address = 0;
+  std::vector<int32_t> value;
+};
+
 struct HelloRequest {
   int64_t protocol_version = 0;
   std::optional<DpMember> member;  // of a data-parallel trainer
+  std::optional<MemoryProbe> probe;
 };
 HelloRequest read_hello(Fields& fields);
 

@@ -5,10 +5,13 @@
 
 #include <algorithm>
 #include <limits>
+#include <memory>
+#include <span>
 #include <string>
 
 #include "trainer_bridge/server/replies.h"
 #include "trainer_bridge/server/requests.h"
+#include "trainer_bridge/shared_memory/peer_memory.h"
 
 namespace rollpack::bridge {
 namespace {
@@ -94,6 +97,11 @@ void Verbs::hello(Request& request) {
     fds.push_back(OwnedFd::duplicate(parts_.slots.fd(slot)));
   }
   Json reply = hello_reply(parts_.service, parts_.slots, parts_.instance);
+  // Seen to be readable, so that tensors need not be copied to be sent.
+  reply["reads_memory"] =
+      hello.probe && parts_.service.takes_lent_weights() &&
+      PeerMemory(request.connection.peer_pid)
+          .holds(hello.probe->address, std::as_bytes(std::span(hello.probe->value)));
   if (hello.member) parts_.delivery.join(request.connection.client, *hello.member);
   request.connection.said_hello = true;
   request.responder.ok(std::move(reply), std::move(fds));
@@ -257,6 +265,18 @@ void Verbs::update_weights(Request& request) {
 }
 
 void Verbs::weight_chunk(Request& request, int64_t version) {
+  const uint64_t client = request.connection.client;
+  const OutcomeCallback answer = [responder = request.responder](const Outcome& outcome) {
+    responder.outcome(outcome);
+  };
+  if (request.fields.optional_boolean("lent").value_or(false)) {
+    ChunkManifest manifest = read_lent_manifest(request.fields);
+    request.fields.finish();
+    check_no_fds(request);
+    auto lender = std::make_shared<const PeerMemory>(request.connection.peer_pid);
+    return parts_.weights.lent_chunk(client, version, std::move(manifest), std::move(lender),
+                                     answer);
+  }
   ChunkManifest manifest = read_manifest(request.fields);
   request.fields.finish();
   if (request.fds.size() != 1) {
@@ -266,9 +286,8 @@ void Verbs::weight_chunk(Request& request, int64_t version) {
                  .origin = "update_weights chunk",
                  .allowed = "1, the memfd that holds the tensors"});
   }
-  parts_.weights.chunk(
-      request.connection.client, version, std::move(manifest), std::move(request.fds.front()),
-      [responder = request.responder](const Outcome& outcome) { responder.outcome(outcome); });
+  parts_.weights.chunk(client, version, std::move(manifest), std::move(request.fds.front()),
+                       answer);
 }
 
 void Verbs::get_weight_version(Request& request) {

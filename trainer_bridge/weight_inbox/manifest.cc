@@ -65,24 +65,29 @@ int64_t shape_bytes(const Fields& fields, const Json& shape_value,
   return bytes;
 }
 
-TensorEntry read_tensor(const Json& map, size_t index, int64_t chunk_bytes) {
-  Fields fields(map, fmt::format("tensors[{}]", index), kOrigin);
+// What a tensor is, wherever it lies.
+TensorEntry read_tensor(Fields& fields, const Json& map) {
   TensorEntry tensor;
   tensor.name = read_name(fields);
   constexpr std::array kDTypes = {DType::kF32, DType::kF16, DType::kBF16};
   tensor.dtype = kDTypes[fields.one_of("dtype", {"float32", "float16", "bfloat16"})];
   tensor.shape = read_shape(fields);
   const int64_t expected = shape_bytes(fields, map["shape"], tensor.shape, tensor.dtype);
-  tensor.offset = fields.integer("offset", 0, chunk_bytes);
   tensor.bytes = fields.integer("bytes", 1, kMaxBytes);
-  tensor.crc32 =
-      static_cast<uint32_t>(fields.integer("crc32", 0, std::numeric_limits<uint32_t>::max()));
-  fields.finish();
   if (tensor.bytes != expected) {
     fields.refuse("bytes", tensor.bytes,
                   fmt::format("{}, the bytes of shape {} in {}", expected, map["shape"].dump(),
                               dtype_name(tensor.dtype)));
   }
+  return tensor;
+}
+
+TensorEntry read_tensor_of_chunk(Fields& fields, const Json& map, int64_t chunk_bytes) {
+  TensorEntry tensor = read_tensor(fields, map);
+  tensor.offset = fields.integer("offset", 0, chunk_bytes);
+  tensor.crc32 =
+      static_cast<uint32_t>(fields.integer("crc32", 0, std::numeric_limits<uint32_t>::max()));
+  fields.finish();
   if (tensor.bytes > chunk_bytes - tensor.offset) {
     fields.refuse("bytes", tensor.bytes,
                   fmt::format("at most the {} bytes behind its offset in the chunk",
@@ -103,10 +108,23 @@ TensorEntry read_tensor(const Json& map, size_t index, int64_t chunk_bytes) {
                .allowed = std::move(allowed)});
 }
 
+TensorEntry read_lent_tensor(Fields& fields, const Json& map) {
+  TensorEntry tensor = read_tensor(fields, map);
+  tensor.address =
+      static_cast<uint64_t>(fields.integer("address", 1, kMaxBytes - tensor.bytes));
+  fields.finish();
+  return tensor;
+}
+
+std::vector<const TensorEntry*> pointers_to(const std::vector<TensorEntry>& tensors) {
+  std::vector<const TensorEntry*> pointers;
+  pointers.reserve(tensors.size());
+  for (const TensorEntry& tensor : tensors) pointers.push_back(&tensor);
+  return pointers;
+}
+
 void check_apart(const std::vector<TensorEntry>& tensors) {
-  std::vector<const TensorEntry*> sorted;
-  sorted.reserve(tensors.size());
-  for (const TensorEntry& tensor : tensors) sorted.push_back(&tensor);
+  std::vector<const TensorEntry*> sorted = pointers_to(tensors);
   std::sort(sorted.begin(), sorted.end(),
             [](const auto* a, const auto* b) { return a->offset < b->offset; });
   for (size_t i = 1; i < sorted.size(); ++i) {
@@ -114,12 +132,29 @@ void check_apart(const std::vector<TensorEntry>& tensors) {
     refuse_pair("offset", std::to_string(sorted[i]->offset),
                 fmt::format("{} not to overlap {}", sorted[i]->name, sorted[i - 1]->name));
   }
+}
+
+void check_names(const std::vector<TensorEntry>& tensors) {
+  std::vector<const TensorEntry*> sorted = pointers_to(tensors);
   std::sort(sorted.begin(), sorted.end(),
             [](const auto* a, const auto* b) { return a->name < b->name; });
   for (size_t i = 1; i < sorted.size(); ++i) {
     if (sorted[i]->name != sorted[i - 1]->name) continue;
     refuse_pair("name", sorted[i]->name, "each tensor once");
   }
+}
+
+template <class ReadTensor>
+std::vector<TensorEntry> read_tensors(Fields& fields, const ReadTensor& read) {
+  const Json& maps = fields.array("tensors");
+  if (maps.empty()) fields.refuse("tensors", maps, "at least one tensor");
+  std::vector<TensorEntry> tensors;
+  for (size_t i = 0; i < maps.size(); ++i) {
+    Fields of_tensor(maps[i], fmt::format("tensors[{}]", i), kOrigin);
+    tensors.push_back(read(of_tensor, maps[i]));
+  }
+  check_names(tensors);
+  return tensors;
 }
 
 }  // namespace
@@ -139,13 +174,15 @@ std::string canonical_name(std::string_view name) {
 ChunkManifest read_manifest(Fields& fields) {
   ChunkManifest manifest;
   manifest.bytes = fields.integer("bytes", 1, kMaxBytes);
-  const Json& tensors = fields.array("tensors");
-  if (tensors.empty()) fields.refuse("tensors", tensors, "at least one tensor");
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    manifest.tensors.push_back(read_tensor(tensors[i], i, manifest.bytes));
-  }
+  manifest.tensors = read_tensors(fields, [&](Fields& of_tensor, const Json& map) {
+    return read_tensor_of_chunk(of_tensor, map, manifest.bytes);
+  });
   check_apart(manifest.tensors);
   return manifest;
+}
+
+ChunkManifest read_lent_manifest(Fields& fields) {
+  return {.tensors = read_tensors(fields, read_lent_tensor)};
 }
 
 }  // namespace rollpack::bridge

@@ -21,6 +21,7 @@ struct TensorEntry {
   int64_t offset = 0;  // from the start of the memfd, a multiple of the element's bytes
   int64_t bytes = 0;   // product of shape times the element's bytes
   uint32_t crc32 = 0;  // zlib's, of these bytes
+  uint64_t address = 0;  // of a lent tensor, in place of offset and crc32
 };
 
 struct ChunkManifest {
@@ -31,6 +32,10 @@ struct ChunkManifest {
 // Reads `bytes` and `tensors`. Gaps between tensors are allowed, overlaps are not.
 // Errors: invalid_argument naming tensors[i] and the field; unsupported for adapter keys.
 ChunkManifest read_manifest(Fields& fields);
+
+// Reads `tensors` that lie in the sender's own memory, where they may overlap: `bytes` stays 0.
+// Errors: as read_manifest().
+ChunkManifest read_lent_manifest(Fields& fields);
 
 // `name` without the prefixes `module.` (DistributedDataParallel) and `_orig_mod.` (torch.compile),
 // however often they were put on.

@@ -87,6 +87,28 @@ void WeightInbox::begin(uint64_t client, WeightUpdate update, OutcomeCallback do
 
 void WeightInbox::chunk(uint64_t client, int64_t version, ChunkManifest manifest, OwnedFd fd,
                         OutcomeCallback done) {
+  auto shared_fd = std::make_shared<OwnedFd>(std::move(fd));  // std::function wants copies
+  enqueue_chunk(
+      client, version,
+      [this, manifest = std::move(manifest), shared_fd](const OutcomeCallback& end) {
+        stage(manifest, shared_fd, end);
+      },
+      std::move(done));
+}
+
+void WeightInbox::lent_chunk(uint64_t client, int64_t version, ChunkManifest manifest,
+                             std::shared_ptr<const PeerMemory> lender, OutcomeCallback done) {
+  enqueue_chunk(
+      client, version,
+      [this, manifest = std::move(manifest), lender](const OutcomeCallback& end) {
+        stage_lent(manifest, lender, end);
+      },
+      std::move(done));
+}
+
+void WeightInbox::enqueue_chunk(uint64_t client, int64_t version,
+                                std::function<void(const OutcomeCallback&)> run,
+                                OutcomeCallback done) {
   try {
     check_owner("chunk", client, version);
     if (update_->num_ahead >= kMaxPhasesAhead) {
@@ -100,12 +122,7 @@ void WeightInbox::chunk(uint64_t client, int64_t version, ChunkManifest manifest
     return done(error.info);
   }
   ++update_->num_ahead;
-  auto shared_fd = std::make_shared<OwnedFd>(std::move(fd));  // std::function wants copies
-  enqueue({Kind::kChunk,
-           [this, manifest = std::move(manifest), shared_fd](const OutcomeCallback& end) {
-             stage(manifest, shared_fd, end);
-           },
-           std::move(done)});
+  enqueue({Kind::kChunk, std::move(run), std::move(done)});
 }
 
 void WeightInbox::commit(uint64_t client, int64_t version, InFlight in_flight,
@@ -183,18 +200,13 @@ void WeightInbox::phase_ended(uint64_t update_serial, Kind kind, const OutcomeCa
 
 void WeightInbox::stage(ChunkManifest manifest, const std::shared_ptr<OwnedFd>& fd,
                         const OutcomeCallback& done) {
-  const auto refuse = [this, serial = update_serial_, done](const ErrorInfo& error) {
-    is_busy_ = false;
-    if (update_ && serial == update_serial_) service_.cancel_weights();
-    done(error);
-  };
   try {
     check_new_names(manifest);
   } catch (const Error& error) {
-    return refuse(error.info);
+    return refuse_chunk(update_serial_, error.info, done);
   }
   background_([this, manifest = std::move(manifest), fd, foreground = foreground_,
-               serial = update_serial_, refuse, done] {
+               serial = update_serial_, done] {
     std::shared_ptr<ReceivedChunk> chunk;
     std::optional<ErrorInfo> failure;
     try {
@@ -202,8 +214,8 @@ void WeightInbox::stage(ChunkManifest manifest, const std::shared_ptr<OwnedFd>& 
     } catch (const Error& error) {
       failure = error.info;
     }
-    foreground([this, chunk, failure, serial, refuse, done] {
-      if (failure) return refuse(*failure);
+    foreground([this, chunk, failure, serial, done] {
+      if (failure) return refuse_chunk(serial, *failure, done);
       is_busy_ = false;
       if (!update_ || serial != update_serial_) return done(std::nullopt);  // cancelled meanwhile
       // The callback holds the mapping until the service has answered.
@@ -212,6 +224,40 @@ void WeightInbox::stage(ChunkManifest manifest, const std::shared_ptr<OwnedFd>& 
       run_next();
     });
   });
+}
+
+void WeightInbox::stage_lent(const ChunkManifest& manifest,
+                             std::shared_ptr<const PeerMemory> lender,
+                             const OutcomeCallback& done) {
+  WeightChunk chunk{.lender = std::move(lender)};
+  try {
+    check_new_names(manifest);
+    if (!service_.takes_lent_weights()) {
+      throw Error({.code = ErrorCode::kUnsupported,
+                   .field = "lent",
+                   .value = "true",
+                   .origin = "update_weights chunk",
+                   .allowed = "a memfd, as hello says"});
+    }
+  } catch (const Error& error) {
+    return refuse_chunk(update_serial_, error.info, done);
+  }
+  for (const TensorEntry& tensor : manifest.tensors) {
+    chunk.tensors.push_back({.name = tensor.name,
+                             .dtype = tensor.dtype,
+                             .shape = tensor.shape,
+                             .address = tensor.address});
+  }
+  is_busy_ = false;
+  service_.stage_weights(std::move(chunk), done);
+  run_next();
+}
+
+void WeightInbox::refuse_chunk(uint64_t update_serial, const ErrorInfo& error,
+                               const OutcomeCallback& done) {
+  is_busy_ = false;
+  if (update_ && update_serial == update_serial_) service_.cancel_weights();
+  done(error);
 }
 
 void WeightInbox::check_new_names(const ChunkManifest& manifest) {

@@ -44,6 +44,10 @@ class WeightInbox {
   void begin(uint64_t client, WeightUpdate update, OutcomeCallback done);
   void chunk(uint64_t client, int64_t version, ChunkManifest manifest, OwnedFd fd,
              OutcomeCallback done);
+  // A chunk of tensors that the client lends until it is answered for.
+  // Errors also: unsupported where the service takes none.
+  void lent_chunk(uint64_t client, int64_t version, ChunkManifest manifest,
+                  std::shared_ptr<const PeerMemory> lender, OutcomeCallback done);
   void commit(uint64_t client, int64_t version, InFlight in_flight, OutcomeCallback done);
   // Errors (thrown): failed_precondition; a commit that has begun cannot be cancelled.
   void cancel(uint64_t client, int64_t version);
@@ -70,10 +74,15 @@ class WeightInbox {
   static const char* name_of(Kind kind);
   void check_owner(const char* phase, uint64_t client, int64_t version) const;
   void enqueue(Phase phase);
+  void enqueue_chunk(uint64_t client, int64_t version,
+                     std::function<void(const OutcomeCallback&)> run, OutcomeCallback done);
   void run_next();
   void phase_ended(uint64_t update_serial, Kind kind, const OutcomeCallback& done, Outcome outcome);
   void stage(ChunkManifest manifest, const std::shared_ptr<OwnedFd>& fd,
              const OutcomeCallback& done);
+  void stage_lent(const ChunkManifest& manifest, std::shared_ptr<const PeerMemory> lender,
+                  const OutcomeCallback& done);
+  void refuse_chunk(uint64_t update_serial, const ErrorInfo& error, const OutcomeCallback& done);
   void check_new_names(const ChunkManifest& manifest);
   void close(const std::string& why);
 

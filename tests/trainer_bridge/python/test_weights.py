@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import gc
 import mmap
 import os
 import resource
+import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -21,6 +23,7 @@ from rollpack.weights import PHASES_AHEAD, write_chunks
 from fake_server import FakeServer, Message, refusal, weights_reply
 
 Sent = tuple[Message, bytes]
+Lent = dict[str, tuple[str, list[int], bytes]]
 
 
 @pytest.fixture
@@ -41,6 +44,25 @@ def received(server: FakeServer) -> Iterator[list[Sent]]:
 
     server.handlers["update_weights"] = take
     yield requests
+
+
+@pytest.fixture
+def lending(server: FakeServer) -> Iterator[tuple[rollpack.Client, list[Message], Lent]]:
+    """A client whose memory the server reads, its requests, and what was lent: read at once."""
+    requests: list[Message] = []
+    found: Lent = {}
+
+    def take(request: Message, fds: list[int]) -> Message:
+        requests.append(request)
+        for entry in request.get("tensors", ()) if request.get("lent") else ():
+            data = ctypes.string_at(entry["address"], entry["bytes"])
+            found[entry["name"]] = (entry["dtype"], entry["shape"], data)
+        return weights_reply(request["version"]) if request["phase"] == "commit" else {}
+
+    server.handlers["update_weights"] = take
+    server.hello["reads_memory"] = True
+    with rollpack.connect(server.path) as connected:
+        yield connected, requests, found
 
 
 def tensors(received: list[Sent]) -> dict[str, tuple[str, list[int], bytes]]:
@@ -70,10 +92,11 @@ def test_what_fills_a_chunk_alone_comes_last_of_a_mapping_and_in_its_place_of_pa
     assert order(iter(state.items())) == [["big"], ["a", "b"]]
 
 
-def test_torch_tensors_arrive_bit_for_bit(client: rollpack.Client, received: list[Sent]) -> None:
+def torch_state() -> dict[str, torch.Tensor]:
+    """Tensors of every dtype and kind."""
     generator = torch.Generator().manual_seed(3)
     values = torch.randn(5, 6, generator=generator)
-    state = {
+    return {
         "f32": values,
         "f16": values.half(),
         "bf16": values.bfloat16(),
@@ -82,10 +105,10 @@ def test_torch_tensors_arrive_bit_for_bit(client: rollpack.Client, received: lis
         "scalar": torch.tensor(1.5),
         "empty": torch.zeros(0, 4),
     }
-    assert client.update_weights(state, version=3) == 3
-    assert [request["phase"] for request, _ in received] == ["begin", "chunk", "commit"]
-    assert received[-1][0]["mode"] == "keep"
-    found = tensors(received)
+
+
+def assert_bits(found: Lent, state: Mapping[str, torch.Tensor]) -> None:
+    """What arrived is the tensors, in their order."""
     assert list(found) == list(state)
     for name, (dtype, shape, data) in found.items():
         tensor = state[name].detach()
@@ -93,6 +116,74 @@ def test_torch_tensors_arrive_bit_for_bit(client: rollpack.Client, received: lis
         assert shape == list(tensor.shape)
         bits = tensor.contiguous().reshape(-1).view(torch.uint8)
         assert data == bytes(bits.tolist())
+
+
+def test_torch_tensors_arrive_bit_for_bit(client: rollpack.Client, received: list[Sent]) -> None:
+    state = torch_state()
+    assert client.update_weights(state, version=3) == 3
+    assert [request["phase"] for request, _ in received] == ["begin", "chunk", "commit"]
+    assert received[-1][0]["mode"] == "keep"
+    assert_bits(tensors(received), state)
+
+
+def test_a_mapping_is_lent_to_a_server_that_reads_memory(
+    lending: tuple[rollpack.Client, list[Message], Lent],
+) -> None:
+    client, requests, found = lending
+    assert client.info.reads_memory
+    state = torch_state()
+    assert client.update_weights(state, version=3, chunk_bytes=200) == 3
+    assert_bits(found, state)
+    chunks = [request for request in requests if request["phase"] == "chunk"]
+    assert [len(chunk["tensors"]) for chunk in chunks] == [2, 5]
+    assert all(chunk["lent"] and "bytes" not in chunk for chunk in chunks)
+    (entry,) = (entry for entry in chunks[0]["tensors"] if entry["name"] == "f32")
+    assert entry["address"] == state["f32"].data_ptr(), "no copy is made"
+
+
+def test_pairs_are_copied_as_is_what_should_be(
+    lending: tuple[rollpack.Client, list[Message], Lent],
+) -> None:
+    client, requests, found = lending
+    state = {"a": np.ones(3, np.float32)}
+    client.update_weights(iter(state.items()), 1)
+    client.update_weights(state, 2, copy=True)
+    chunks = [request for request in requests if request["phase"] == "chunk"]
+    assert [chunk["bytes"] for chunk in chunks] == [12, 12]
+    assert not found
+
+
+def test_what_is_lent_lives_until_the_reply_and_no_longer(
+    server: FakeServer, lending: tuple[rollpack.Client, list[Message], Lent]
+) -> None:
+    client, _, _ = lending
+    lent: list[weakref.ref[np.ndarray]] = []
+
+    class Copies(dict[str, np.ndarray]):
+        """Makes each tensor when it is asked for, as one on a device is copied."""
+
+        def items(self) -> Any:
+            for name in self:
+                array = np.full(64, len(lent), np.float32)
+                lent.append(weakref.ref(array))
+                yield name, array
+
+    def take(request: Message, fds: list[int]) -> Message:
+        gc.collect()
+        for entry in request.get("tensors", ()):
+            (value,) = set(np.frombuffer(ctypes.string_at(entry["address"], 256), "<f4").tolist())
+            assert value == int(entry["name"])
+        if request["phase"] == "chunk":
+            alive = sum(reference() is not None for reference in lent)
+            # A chunk more has been made where its client waits to post it.
+            assert 1 <= alive <= PHASES_AHEAD + 1
+        return weights_reply(request["version"]) if request["phase"] == "commit" else {}
+
+    server.handlers["update_weights"] = take
+    names = Copies({str(index): np.zeros(0) for index in range(12)})
+    assert client.update_weights(names, 1, chunk_bytes=256) == 1
+    gc.collect()
+    assert not any(reference() is not None for reference in lent)
 
 
 def test_numpy_arrays_and_pairs_are_taken_too(

@@ -8,6 +8,10 @@
 #include <numeric>
 #include <set>
 
+#include "kernels/base/checksum.h"
+#include "kernels/base/error.h"
+#include "trainer_bridge/shared_memory/peer_memory.h"
+
 namespace rollpack::bridge {
 namespace {
 
@@ -294,6 +298,21 @@ void FakeService::begin_weights(WeightUpdate update, OutcomeCallback done) {
   done(std::nullopt);
 }
 
+// A lent tensor is read, as it would be where it is packed.
+Outcome FakeService::failure_to_read(const WeightTensor& tensor, const PeerMemory& lender) {
+  int64_t num_bytes = dtype_bytes(tensor.dtype);
+  for (const int64_t extent : tensor.shape) num_bytes *= extent;
+  std::vector<std::byte> bytes(static_cast<size_t>(num_bytes));
+  try {
+    lender.read(tensor.address, bytes);
+  } catch (const Error& error) {
+    next_version_.reset();
+    return error.info;
+  }
+  lent_crc32_[tensor.name] = crc32_of(bytes);
+  return std::nullopt;
+}
+
 void FakeService::stage_weights(WeightChunk chunk, OutcomeCallback done) {
   Outcome outcome;
   {
@@ -313,6 +332,7 @@ void FakeService::stage_weights(WeightChunk chunk, OutcomeCallback done) {
         break;
       }
       staged_[tensor.name] = tensor.shape;
+      if (chunk.lender && (outcome = failure_to_read(tensor, *chunk.lender))) break;
     }
   }
   done(outcome);

@@ -30,6 +30,7 @@ struct FakeOptions {
   int32_t n = 2;
   int32_t response_length = 8;
   bool with_entropy = false;
+  bool takes_lent_weights = true;
   std::chrono::milliseconds sample_time{0};  // each sample takes that long
   int64_t max_open_samples = 1 << 20;        // beyond it submit says would_block
 };
@@ -67,6 +68,7 @@ class FakeService : public RolloutService {
              Answer<std::vector<ScoredSequence>> done) override;
   void begin_weights(WeightUpdate update, OutcomeCallback done) override;
   void stage_weights(WeightChunk chunk, OutcomeCallback done) override;
+  bool takes_lent_weights() const override { return options_.takes_lent_weights; }
   void commit_weights(InFlight in_flight, OutcomeCallback done) override;
   void cancel_weights() override;
   int64_t weight_version() const override;
@@ -82,6 +84,8 @@ class FakeService : public RolloutService {
   // Called by shutdown(), e.g. to end the program.
   std::function<void()> on_shutdown = [] {};
   int64_t num_cancelled_updates() const;
+  // Of tensors that were lent; only between updates.
+  const std::map<std::string, uint32_t>& lent_crc32() const { return lent_crc32_; }
 
  private:
   struct Work {
@@ -91,6 +95,7 @@ class FakeService : public RolloutService {
   };
 
   void run();
+  Outcome failure_to_read(const WeightTensor& tensor, const PeerMemory& lender);
   void finish(const Work& work, bool is_aborted, int64_t version);
   std::vector<Work> take_open(std::optional<int64_t> request_id);
   void hand_back(const std::vector<Work>& aborted);
@@ -109,6 +114,7 @@ class FakeService : public RolloutService {
   int64_t version_ = 0;
   std::optional<int64_t> next_version_;
   std::map<std::string, std::vector<int64_t>> staged_;
+  std::map<std::string, uint32_t> lent_crc32_;
   int64_t num_samples_ = 0;
   int64_t num_cancelled_updates_ = 0;
   Outcome health_;

@@ -261,6 +261,56 @@ TEST_F(ServerTest, WeightsAreUpdatedInPhases) {
   EXPECT_EQ(batch.values<int32_t>("weight_versions").back(), 4);
 }
 
+// What hello answers to a probe of this process's memory.
+bool reads_memory(TestClient& client, const std::vector<int32_t>& there,
+                  const std::vector<int32_t>& said) {
+  const Json probe = {{"address", reinterpret_cast<uint64_t>(there.data())},
+                      {"value", to_bin(std::span(said))}};
+  return client.request("hello", {{"protocol_version", 1}, {"client", "test"}, {"probe", probe}})
+      .at("reads_memory");
+}
+
+TEST_F(ServerTest, HelloSaysWhetherTheClientsMemoryCanBeRead) {
+  start();
+  TestClient client = connect();
+  const std::vector<int32_t> there = {3, 1, 4, 1}, other = {2, 7, 1, 8};
+  EXPECT_TRUE(reads_memory(client, there, there));
+  EXPECT_FALSE(reads_memory(client, there, other));
+  EXPECT_FALSE(client.hello().at("reads_memory")) << "without a probe";
+}
+
+TEST_F(ServerTest, HelloSaysSoWhereTheServiceTakesNoLentWeights) {
+  start({.slot_bytes = 1 << 16}, {.takes_lent_weights = false});
+  TestClient client = connect();
+  const std::vector<int32_t> there = {3, 1, 4, 1};
+  EXPECT_FALSE(reads_memory(client, there, there));
+}
+
+TEST_F(ServerTest, WeightsThatAreLentAreReadOutOfTheClientsMemory) {
+  start();
+  TestClient client = connect();
+  client.request("update_weights", {{"phase", "begin"}, {"version", 4}});
+  std::map<std::string, std::vector<float>> tensors;
+  for (const auto& [name, shape] : fake_tensors()) {
+    int64_t count = 1;
+    for (const int64_t dim : shape) count *= dim;
+    std::vector<float>& values = tensors[name];
+    for (int64_t i = 0; i < count; ++i) values.push_back(static_cast<float>(i));
+    const Json tensor = {{"name", "module." + name},
+                         {"dtype", "float32"},
+                         {"shape", shape},
+                         {"bytes", 4 * count},
+                         {"address", reinterpret_cast<uint64_t>(values.data())}};
+    const Json chunk = {{"phase", "chunk"}, {"version", 4}, {"lent", true}, {"tensors", {tensor}}};
+    EXPECT_TRUE(client.request("update_weights", chunk).at("ok"));
+  }
+  const Json commit = {{"phase", "commit"}, {"version", 4}, {"mode", "wait"}};
+  EXPECT_EQ(client.request("update_weights", commit).at("weight_version"), 4);
+  for (const auto& [name, values] : tensors) {
+    EXPECT_EQ(service->lent_crc32().at(name), crc32_of(std::as_bytes(std::span(values)))) << name;
+  }
+}
+
 TEST_F(ServerTest, ACommitWithoutEveryTensorNamesTheMissingOne) {
   start();
   TestClient client = connect();

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <functional>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -111,6 +112,65 @@ TEST(Manifest, BadOnesAreRefusedInTheirOwnWords) {
     ASSERT_NO_THROW(read(chunk));
     bad.spoil(chunk);
     const ErrorInfo error = error_of([&] { read(chunk); });
+    EXPECT_EQ(error.code, bad.code) << bad.what;
+    EXPECT_EQ(error.field, bad.field) << bad.what;
+    EXPECT_NE(format_error(error).find(bad.said), std::string::npos)
+        << bad.what << ": " << format_error(error);
+  }
+}
+
+Json lent_tensor(const std::string& name, const Json& shape, int64_t address, int64_t bytes) {
+  return {{"name", name},
+          {"dtype", "float32"},
+          {"shape", shape},
+          {"bytes", bytes},
+          {"address", address}};
+}
+
+ChunkManifest read_lent(const Json& chunk) {
+  Fields fields(chunk, "", "update_weights chunk");
+  ChunkManifest manifest = read_lent_manifest(fields);
+  fields.finish();
+  return manifest;
+}
+
+TEST(Manifest, OfLentTensorsSaysWhereTheyLieAndTheyMayBeTheSameMemory) {
+  const ChunkManifest manifest = read_lent(
+      {{"tensors", {lent_tensor("module.a", {2, 3}, 4098, 24), lent_tensor("b", {2}, 4098, 8)}}});
+  ASSERT_EQ(manifest.tensors.size(), 2u);
+  EXPECT_EQ(manifest.tensors[0].name, "a");
+  EXPECT_EQ(manifest.tensors[0].address, 4098u);
+  EXPECT_EQ(manifest.tensors[1].address, 4098u);
+  EXPECT_EQ(manifest.tensors[1].bytes, 8);
+}
+
+TEST(Manifest, BadOnesOfLentTensorsAreRefusedInTheirOwnWords) {
+  constexpr int64_t kMax = std::numeric_limits<int64_t>::max();
+  const auto set = [](const char* key, Json value) {
+    return [key, value](Json& chunk) { chunk["tensors"][1][key] = value; };
+  };
+  constexpr ErrorCode kInvalid = ErrorCode::kInvalidArgument;
+  const std::vector<BadManifest> all_bad = {
+      {"no tensors", [](Json& c) { c["tensors"] = Json::array(); }, kInvalid, "tensors",
+       "at least one tensor"},
+      {"a size of its own", [](Json& c) { c["bytes"] = 32; }, kInvalid, "bytes", "unknown key"},
+      {"an offset", set("offset", 0), kInvalid, "tensors[1].offset", "unknown key"},
+      {"no address", [](Json& c) { c["tensors"][1].erase("address"); }, kInvalid,
+       "tensors[1].address", "missing"},
+      {"address 0", set("address", 0), kInvalid, "tensors[1].address",
+       "from 1 to 9223372036854775799"},
+      {"an end behind all memory", set("address", kMax - 4), kInvalid, "tensors[1].address",
+       "1 to 9223372036854775799"},
+      {"bytes that are not the shape's", set("bytes", 12), kInvalid, "tensors[1].bytes",
+       "8, the bytes of shape [2] in float32"},
+      {"a name twice", set("name", "a"), kInvalid, "name", "each tensor once"},
+  };
+  for (const BadManifest& bad : all_bad) {
+    Json chunk = {
+        {"tensors", {lent_tensor("a", {2, 3}, 4096, 24), lent_tensor("b", {2}, 8192, 8)}}};
+    ASSERT_NO_THROW(read_lent(chunk));
+    bad.spoil(chunk);
+    const ErrorInfo error = error_of([&] { read_lent(chunk); });
     EXPECT_EQ(error.code, bad.code) << bad.what;
     EXPECT_EQ(error.field, bad.field) << bad.what;
     EXPECT_NE(format_error(error).find(bad.said), std::string::npos)

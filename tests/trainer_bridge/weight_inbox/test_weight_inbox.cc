@@ -4,10 +4,12 @@
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <cstring>
 #include <deque>
 #include <map>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -15,6 +17,7 @@
 #include "kernels/base/checksum.h"
 #include "tests/trainer_bridge/server/fake_service.h"
 #include "tests/trainer_bridge/wire/sockets.h"
+#include "trainer_bridge/shared_memory/peer_memory.h"
 
 namespace rollpack::bridge {
 namespace {
@@ -105,11 +108,23 @@ class InboxFixture : public ::testing::Test {
     inbox.chunk(client, version, std::move(chunk.manifest), std::move(chunk.fd), into(answer));
   }
 
+  // Tensors of this process, all ones.
+  void lend(uint64_t client, int64_t version, const std::vector<std::string>& names,
+            const std::string& answer = "chunk") {
+    ChunkManifest manifest = make_chunk(names).manifest;
+    for (TensorEntry& tensor : manifest.tensors) {
+      tensor.address = reinterpret_cast<uint64_t>(ones.data());
+    }
+    inbox.lent_chunk(client, version, std::move(manifest),
+                     std::make_shared<const PeerMemory>(::getpid()), into(answer));
+  }
+
   ErrorInfo answer(const std::string& name) {
     run_all();
     return answers.contains(name) ? answers[name] : ErrorInfo{.message = "no answer"};
   }
 
+  const std::vector<float> ones = std::vector<float>(4096, 1.0f);  // more than any tensor has
   NoSink sink;
   Service service{{}, sink};
   std::deque<WeightInbox::Task> background, foreground;
@@ -127,6 +142,64 @@ TEST_F(WeightInboxTest, AnUpdateInManyChunksBecomesCurrent) {
   for (const std::string& name : kAllNames) EXPECT_EQ(answer(name).message, "ok");
   EXPECT_EQ(answer("commit").message, "ok");
   EXPECT_EQ(service.weight_version(), 5);
+  EXPECT_FALSE(inbox.is_open());
+}
+
+TEST_F(WeightInboxTest, LentTensorsAreReadWhereTheyLieBesideThoseOfChunks) {
+  inbox.begin(kAnna, {.version = 5}, into("begin"));
+  lend(kAnna, 5, {kAllNames[0]}, "first");
+  send(kAnna, 5, {kAllNames[1]}, "second");
+  lend(kAnna, 5, {kAllNames[2]}, "third");
+  inbox.commit(kAnna, 5, InFlight::kKeep, into("commit"));
+  for (const char* name : {"first", "second", "third", "commit"}) {
+    EXPECT_EQ(answer(name).message, "ok");
+  }
+  EXPECT_EQ(service.weight_version(), 5);
+  ASSERT_EQ(service.lent_crc32().size(), 2u);
+  for (const std::string& name : {kAllNames[0], kAllNames[2]}) {
+    const ChunkManifest wanted = make_chunk({name}).manifest;
+    EXPECT_EQ(service.lent_crc32().at(name), wanted.tensors[0].crc32) << name;
+  }
+}
+
+TEST_F(WeightInboxTest, LentTensorsThatAreNotThereEndTheUpdate) {
+  inbox.begin(kAnna, {.version = 1}, into("begin"));
+  ChunkManifest manifest = make_chunk({kAllNames[0]}).manifest;
+  manifest.tensors[0].address = 64;
+  inbox.lent_chunk(kAnna, 1, std::move(manifest), std::make_shared<const PeerMemory>(::getpid()),
+                   into("chunk"));
+  EXPECT_EQ(answer("chunk").field, "address");
+  EXPECT_FALSE(inbox.is_open());
+  EXPECT_EQ(service.weight_version(), 0);
+}
+
+TEST_F(WeightInboxTest, LentTensorsAreRefusedAsOthersAre) {
+  lend(kAnna, 1, kAllNames);
+  EXPECT_EQ(answer("chunk").message, "no update is under way");
+  inbox.begin(kAnna, {.version = 1}, into("begin"));
+  lend(kBerta, 1, kAllNames);
+  EXPECT_EQ(answer("chunk").message, "another client's update to version 1 is under way");
+  send(kAnna, 1, {kAllNames[0]}, "first");
+  lend(kAnna, 1, {kAllNames[0]}, "again");
+  EXPECT_EQ(answer("first").message, "ok");
+  EXPECT_EQ(answer("again").allowed, "each tensor once in an update");
+  EXPECT_FALSE(inbox.is_open());
+  EXPECT_EQ(service.num_cancelled_updates(), 1);
+}
+
+TEST(LentWeights, AServiceThatTakesNoneSaysSo) {
+  NoSink sink;
+  FakeService service({.takes_lent_weights = false}, sink);
+  const WeightInbox::Runner now = [](const WeightInbox::Task& task) { task(); };
+  WeightInbox inbox(service, now, now);
+  Outcome answer;
+  inbox.begin(kAnna, {.version = 1}, [](const Outcome& outcome) { ASSERT_FALSE(outcome); });
+  inbox.lent_chunk(kAnna, 1, make_chunk(kAllNames).manifest,
+                   std::make_shared<const PeerMemory>(::getpid()),
+                   [&](const Outcome& outcome) { answer = outcome; });
+  ASSERT_TRUE(answer);
+  EXPECT_EQ(answer->code, ErrorCode::kUnsupported);
+  EXPECT_EQ(answer->field, "lent");
   EXPECT_FALSE(inbox.is_open());
 }
 
@@ -307,6 +380,21 @@ TEST_F(SlowInboxTest, WhatTheServiceHoldsCountsAsAhead) {
   EXPECT_EQ(service.num_held(), 1u);
   send(kAnna, 1, {kAllNames[1]}, "too many");
   EXPECT_EQ(answers["too many"].code, ErrorCode::kWouldBlock);
+}
+
+TEST_F(SlowInboxTest, LentChunksThatTheServiceHoldsCountAsAheadToo) {
+  inbox.begin(kAnna, {.version = 1}, into("begin"));
+  for (const std::string& name : kAllNames) lend(kAnna, 1, {name}, name);
+  inbox.commit(kAnna, 1, InFlight::kKeep, into("commit"));
+  run_all();
+  EXPECT_EQ(service.num_held(), 3u);
+  EXPECT_EQ(answer("commit").message, "no answer");
+  for (const std::string& name : kAllNames) {
+    EXPECT_EQ(answer(name).message, "no answer");
+    service.answer_first();
+    EXPECT_EQ(answer(name).message, "ok");
+  }
+  EXPECT_EQ(answer("commit").message, "ok");
 }
 
 TEST_F(SlowInboxTest, WhatTheServiceHoldsOfAClientThatHasGoneDoesNotCountForTheNext) {

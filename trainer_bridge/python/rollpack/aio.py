@@ -31,7 +31,7 @@ from rollpack.prompts import Prompt, Sampling, ScoredSequence, ScoreSequence, To
 from rollpack.samples import Sample
 from rollpack.session import Mode, Opening, Order, Session, State, opening
 from rollpack.sleeping import SleepState, Tag
-from rollpack.weights import CHUNK_BYTES, Tensor, WeightVersion
+from rollpack.weights import CHUNK_BYTES, Weights, WeightVersion
 
 T = TypeVar("T")
 
@@ -161,17 +161,18 @@ class AsyncClient:
 
     async def update_weights(
         self,
-        weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+        weights: Weights,
         version: int,
         mode: Mode = "keep",
         *,
         base_version: int | None = None,
         timeout_s: float = 600.0,
         chunk_bytes: int = CHUNK_BYTES,
+        copy: bool = False,
     ) -> WeightVersion:
         """Send new weights, read and copied in the executor; as Client.update_weights."""
         call = self._session.update_weights(
-            weights, version, mode, base_version, timeout_s, chunk_bytes
+            weights, version, mode, base_version, timeout_s, chunk_bytes, copy
         )
         return await self._run(call, aside=True)
 

@@ -19,7 +19,7 @@ from rollpack.prompts import Prompt, Sampling, ScoredSequence, ScoreSequence, To
 from rollpack.samples import Sample
 from rollpack.session import Mode, Opening, Order, Session, State, opening
 from rollpack.sleeping import SleepState, Tag
-from rollpack.weights import CHUNK_BYTES, Tensor, WeightVersion
+from rollpack.weights import CHUNK_BYTES, Weights, WeightVersion
 
 
 def connect(
@@ -303,13 +303,14 @@ class Client:
 
     def update_weights(
         self,
-        weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+        weights: Weights,
         version: int,
         mode: Mode = "keep",
         *,
         base_version: int | None = None,
         timeout_s: float = 600.0,
         chunk_bytes: int = CHUNK_BYTES,
+        copy: bool = False,
     ) -> WeightVersion:
         """Send new weights; all of them become current at once, or the old ones stay.
 
@@ -322,7 +323,11 @@ class Client:
             base_version: the version that is current. Given, `weights` may be some of the tensors
                 (layers that a merged adapter changed, say); the others stay as they are in it.
             timeout_s: longest time for the whole update, seconds.
-            chunk_bytes: shared memory sent at a time; four such pieces exist at once.
+            chunk_bytes: tensors are sent in pieces of about this size, four of them at once.
+            copy: send copies, in shared memory, with a checksum each. Otherwise, wherever
+                `info.reads_memory`, the tensors of a mapping are packed out of this process's
+                memory: nothing may write into them until the call returns. Pairs are always copied,
+                each before the next is asked for.
 
         Returns:
             The version that is current now, with the hash of the packed weights and the time for
@@ -336,7 +341,7 @@ class Client:
                 after `sleep(level=2)`, which takes all tensors.
         """
         call = self._session.update_weights(
-            weights, version, mode, base_version, timeout_s, chunk_bytes
+            weights, version, mode, base_version, timeout_s, chunk_bytes, copy
         )
         return self._session.run(call)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rollpack.errors import DataLoss, InvalidArgument, Unsupported
+from rollpack.lending import MemoryProbe
 from rollpack.schema import check_schema_version
 from rollpack.slots import Slot
 
@@ -34,6 +35,7 @@ class ServerInfo:
         slot_bytes: size of a slot.
         awaited_weight_version: after a restart from a journal, the weight version without which
             nothing is generated until `Client.resume`, as of hello; None: nothing is awaited.
+        reads_memory: weights are packed out of this process's memory, where they lie.
     """
 
     config: dict[str, Any]
@@ -46,6 +48,7 @@ class ServerInfo:
     num_slots: int
     slot_bytes: int
     awaited_weight_version: int | None = None
+    reads_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,13 @@ class DpRank:
         return cls(rank, size, whole_groups)
 
 
-def hello_fields(dp: DpRank | None) -> dict[str, Any]:
+def hello_fields(dp: DpRank | None, probe: MemoryProbe) -> dict[str, Any]:
     """The fields of a hello of this process."""
-    fields = {"protocol_version": PROTOCOL_VERSION, "client": f"python, pid {os.getpid()}"}
+    fields: dict[str, Any] = {
+        "protocol_version": PROTOCOL_VERSION,
+        "client": f"python, pid {os.getpid()}",
+        "probe": probe.fields,
+    }
     if dp is not None:
         fields |= {"dp_rank": dp.rank, "dp_size": dp.size, "whole_groups": dp.whole_groups}
     return fields
@@ -130,6 +137,7 @@ def read_hello(
             num_slots=fields["num_slots"],
             slot_bytes=fields["slot_bytes"],
             awaited_weight_version=fields.get("awaited_weight_version"),
+            reads_memory=fields.get("reads_memory", False),
         )
     except KeyError as error:
         raise DataLoss("it is absent", field=f"hello: {error.args[0]}", origin=peer) from error

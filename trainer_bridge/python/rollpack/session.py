@@ -25,6 +25,7 @@ from rollpack.errors import FailedPrecondition, InvalidArgument, RollpackError, 
 from rollpack.generation import RequestSamples
 from rollpack.hello import DpRank, ServerInfo, hello_fields, read_hello
 from rollpack.inbox import REPLY_GRACE_S, BatchWish, Inbox, Pending, Steps, end_connection
+from rollpack.lending import MemoryProbe, let_read
 from rollpack.metrics import report_fields
 from rollpack.prompts import (
     Prompt,
@@ -39,7 +40,7 @@ from rollpack.prompts import (
 from rollpack.samples import Sample
 from rollpack.sleeping import SleepState, Tag, checked_level, checked_tags
 from rollpack.slots import Lease, Slot
-from rollpack.weights import PHASES_AHEAD, Tensor, WeightVersion, write_chunks
+from rollpack.weights import PHASES_AHEAD, Weights, WeightVersion, lend_chunks, write_chunks
 
 DEFAULT_SOCKET = "run/rollpack.sock"
 
@@ -127,7 +128,9 @@ class Session:
             raise
 
     def _say_hello(self, opening: Opening) -> tuple[ServerInfo, list[Slot]]:
-        future = self.connection.post("hello", hello_fields(opening.dp))
+        probe = MemoryProbe()
+        let_read(self.connection.server_pid)
+        future = self.connection.post("hello", hello_fields(opening.dp, probe))
         reply = self.wait(Pending(future, "hello", opening.timeout_s))
         try:
             return read_hello(reply.fields, reply.fds, self.connection.peer)
@@ -271,12 +274,13 @@ class Session:
 
     def update_weights(
         self,
-        weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+        weights: Weights,
         version: int,
         mode: Mode,
         base_version: int | None,
         timeout_s: float,
         chunk_bytes: int,
+        copy: bool,
     ) -> Steps[WeightVersion]:
         """See Client.update_weights."""
         mode = _checked_mode(mode)
@@ -290,7 +294,7 @@ class Session:
         try:
             return (
                 yield from self._send_update(
-                    weights, version, mode, base_version, timeout_s, chunk_bytes
+                    weights, version, mode, base_version, timeout_s, chunk_bytes, copy
                 )
             )
         finally:
@@ -298,12 +302,13 @@ class Session:
 
     def _send_update(
         self,
-        weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+        weights: Weights,
         version: int,
         mode: Mode,
         base_version: int | None,
         timeout_s: float,
         chunk_bytes: int,
+        copy: bool,
     ) -> Steps[WeightVersion]:
         deadline = time.monotonic() + timeout_s
 
@@ -313,17 +318,24 @@ class Session:
         begin: dict[str, Any] = {"phase": "begin", "version": version}
         if base_version is not None:
             begin["base_version"] = base_version
+        # Pairs may share a buffer that is filled anew for each; a mapping's tensors are all there.
+        lends = self.info.reads_memory and not copy and isinstance(weights, Mapping)
+        if lends:
+            let_read(self.connection.server_pid)
         # What is ready is sent ahead of the replies before it: ranks begin when their step ends,
-        # which is time enough to write the first chunks.
-        in_flight = deque([self._post("update_weights", begin)])
+        # which is time enough to write the first chunks. A chunk is kept until its reply.
+        in_flight = deque([(self._post("update_weights", begin), None)])
         try:
-            for chunk in write_chunks(weights, chunk_bytes):
-                request = chunk.request(version)
-                in_flight.append(self._post("update_weights", request, [chunk.fd]))
+            chunks = lend_chunks if lends else write_chunks
+            for chunk in chunks(weights, chunk_bytes):
+                future = self._post("update_weights", chunk.request(version), chunk.fds)
+                in_flight.append((future, chunk))
                 if len(in_flight) == PHASES_AHEAD:
-                    yield pending(in_flight.popleft())
+                    yield pending(in_flight[0][0])
+                    in_flight.popleft()
             while in_flight:
-                yield pending(in_flight.popleft())
+                yield pending(in_flight[0][0])
+                in_flight.popleft()
             commit = {"phase": "commit", "version": version, "mode": mode}
             reply = yield pending(self._post("update_weights", commit))
             return WeightVersion.from_reply(reply.fields)

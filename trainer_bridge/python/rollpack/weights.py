@@ -1,8 +1,9 @@
-"""Weights on their way to the engine: tensors written into sealed memory, with a manifest.
+"""Weights on their way to the engine: some tensors at a time, with a manifest.
 
-A chunk is a memfd of this process. Tensors are written with pwrite, since a memfd that is mapped
-writable cannot be sealed, and then sealed against every change, so that what the engine checks is
-what it uses. A chunk holds whole tensors and at most `chunk_bytes`, or one tensor that is larger.
+A chunk holds whole tensors and at most `chunk_bytes`, or one tensor that is larger. It is lent: the
+engine packs its tensors out of this process's memory, where they lie. Or it is a memfd of this
+process. Tensors are written into it with pwrite, since a memfd that is mapped writable cannot be
+sealed, and then sealed against every change, so that what the engine checks is what it uses.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from isal import isal_zlib
 
 from rollpack.errors import InvalidArgument, ResourceExhausted
@@ -28,6 +30,7 @@ _DTYPES = ("float32", "float16", "bfloat16")
 
 # A torch tensor or a NumPy array; bfloat16 arrays are those of the package ml_dtypes.
 Tensor = Any
+Bytes = npt.NDArray[np.uint8]
 
 
 class WeightVersion(int):
@@ -70,6 +73,11 @@ class Chunk:
     num_bytes: int = 0
     manifest: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def fds(self) -> list[int]:
+        """What goes along with the request."""
+        return [self.fd]
+
     def request(self, version: int) -> dict[str, Any]:
         """The fields of its update_weights request."""
         return {
@@ -80,9 +88,67 @@ class Chunk:
         }
 
 
-def write_chunks(
-    weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], chunk_bytes: int = CHUNK_BYTES
-) -> Iterator[Chunk]:
+@dataclass
+class LentChunk:
+    """Some tensors of an update that lie in this process's memory, unchanged until the reply.
+
+    Attributes:
+        num_bytes: of its tensors.
+        manifest: name, dtype, shape, bytes and address of each tensor, for the protocol.
+        arrays: u8 [bytes] of each tensor, which keep the memory.
+    """
+
+    num_bytes: int = 0
+    manifest: list[dict[str, Any]] = field(default_factory=list)
+    arrays: list[Bytes] = field(default_factory=list)
+
+    @property
+    def fds(self) -> list[int]:
+        """What goes along with the request."""
+        return []
+
+    def request(self, version: int) -> dict[str, Any]:
+        """The fields of its update_weights request."""
+        return {"phase": "chunk", "version": version, "lent": True, "tensors": self.manifest}
+
+
+Weights = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+
+
+def lend_chunks(
+    weights: Mapping[str, Tensor], chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[LentChunk]:
+    """Say where tensors lie, in the order given; those of a device and those with gaps are copied.
+
+    Args:
+        weights: a state_dict; float32, float16 or bfloat16, any shape.
+        chunk_bytes: size at which a chunk is closed.
+
+    Raises:
+        InvalidArgument: a tensor of another dtype; names it.
+    """
+    chunk = LentChunk()
+    for name, tensor in weights.items():
+        dtype, shape, data = _tensor_bytes(name, tensor)
+        if chunk.manifest and chunk.num_bytes + data.nbytes > chunk_bytes:
+            yield chunk
+            chunk = LentChunk()
+        chunk.num_bytes += data.nbytes
+        chunk.arrays.append(data)
+        chunk.manifest.append(
+            {
+                "name": name,
+                "dtype": dtype,
+                "shape": shape,
+                "bytes": data.nbytes,
+                "address": data.ctypes.data,
+            }
+        )
+    if chunk.manifest:
+        yield chunk
+
+
+def write_chunks(weights: Weights, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
     """Write tensors into chunks, one chunk at a time, in the order given.
 
     Of a mapping, tensors larger than a chunk come last: while they are written, those before them
@@ -102,7 +168,8 @@ def write_chunks(
     chunk: Chunk | None = None
     try:
         for name, tensor in weights:
-            dtype, shape, data = _tensor_bytes(name, tensor)
+            dtype, shape, array = _tensor_bytes(name, tensor)
+            data = memoryview(array)
             if chunk is not None and _next_offset(chunk) + len(data) > chunk_bytes:
                 full, chunk = chunk, None
                 yield _seal(full)
@@ -133,8 +200,8 @@ def _next_offset(chunk: Chunk) -> int:
     return -(-chunk.num_bytes // _TENSOR_ALIGNMENT) * _TENSOR_ALIGNMENT
 
 
-def _tensor_bytes(name: str, tensor: Tensor) -> tuple[str, list[int], memoryview]:
-    """Return dtype, shape and the elements as bytes, row-major, little-endian."""
+def _tensor_bytes(name: str, tensor: Tensor) -> tuple[str, list[int], Bytes]:
+    """Return dtype, shape and the elements as u8 [bytes], row-major, little-endian."""
     shape = [int(extent) for extent in tensor.shape]
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in _DTYPES:
@@ -148,7 +215,7 @@ def _tensor_bytes(name: str, tensor: Tensor) -> tuple[str, list[int], memoryview
         data = flat.view(torch.uint8).numpy()  # NumPy has no bfloat16 of its own
     else:
         data = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
-    return dtype, shape, memoryview(data)
+    return dtype, shape, data
 
 
 def _new_memfd() -> int:
