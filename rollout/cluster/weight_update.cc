@@ -103,7 +103,7 @@ void Dispatcher::stage_weights(bridge::WeightChunk chunk, bridge::OutcomeCallbac
     is_begun = update_version_ && !fatal_;
     if (is_begun) {
       const auto shared = std::make_shared<const bridge::WeightChunk>(std::move(chunk));
-      if (replace_ && !shares_weights_ && !shared->lender) kept_weights_.stage(*shared);
+      if (replace_ && !shares_weights_) kept_weights_.stage(*shared);
       broadcast(
           packing_workers(),
           [&](uint64_t ticket) {

@@ -3,8 +3,9 @@
     .venv/bin/python tests/bench/update_weights.py --model MODEL [--ranks 1,2] [--updates 5]
 
 Prints a row a configuration, medians over the updates after the first: the whole call (tensors
-written into shared memory, checked, packed by every rank or by one, switched); of the rank that
-stood still longest the time for packing; the rate of all else, which is how fast weights come in;
+packed out of this process's memory by one rank, or copied into shared memory, checked and packed by
+every rank; then switched); of the rank that stood still longest the time for packing; all bytes
+over the time of all else, which is how much coming in adds to packing;
 the pause beyond packing and the prefill of live samples, as the engine reports them; last, from
 updates of their own, since asking takes time from them, the longest time between two tokens of a
 sample of length one that was asked for over and over, which sees all three and the wait for its
@@ -55,7 +56,7 @@ class Probe:
 
 
 def memory_limit() -> float:
-    """GB/s at which one thread writes shared memory that is new, as every update has to."""
+    """GB/s at which one thread writes shared memory that is new, as an update in copies has to."""
     data = memoryview(bytes(CHUNK_BYTES))
     rates = []
     for _ in range(8):

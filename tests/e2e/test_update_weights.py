@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -237,6 +239,27 @@ def test_tensors_are_packed_where_they_lie_and_out_of_copies_alike(
         changed = {NORM: new[NORM] + 1}
         assert client.update_weights(changed, 5, base_version=4).weights_hash != hashes[0]
         assert client.update_weights({NORM: new[NORM]}, 6, base_version=5).weights_hash == hashes[0]
+
+
+def test_memory_that_is_not_there_is_named_and_the_old_weights_stay(
+        config: pathlib.Path, new: Tensors) -> None:
+    libc = ctypes.CDLL(None)
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    with rollpack.launch(config) as client:
+        before = _draw(client)
+        shape = new[UP].shape
+        num_bytes = 4 * new[UP].numel()
+        region = mmap.mmap(-1, num_bytes)
+        gone = np.frombuffer(region, np.float32, new[UP].numel()).reshape(shape)
+        page = mmap.PAGESIZE
+        last = gone.ctypes.data + (num_bytes - 1) // page * page
+        assert libc.munmap(last, page) == 0  # nothing here reads its last rows
+        with pytest.raises(rollpack.InvalidArgument, match=f"(?s){UP}.*copy=True"):
+            client.update_weights({**new, UP: gone}, version=1)
+        assert client.get_weight_version() == 0
+        assert _draw(client) == before
+        assert client.update_weights(new, version=1) == 1
+        assert _draw(client) != before
 
 
 @pytest.mark.parametrize("share_weights", ["on", "off"])

@@ -18,13 +18,13 @@ ErrorInfo read_error(pid_t pid, uint64_t address, size_t num_bytes, int error) {
                  .field = "address",
                  .value = fmt::format("{} bytes at {:#x}", num_bytes, address),
                  .origin = fmt::format("process {}: {}", pid, std::strerror(error)),
-                 .allowed = "memory of the process that sent the request"};
+                 .allowed = "ordinary memory of the process that lends it",
+                 .message = "send copies instead: update_weights(.., copy=True)"};
   if (error == ESRCH) {
     info.code = ErrorCode::kUnavailable;
     info.message = "the process has ended";
   } else if (error != EFAULT) {
     info.code = ErrorCode::kFailedPrecondition;
-    info.message = "send copies instead: update_weights(.., copy=True)";
   }
   return info;
 }
@@ -47,7 +47,7 @@ void PeerMemory::read(uint64_t address, std::span<std::byte> bytes) const {
 }
 
 bool PeerMemory::holds(uint64_t address, std::span<const std::byte> expected) const {
-  if (pid_ == 0) return false;
+  if (!is_known()) return false;
   std::vector<std::byte> found(expected.size());
   try {
     read(address, found);

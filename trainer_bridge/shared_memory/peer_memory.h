@@ -15,6 +15,8 @@ class PeerMemory {
   // Of process `pid`, as this process's pid namespace numbers it; of none where it is 0.
   explicit PeerMemory(pid_t pid) : pid_(pid) {}
 
+  bool is_known() const { return pid_ != 0; }
+
   // Copies the bytes at `address` there. Any thread.
   // Errors: invalid_argument where no such memory is; failed_precondition where the system does not
   // let this process read it; unavailable where the process has ended.

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "kernels/base/error.h"
+#include "trainer_bridge/shared_memory/peer_memory.h"
 
 namespace rollpack::bridge {
 namespace {
@@ -232,7 +233,7 @@ void WeightInbox::stage_lent(const ChunkManifest& manifest,
   WeightChunk chunk{.lender = std::move(lender)};
   try {
     check_new_names(manifest);
-    if (!service_.takes_lent_weights()) {
+    if (!service_.takes_lent_weights() || !chunk.lender->is_known()) {
       throw Error({.code = ErrorCode::kUnsupported,
                    .field = "lent",
                    .value = "true",

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import rollpack
 import torch
+from rollpack.lending import Readers
 from rollpack.weights import PHASES_AHEAD, write_chunks
 
 from fake_server import FakeServer, Message, refusal, weights_reply
@@ -151,6 +152,32 @@ def test_pairs_are_copied_as_is_what_should_be(
     chunks = [request for request in requests if request["phase"] == "chunk"]
     assert [chunk["bytes"] for chunk in chunks] == [12, 12]
     assert not found
+
+
+def test_where_one_reader_can_be_named_a_second_server_gets_copies_meanwhile(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers = Readers(names_one=True)
+    monkeypatch.setattr("rollpack.session.READERS", readers)
+    server.hello["reads_memory"] = True
+    kinds = []
+
+    def take(request: Message, fds: list[int]) -> Message:
+        if request["phase"] == "chunk":
+            kinds.append("lent" if "lent" in request else "copied")
+        return weights_reply(request["version"]) if request["phase"] == "commit" else {}
+
+    server.handlers["update_weights"] = take
+    with rollpack.connect(server.path) as client:
+        assert "probe" in server.requests[0]
+        state = {"a": np.ones(3, np.float32)}
+        client.update_weights(state, 1)
+        assert readers.begin(os.getppid())  # another server's update is under way
+        client.update_weights(state, 2)
+        assert not readers.begin(os.getpid())
+        readers.end()
+        client.update_weights(state, 3)
+    assert kinds == ["lent", "copied", "lent"]
 
 
 def test_what_is_lent_lives_until_the_reply_and_no_longer(

@@ -90,13 +90,14 @@ class DpRank:
         return cls(rank, size, whole_groups)
 
 
-def hello_fields(dp: DpRank | None, probe: MemoryProbe) -> dict[str, Any]:
+def hello_fields(dp: DpRank | None, probe: MemoryProbe | None) -> dict[str, Any]:
     """The fields of a hello of this process."""
     fields: dict[str, Any] = {
         "protocol_version": PROTOCOL_VERSION,
         "client": f"python, pid {os.getpid()}",
-        "probe": probe.fields,
     }
+    if probe is not None:
+        fields["probe"] = probe.fields
     if dp is not None:
         fields |= {"dp_rank": dp.rank, "dp_size": dp.size, "whole_groups": dp.whole_groups}
     return fields

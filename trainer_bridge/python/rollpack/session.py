@@ -25,7 +25,7 @@ from rollpack.errors import FailedPrecondition, InvalidArgument, RollpackError, 
 from rollpack.generation import RequestSamples
 from rollpack.hello import DpRank, ServerInfo, hello_fields, read_hello
 from rollpack.inbox import REPLY_GRACE_S, BatchWish, Inbox, Pending, Steps, end_connection
-from rollpack.lending import MemoryProbe, let_read
+from rollpack.lending import READERS, MemoryProbe
 from rollpack.metrics import report_fields
 from rollpack.prompts import (
     Prompt,
@@ -40,7 +40,15 @@ from rollpack.prompts import (
 from rollpack.samples import Sample
 from rollpack.sleeping import SleepState, Tag, checked_level, checked_tags
 from rollpack.slots import Lease, Slot
-from rollpack.weights import PHASES_AHEAD, Weights, WeightVersion, lend_chunks, write_chunks
+from rollpack.weights import (
+    PHASES_AHEAD,
+    Chunk,
+    LentChunk,
+    Weights,
+    WeightVersion,
+    lend_chunks,
+    write_chunks,
+)
 
 DEFAULT_SOCKET = "run/rollpack.sock"
 
@@ -129,9 +137,14 @@ class Session:
 
     def _say_hello(self, opening: Opening) -> tuple[ServerInfo, list[Slot]]:
         probe = MemoryProbe()
-        let_read(self.connection.server_pid)
-        future = self.connection.post("hello", hello_fields(opening.dp, probe))
-        reply = self.wait(Pending(future, "hello", opening.timeout_s))
+        is_readable = READERS.begin(self.connection.server_pid)
+        try:
+            fields = hello_fields(opening.dp, probe if is_readable else None)
+            future = self.connection.post("hello", fields)
+            reply = self.wait(Pending(future, "hello", opening.timeout_s))
+        finally:
+            if is_readable:
+                READERS.end()
         try:
             return read_hello(reply.fields, reply.fds, self.connection.peer)
         finally:
@@ -291,24 +304,24 @@ class Session:
                 value=f"version {version}",
                 allowed="the end of the update under way first",
             )
+        # Pairs may share a buffer that is filled anew for each; a mapping's tensors are all there.
+        can_lend = self.info.reads_memory and not copy and isinstance(weights, Mapping)
+        lends = can_lend and READERS.begin(self.connection.server_pid)
         try:
-            return (
-                yield from self._send_update(
-                    weights, version, mode, base_version, timeout_s, chunk_bytes, copy
-                )
-            )
+            chunks = (lend_chunks if lends else write_chunks)(weights, chunk_bytes)
+            return (yield from self._send_update(chunks, version, mode, base_version, timeout_s))
         finally:
+            if lends:
+                READERS.end()
             self._updating.release()
 
     def _send_update(
         self,
-        weights: Weights,
+        chunks: Iterable[Chunk | LentChunk],
         version: int,
         mode: Mode,
         base_version: int | None,
         timeout_s: float,
-        chunk_bytes: int,
-        copy: bool,
     ) -> Steps[WeightVersion]:
         deadline = time.monotonic() + timeout_s
 
@@ -318,16 +331,11 @@ class Session:
         begin: dict[str, Any] = {"phase": "begin", "version": version}
         if base_version is not None:
             begin["base_version"] = base_version
-        # Pairs may share a buffer that is filled anew for each; a mapping's tensors are all there.
-        lends = self.info.reads_memory and not copy and isinstance(weights, Mapping)
-        if lends:
-            let_read(self.connection.server_pid)
         # What is ready is sent ahead of the replies before it: ranks begin when their step ends,
         # which is time enough to write the first chunks. A chunk is kept until its reply.
         in_flight = deque([(self._post("update_weights", begin), None)])
         try:
-            chunks = lend_chunks if lends else write_chunks
-            for chunk in chunks(weights, chunk_bytes):
+            for chunk in chunks:
                 future = self._post("update_weights", chunk.request(version), chunk.fds)
                 in_flight.append((future, chunk))
                 if len(in_flight) == PHASES_AHEAD:
