@@ -49,6 +49,8 @@ struct BackendOptions {
   bool shared_weights = false;            // stage weights in memory that other processes can map
   // A device launches every kernel of every step, instead of graphs captured at start.
   bool enforce_eager = false;
+  // On the CPU, products of bf16 weights by Intel's AMX: bits of their own.
+  bool cpu_amx = false;
   // Of the ranks that hold one model together (kernels/shards.h), all of which are given the same
   // plans; none: this backend holds a whole one.
   std::shared_ptr<Communicator> communicator;

@@ -76,10 +76,33 @@ PathChoice choose_kernels(const CpuOptions& cpu_options) {
   return choose_path(candidates);
 }
 
-bool widens_products(const KernelTable& kernels, const ModelShape& shape,
-                     const CpuOptions& cpu_options) {
+bool has_slow_pairs(const KernelTable& kernels, const ModelShape& shape,
+                    const CpuOptions& cpu_options) {
   if (shape.dtype != DType::kBF16) return false;
   return cpu_options.widens_products ? *cpu_options.widens_products : widening_pays(kernels);
+}
+
+void check_amx(const ModelShape& shape) {
+  const auto refuse = [](const char* allowed, const char* message) {
+    throw Error({.code = ErrorCode::kUnsupported,
+                 .field = "engine.cpu_amx",
+                 .value = "true",
+                 .allowed = allowed,
+                 .message = message});
+  };
+  if (shape.dtype != DType::kBF16) refuse("false in float32", "its products are of bfloat16");
+  if (!amx_is_available()) {
+    refuse("false here", "this processor has no AMX, or the system lets no process use it");
+  }
+  if (!amx_agrees_with_scalar()) {
+    refuse("false here", "this processor's AMX sums otherwise than Intel documents");
+  }
+}
+
+PairPath pair_path(const ModelShape& shape, const BackendOptions& options, bool has_slow_pairs) {
+  if (!options.cpu_amx) return has_slow_pairs ? PairPath::kWidened : PairPath::kPairs;
+  check_amx(shape);
+  return PairPath::kAmx;
 }
 
 ThreadPool make_pool(const BackendOptions& options) {
@@ -113,8 +136,9 @@ class CpuBackend final : public Backend {
         weights_(kernels_, shape.dtype, options.shared_weights),
         pages_(shape_, options.kv_cache_bytes),
         step_(shape_, options, pages_.num_pages()),
-        products_(kernels_, pool_.num_threads(), widens_products(kernels_, shape, cpu_options)),
-        attention_(kernels_, pair_kernels(kernels_, products_.widens()), shape_, pages_,
+        has_slow_pairs_(has_slow_pairs(kernels_, shape, cpu_options)),
+        products_(kernels_, pool_.num_threads(), pair_path(shape, options, has_slow_pairs_)),
+        attention_(kernels_, pair_kernels(kernels_, has_slow_pairs_), shape_, pages_,
                    pool_.num_threads()),
         head_(kernels_, products_, pool_.num_threads(), VocabExchange(communicator_, shape.V)),
         queue_([this](const StepPlan& plan, StepProgram& program) { return run(plan, program); }) {
@@ -290,6 +314,7 @@ class CpuBackend final : public Backend {
   WeightStore weights_;
   KvPages pages_;
   StepContext step_;
+  const bool has_slow_pairs_;
   PanelProducts<Element> products_;
   Attention<Element> attention_;
   VocabHead<Element> head_;
@@ -311,8 +336,10 @@ void CpuBackend<Element>::describe(const PathChoice& path) {
     info_.description +=
         fmt::format(" ({} refused: its products differ from scalar code here)", path.refused);
   }
-  // Neither instruction set nor threads: they change no bit.
-  info_.fingerprint = fmt::format("cpu-v1 {}", dtype_name(shape_.dtype));
+  if (options_.cpu_amx) info_.description += ", products by AMX";
+  // Neither instruction set nor threads: they change no bit. AMX does.
+  info_.fingerprint =
+      fmt::format("cpu-v1 {}{}", dtype_name(shape_.dtype), options_.cpu_amx ? " amx-v1" : "");
   info_.kv = {.dtype = shape_.dtype,
               .page_tokens = kPageTokens,
               .page_bytes = pages_.page_bytes(),

@@ -110,6 +110,7 @@ struct PanelPass {
   bool continues = false;       // the sums start from `tile`, not from 0: a later part of k
   const void* ahead = nullptr;  // memory to bring into L2 meanwhile: what the caller reads next
   int64_t ahead_lines = 0;      // cache lines of it
+  bool streams = false;         // nothing has brought the panel in: it comes from memory
   // Rows of the next call, a_stride apart, or none: its steps of them are brought into L1.
   const void* next_rows = nullptr;
 };

@@ -32,6 +32,10 @@ constexpr int64_t kStepsInL2 = 512;
 // in 1,536 cycles.
 constexpr int64_t kStepsInL1 = 128;
 
+// AMX: 96 steps of a panel are 24 KiB, which L1 (48 KiB wherever there is AMX) holds beside a tile
+// of rows, 6 KiB, its sums, 4 KiB, and what comes next of both.
+constexpr int64_t kAmxSteps = 6 * kAmxSliceSteps;
+
 // What a lone tile brings in of the next block: it reads its own as fast as memory gives it, so
 // this only bridges the gap between two blocks, 4 KiB, which the hardware's prefetcher does not.
 constexpr int64_t kBridgeLines = 64;
@@ -43,11 +47,11 @@ constexpr int64_t kCyclesPerLine = 8;
 // What the product of a block of `steps` steps with tile `tile` of num_tiles brings into L2 of the
 // block at `next`. The first tile of all is left alone: what is not there yet it streams itself.
 PanelPass look_ahead(const std::byte* next, int64_t steps, int64_t tile, int64_t num_tiles,
-                     int64_t rows) {
+                     int64_t row_cycles) {
   const int64_t block_lines = steps * kPanelColumns * 4 / 64;
   if (num_tiles == 1) return {.ahead = next, .ahead_lines = std::min(block_lines, kBridgeLines)};
   const int64_t share = (block_lines + num_tiles - 1) / num_tiles;
-  const int64_t lines = std::min(share, steps * rows * kCyclesPerRowStep / kCyclesPerLine);
+  const int64_t lines = std::min(share, steps * row_cycles / kCyclesPerLine);
   const int64_t first = std::min(tile * lines, block_lines);
   return {.ahead = next + first * 64, .ahead_lines = std::min(lines, block_lines - first)};
 }
@@ -93,22 +97,26 @@ const KernelTable& pair_kernels(const KernelTable& kernels, bool widens) {
 }
 
 template <class Element>
-PanelProducts<Element>::PanelProducts(const KernelTable& kernels, int num_threads, bool widens)
+PanelProducts<Element>::PanelProducts(const KernelTable& kernels, int num_threads, PairPath path)
     : kernels_(kernels),
-      of_(pair_kernels(kernels, widens).of<Element>()),
-      widens_(widens && sizeof(Element) == 2),
+      of_(pair_kernels(kernels, path == PairPath::kWidened).of<Element>()),
+      path_(sizeof(Element) == 2 ? path : PairPath::kPairs),
+      slice_steps_(path_ == PairPath::kAmx ? kAmxSliceSteps : 1),
       workspaces_(static_cast<size_t>(num_threads)) {
-  for (Workspace& work : workspaces_) work.sums.reserve((kChunkRows + kTileRows) * kPanelColumns);
+  for (Workspace& work : workspaces_) {
+    work.sums.reserve((kChunkRows + kAmxTileRows) * kPanelColumns);
+  }
 }
 
 template <class Element>
 void PanelProducts<Element>::begin(ThreadPool& pool, const InputRows<Element>& in) {
   in_ = in;
-  tiles_ = RowTiles(in.rows);
+  tiles_ = RowTiles(in.rows, path_ == PairPath::kAmx ? kAmxTileRows : kTileRows);
   for (Workspace& work : workspaces_) work.first_tile = -1;
   // A lone tile reads a panel once and waits for it: neither widening nor blocks in L1 would help.
-  is_wide_ = widens_ && tiles_.count > 1;
+  is_wide_ = widens() && tiles_.count > 1;
   block_steps_ = kStepsInL2;
+  if (path_ == PairPath::kAmx && tiles_.count > 1) block_steps_ = kAmxSteps;
   if (is_wide_) block_steps_ = kStepsInL1 / 2;
   if (sizeof(Element) == 4 && tiles_.count > 1 && has_wide_registers(kernels_.isa)) {
     block_steps_ = kStepsInL1;
@@ -174,10 +182,15 @@ PanelPass PanelProducts<Element>::pass_of(const Block& block, const Item& item,
   if (!is_last || item.has_next) {
     const auto* const next =
         reinterpret_cast<const std::byte*>(block.columns + steps * kPanelColumns * kWidth);
+    // Tiles of AMX take less time than memory does, however many rows they have.
+    const int64_t rows = tiles_.begin(tile + 1) - tiles_.begin(tile);
+    const int64_t row_cycles =
+        path_ == PairPath::kAmx ? std::numeric_limits<int32_t>::max() : rows * kCyclesPerRowStep;
     pass = look_ahead(next, steps, tile - item.first_tile, item.end_tile - item.first_tile,
-                      tiles_.begin(tile + 1) - tiles_.begin(tile));
+                      row_cycles);
   }
   pass.continues = block.first_step > 0;
+  pass.streams = item.end_tile - item.first_tile == 1;
   if (block_steps_ < kStepsInL2) {
     pass.next_rows = tile + 1 < item.end_tile
                          ? row_part(tiles_.begin(tile + 1), block.first_step)
@@ -188,13 +201,19 @@ PanelPass PanelProducts<Element>::pass_of(const Block& block, const Item& item,
 
 template <class Element>
 void PanelProducts<Element>::multiply_tile(const Workspace& work, const Item& item, int64_t tile,
-                                           float* sums) const {
+                                           AmxTiles& amx, float* sums) const {
   const Block& block = work.block;
   if (item.panel_number == work.first_panel && tile + 1 < item.end_tile) bring_in(block, tile + 1);
   const int64_t row = tiles_.begin(tile), steps = block.end_step - block.first_step;
   const auto num_rows = static_cast<int>(tiles_.begin(tile + 1) - row);
   const std::byte* const rows = row_part(row, block.first_step);
   const PanelPass pass = pass_of(block, item, tile);
+  if constexpr (sizeof(Element) == 2) {
+    if (path_ == PairPath::kAmx) {
+      return amx.panel_product(in_.data + row * in_.stride + 2 * block.first_step, in_.stride,
+                               num_rows, block.columns, steps, sums, pass);
+    }
+  }
   if (is_wide_) {
     kernels_.f32.panel_product(reinterpret_cast<const float*>(rows), in_.stride, num_rows,
                                work.columns.data(), 2 * steps, sums, pass);
@@ -202,6 +221,17 @@ void PanelProducts<Element>::multiply_tile(const Workspace& work, const Item& it
     of_.panel_product(reinterpret_cast<const Element*>(rows), in_.stride, num_rows, block.columns,
                       steps, sums, pass);
   }
+}
+
+template <class Element>
+void PanelProducts<Element>::multiply_row(const Element* row, const Element* panel, int64_t steps,
+                                          float* sums) const {
+  if constexpr (sizeof(Element) == 2) {
+    if (path_ == PairPath::kAmx) {
+      return AmxTiles().panel_product(row, 2 * steps, 1, panel, steps, sums, {});
+    }
+  }
+  of_.panel_product(row, 2 * steps, 1, panel, steps, sums, {});
 }
 
 template class PanelProducts<uint16_t>;

@@ -4,11 +4,13 @@
 // (kernels/cpu/README.md), so no bit depends on it.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
 
 #include "kernels/cpu/aligned_floats.h"
+#include "kernels/cpu/amx.h"
 #include "kernels/cpu/kernel_table.h"
 #include "kernels/cpu/row_tiles.h"
 #include "kernels/cpu/thread_pool.h"
@@ -23,13 +25,20 @@ bool widening_pays(const KernelTable& kernels);
 // is slow: those with two FMAs a pair.
 const KernelTable& pair_kernels(const KernelTable& kernels, bool widens);
 
+// How pairs are multiplied.
+enum class PairPath {
+  kPairs,    // as they are
+  kWidened,  // those of more than one tile of rows as f32; the same bits
+  kAmx,      // by tiles of the processor's; bits of their own (amx.h)
+};
+
 template <class Element>
 class PanelProducts {
  public:
-  // widens: pairs of more than one tile of rows are widened. Ignored for f32.
-  PanelProducts(const KernelTable& kernels, int num_threads, bool widens);
+  // path: ignored for f32.
+  PanelProducts(const KernelTable& kernels, int num_threads, PairPath path);
 
-  bool widens() const { return widens_; }
+  bool widens() const { return path_ == PairPath::kWidened; }
   // Starts a product of these rows, which stay in place until the next one.
   void begin(ThreadPool& pool, const InputRows<Element>& in);
   const RowTiles& tiles() const { return tiles_; }
@@ -49,18 +58,21 @@ class PanelProducts {
   template <class Prepare, class Finish>
   void multiply(int thread, const Item& item, Prepare prepare, Finish finish) {
     Workspace& work = workspaces_[static_cast<size_t>(thread)];
+    AmxTiles amx;
     const int64_t num_blocks = blocks_of(item);
     for (int64_t block = 0; block < num_blocks; ++block) {
       const bool is_last = block + 1 == num_blocks;
-      take(work, item, item.steps * block / num_blocks, item.steps * (block + 1) / num_blocks);
+      take(work, item, cut_of(item, block, num_blocks), cut_of(item, block + 1, num_blocks));
       for (int64_t tile = item.first_tile; tile < item.end_tile; ++tile) {
         float* const sums = sums_of(thread, item, tile);
         if (is_last) prepare(tile);
-        multiply_tile(work, item, tile, sums);
+        multiply_tile(work, item, tile, amx, sums);
         if (is_last) finish(tile, sums);
       }
     }
   }
+  // One row, apart from the product at hand: sums [64]. Any thread.
+  void multiply_row(const Element* row, const Element* panel, int64_t steps, float* sums) const;
   // Where those sums lie; the same for every panel. Tiles share a place if k is one block.
   float* sums_of(int thread, const Item& item, int64_t tile) const {
     const int64_t row =
@@ -87,15 +99,22 @@ class PanelProducts {
   int64_t blocks_of(const Item& item) const {
     return (item.steps + block_steps_ - 1) / block_steps_;
   }
+  // The step where a block begins: blocks are of about the same size, and of whole slices.
+  int64_t cut_of(const Item& item, int64_t block, int64_t num_blocks) const {
+    const int64_t num_slices = (item.steps + slice_steps_ - 1) / slice_steps_;
+    return std::min(item.steps, num_slices * block / num_blocks * slice_steps_);
+  }
   void take(Workspace& work, const Item& item, int64_t first_step, int64_t end_step);
-  void multiply_tile(const Workspace& work, const Item& item, int64_t tile, float* sums) const;
+  void multiply_tile(const Workspace& work, const Item& item, int64_t tile, AmxTiles& amx,
+                     float* sums) const;
   PanelPass pass_of(const Block& block, const Item& item, int64_t tile) const;
   const std::byte* row_part(int64_t row, int64_t step) const;
   void bring_in(const Block& block, int64_t tile) const;
 
   const KernelTable& kernels_;
   const ElementKernels<Element>& of_;
-  const bool widens_;
+  const PairPath path_;
+  const int64_t slice_steps_;  // that are summed as one
   std::vector<Workspace> workspaces_;
 
   // Of the product at hand.

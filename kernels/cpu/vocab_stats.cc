@@ -275,9 +275,9 @@ const BlockPanels& VocabStats<Element>::kept_panels(int32_t distribution, int64_
 
 template <class Element>
 void VocabStats<Element>::panel_logits(int32_t head_row, int64_t panel, float* logits) const {
-  of_.panel_product(in_.data + head_row * in_.stride, in_.stride, 1,
-                    weight_.panel<Element>(panel - first_block_ * kBlockPanels), weight_.steps(),
-                    logits, {});
+  products_.multiply_row(in_.data + head_row * in_.stride,
+                         weight_.panel<Element>(panel - first_block_ * kBlockPanels),
+                         weight_.steps(), logits);
 }
 
 // -infinity for tokens that are taken out.

@@ -4,6 +4,7 @@
 #include <exception>
 #include <utility>
 
+#include "kernels/base/error.h"
 #include "kernels/registry.h"
 #include "rollout/model/checkpoint.h"
 
@@ -35,7 +36,15 @@ std::unique_ptr<kernels::Backend> configured_backend(const Config& config, const
                                         .max_num_batched_tokens = engine.max_num_batched_tokens,
                                         .shared_weights = options.shared_weights,
                                         .enforce_eager = engine.enforce_eager,
+                                        .cpu_amx = engine.cpu_amx,
                                         .communicator = options.communicator});
+  if (engine.cpu_amx && backend->info().name != "cpu") {
+    throw Error({.code = ErrorCode::kInvalidArgument,
+                 .field = "engine.cpu_amx",
+                 .value = "true",
+                 .origin = "engine.backend " + engine.backend,
+                 .allowed = "false with backend " + backend->info().name});
+  }
   if (!options.profiles) return backend;
   return std::make_unique<kernels::ProfiledBackend>(std::move(backend), shape);
 }

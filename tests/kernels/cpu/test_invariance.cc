@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "kernels/cpu/amx.h"
 #include "kernels/cpu/isa.h"
 #include "toy_model.h"
 
@@ -79,21 +80,9 @@ std::vector<Bits> run_sequences(ToyModel& model, const std::vector<Sequence>& se
   return bits;
 }
 
-class EveryNumberOfRows : public ::testing::TestWithParam<std::tuple<cpu::Isa, int32_t, DType>> {};
-
-TEST_P(EveryNumberOfRows, LeavesEveryRowsBits) {
-  const auto [isa, num_threads, dtype] = GetParam();
-  ToyOptions options = small_options(dtype);
-  options.num_threads = 1;
-  const std::vector<Sequence> sequences = sequences_of_70_rows(options.shape.V);
-  std::vector<Bits> alone;
-  ToyModel reference(options);
-  for (const Sequence& s : sequences) alone.push_back(run_sequences(reference, {s}).front());
-
-  options.num_threads = num_threads;
-  options.cpu.isa = isa;
-  options.cpu.widens_products = num_threads == 2;
-  ToyModel model(options);
+void expect_bits_at_every_number_of_rows(ToyModel& model, ToyModel& reference,
+                                         const std::vector<Sequence>& sequences,
+                                         const std::vector<Bits>& alone) {
   for (int32_t M = 1; M <= 70; ++M) {
     std::vector<Sequence> taken;
     int32_t rows = 0;
@@ -114,6 +103,44 @@ TEST_P(EveryNumberOfRows, LeavesEveryRowsBits) {
     }
   }
 }
+
+class EveryNumberOfRows : public ::testing::TestWithParam<std::tuple<cpu::Isa, int32_t, DType>> {};
+
+TEST_P(EveryNumberOfRows, LeavesEveryRowsBits) {
+  const auto [isa, num_threads, dtype] = GetParam();
+  ToyOptions options = small_options(dtype);
+  options.num_threads = 1;
+  const std::vector<Sequence> sequences = sequences_of_70_rows(options.shape.V);
+  std::vector<Bits> alone;
+  ToyModel reference(options);
+  for (const Sequence& s : sequences) alone.push_back(run_sequences(reference, {s}).front());
+
+  options.num_threads = num_threads;
+  options.cpu.isa = isa;
+  options.cpu.widens_products = num_threads == 2;
+  ToyModel model(options);
+  expect_bits_at_every_number_of_rows(model, reference, sequences, alone);
+}
+
+TEST(AmxSteps, EveryNumberOfRowsLeavesEveryRowsBits) {
+  if (!cpu::amx_is_available()) GTEST_SKIP() << "no AMX here, or none that this process may use";
+  ToyOptions options = small_options(DType::kBF16);
+  options.amx = true;
+  const std::vector<Sequence> sequences = sequences_of_70_rows(options.shape.V);
+  ToyModel reference(options);
+  std::vector<Bits> alone, other;
+  for (const Sequence& s : sequences) alone.push_back(run_sequences(reference, {s}).front());
+  options.num_threads = 3;
+  ToyModel model(options);
+  expect_bits_at_every_number_of_rows(model, reference, sequences, alone);
+  EXPECT_EQ(model.backend().info().fingerprint, "cpu-v1 bfloat16 amx-v1");
+  // Sums are in another order, which at least one of these many bits shows.
+  options.amx = false;
+  ToyModel without(options);
+  for (const Sequence& s : sequences) other.push_back(run_sequences(without, {s}).front());
+  EXPECT_NE(alone, other);
+}
+
 
 INSTANTIATE_TEST_SUITE_P(Cpu, EveryNumberOfRows,
                          ::testing::Combine(::testing::ValuesIn(cpu::supported_isas()),

@@ -169,7 +169,8 @@ ToyModel::ToyModel(const ToyOptions& options) : options_(options) {
   BackendOptions backend_options{.num_threads = options.num_threads,
                                  .kv_cache_bytes = int64_t{1} << 30,
                                  .max_num_seqs = 64,
-                                 .max_num_batched_tokens = kMaxRows};
+                                 .max_num_batched_tokens = kMaxRows,
+                                 .cpu_amx = options.amx};
   const int64_t page_bytes =
       make_cpu_backend(options.shape, backend_options, options.cpu)->info().kv.page_bytes;
   backend_options.kv_cache_bytes = page_bytes * options.num_pages;

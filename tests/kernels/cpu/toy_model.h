@@ -36,6 +36,7 @@ struct ToyOptions {
   int32_t num_pages = 256;
   int32_t window = 0;
   bool has_qk_norm = false;
+  bool amx = false;
 };
 
 class ToyModel {

@@ -35,6 +35,7 @@ Config unusual() {
                    .enable_chunked_prefill = false,
                    .enable_prefix_caching = false,
                    .enforce_eager = true,
+                   .cpu_amx = true,
                    .kv_cache_memory = 123457,
                    .num_threads = 2,
                    .speculation = "on",
@@ -93,7 +94,7 @@ TEST(ConfigText, JsonHoldsEveryFieldWithItsType) {
             R"("prompt_overflow":"error","logprobs_mode":"processed_logprobs"},)"
             R"("engine":{"backend":"auto","batching":"continuous","max_num_seqs":256,)"
             R"("max_num_batched_tokens":2048,"enable_chunked_prefill":true,)"
-            R"("enable_prefix_caching":true,"enforce_eager":false,)"
+            R"("enable_prefix_caching":true,"enforce_eager":false,"cpu_amx":false,)"
             R"("kv_cache_memory":2147483648,"num_threads":0,)"
             R"("speculation":"auto","num_speculative_tokens":5,)"
             R"("share_weights":"auto","tensor_model_parallel_size":1},)"
