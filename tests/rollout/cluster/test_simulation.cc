@@ -7,6 +7,7 @@
 #include <spdlog/spdlog.h>
 
 #include "tests/rollout/cluster/simulation.h"
+#include "tests/sanitized.h"
 
 namespace rollpack::rollout::simulation {
 namespace {
@@ -19,11 +20,8 @@ uint64_t number_from(const char* name, uint64_t otherwise) {
 uint64_t num_seeds() {
   const char* full = std::getenv("ROLLPACK_FULL");
   const bool is_full = full != nullptr && std::string(full) == "1";
-#ifdef __SANITIZE_ADDRESS__
-  return number_from("ROLLPACK_SEEDS", is_full ? 2000 : 200);
-#else
-  return number_from("ROLLPACK_SEEDS", is_full ? 200000 : 2000);
-#endif
+  const uint64_t count = is_full ? 200000 : 2000;
+  return number_from("ROLLPACK_SEEDS", kIsSanitized ? count / 20 : count);
 }
 
 // ROLLPACK_SEED runs one seed alone.

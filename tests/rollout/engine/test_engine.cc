@@ -1,4 +1,4 @@
-// The engine and both batching policies over thousands of random schedules, against each sample
+// The engine and both batching policies over hundreds of random schedules, against each sample
 // computed alone: arrivals, aborts, preemption, weight switches, scoring, budgets of any size.
 #include "rollout/engine/engine.h"
 
@@ -8,15 +8,17 @@
 #include <random>
 
 #include "tests/rollout/engine/rig.h"
+#include "tests/sanitized.h"
 
 namespace rollpack::rollout {
 namespace {
 
+constexpr uint32_t kNumSchedules = kIsSanitized ? 120 : 600;
 constexpr std::array kPolicies = {"continuous", "left_padded", "continuous",
                                   "prepacked",  "continuous",  "length_sorted"};
 
 TEST(Engine, GivesEverySampleAsIfAloneOverRandomSchedules) {
-  for (uint32_t seed = 0; seed < 600; ++seed) {
+  for (uint32_t seed = 0; seed < kNumSchedules; ++seed) {
     SCOPED_TRACE(seed);
     std::mt19937 random(seed);
     const RigOptions options{.batching = kPolicies[seed % kPolicies.size()],
@@ -135,7 +137,7 @@ TEST(Engine, PreemptsWhenPagesRunOutAndStillGivesTheSameTokens) {
 }
 
 TEST(Engine, AbortHandsOutPartialSamplesAndHoldsNothing) {
-  for (uint32_t seed = 0; seed < 300; ++seed) {
+  for (uint32_t seed = 0; seed < kNumSchedules / 2; ++seed) {
     SCOPED_TRACE(seed);
     std::mt19937 random(seed);
     Rig rig({.batching = kPolicies[seed % kPolicies.size()],

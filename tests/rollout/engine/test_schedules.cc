@@ -1,7 +1,8 @@
 // A thousand random lives of an engine: prompts that share beginnings, arrivals, aborts,
 // preemption, weight switches, pauses, scores, prompts whose keys are NaN; the books checked after
 // every step, every result against the sample computed alone; at once, and with the next step
-// planned while one is under way. ROLLPACK_FULL=1 runs 20,000, ROLLPACK_SCHEDULES any other number.
+// planned while one is under way. ROLLPACK_FULL=1 runs 20,000, sanitizers a fifth of either, and
+// ROLLPACK_SCHEDULES any other number.
 #include <gtest/gtest.h>
 
 #include <array>
@@ -11,6 +12,7 @@
 
 #include "rollout/batching/page_needs.h"
 #include "tests/rollout/engine/rig.h"
+#include "tests/sanitized.h"
 
 namespace rollpack::rollout {
 namespace {
@@ -21,7 +23,8 @@ constexpr int32_t kNan = kVocab;                       // a token whose keys are
 uint32_t num_schedules() {
   if (const char* count = std::getenv("ROLLPACK_SCHEDULES")) return std::stoul(count);
   const char* full = std::getenv("ROLLPACK_FULL");
-  return full != nullptr && std::string(full) == "1" ? 20000 : 1000;
+  const uint32_t count = full != nullptr && std::string(full) == "1" ? 20000 : 1000;
+  return kIsSanitized ? count / 5 : count;
 }
 
 class Schedule {
