@@ -8,6 +8,8 @@
 
 #include <fmt/format.h>
 
+#include "rollout/bench/percentile.h"
+
 namespace rollpack::rollout {
 namespace {
 
@@ -41,13 +43,6 @@ Json counters_report(const Pass& pass) {
 }
 
 }  // namespace
-
-double percentile(std::vector<double> values, double quantile) {
-  const auto rank = static_cast<size_t>(std::ceil(quantile * static_cast<double>(values.size())));
-  const auto place = values.begin() + static_cast<ptrdiff_t>(std::max<size_t>(rank, 1) - 1);
-  std::ranges::nth_element(values, place);
-  return *place;
-}
 
 const Pass& best_of(const std::vector<Pass>& passes) {
   return *std::ranges::min_element(passes, {}, &Pass::wall_s);

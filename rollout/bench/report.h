@@ -18,10 +18,6 @@ struct BenchSetting {
   const MachineRoof roof;
 };
 
-// The value that a share `quantile` of `values` does not exceed (nearest rank); there is one at
-// least.
-double percentile(std::vector<double> values, double quantile);
-
 // The fastest of some passes; there is one at least.
 const Pass& best_of(const std::vector<Pass>& passes);
 

@@ -8,7 +8,7 @@
 #include <numeric>
 
 #include "rollout/bench/machine_roof.h"
-#include "rollout/bench/report.h"
+#include "rollout/bench/percentile.h"
 #include "rollout/bench/workload.h"
 #include "rollout/engine/engine.h"
 #include "tests/rollout/engine/simulated_backend.h"
