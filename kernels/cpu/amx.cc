@@ -104,6 +104,10 @@ float amx_sum(const uint16_t* a, const uint16_t* panel, int column, int64_t step
       even = std::fmaf(bf16_to_f32(a[2 * s]), bf16_to_f32(pair[0]), even);
       odd = std::fmaf(bf16_to_f32(a[2 * s + 1]), bf16_to_f32(pair[1]), odd);
     }
+    if (steps < first + kAmxSliceSteps) {  // zeros fill the slice up: of -0 they make +0
+      even = std::fmaf(0.0f, 0.0f, even);
+      odd = std::fmaf(0.0f, 0.0f, odd);
+    }
     sum += even + odd;
   }
   return sum;

@@ -3,8 +3,8 @@
 // those of kernel_table.h; they too depend on nothing but the row and the panel.
 //
 // The rule: k goes in slices of 16 pairs. Of a slice the even elements' products are summed in a
-// chain of FMAs from 0, the odd ones' in another; sum += even + odd. Subnormals count as zeros, in
-// and out. Source: Intel SDM, TDPBF16PS.
+// chain of FMAs from 0, the odd ones' in another; sum += even + odd. Zeros fill the last slice up.
+// Subnormals count as zeros, in and out. Source: Intel SDM, TDPBF16PS.
 #pragma once
 
 #include <cstddef>

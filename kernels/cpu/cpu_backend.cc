@@ -92,7 +92,8 @@ void check_amx(const ModelShape& shape) {
   };
   if (shape.dtype != DType::kBF16) refuse("false in float32", "its products are of bfloat16");
   if (!amx_is_available()) {
-    refuse("false here", "this processor has no AMX, or the system lets no process use it");
+    refuse("false here",
+           "this processor has no AMX, or the system does not let this process use it");
   }
   if (!amx_agrees_with_scalar()) {
     refuse("false here", "this processor's AMX sums otherwise than Intel documents");

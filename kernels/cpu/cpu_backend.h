@@ -1,4 +1,5 @@
-// The CPU implementation of Backend: bf16 or f32 on x86-64, the same bits on every instruction set.
+// The CPU implementation of Backend: bf16 or f32 on x86-64, the same bits on every instruction set;
+// by AMX, where BackendOptions::cpu_amx asks for it, other bits.
 // Numerics, layouts and recipes: kernels/cpu/README.md.
 #pragma once
 
@@ -26,8 +27,8 @@ struct CpuOptions {
   std::function<void(const StepPlan& plan, const cpu::KvPages& pages)> before_rows = {};
 };
 
-// Errors: unsupported for a dtype, head width or instruction set it cannot run; invalid_argument
-// for sizes that are not positive; resource_exhausted naming the bytes of a page.
+// Errors: unsupported for a dtype, head width or instruction set it cannot run, AMX included;
+// invalid_argument for sizes that are not positive; resource_exhausted naming the bytes of a page.
 std::unique_ptr<Backend> make_cpu_backend(const ModelShape& shape, const BackendOptions& options);
 std::unique_ptr<Backend> make_cpu_backend(const ModelShape& shape, const BackendOptions& options,
                                           const CpuOptions& cpu_options);
