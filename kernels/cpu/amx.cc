@@ -6,13 +6,10 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
-#include <vector>
 
 #include "kernels/base/dtype.h"
-#include "kernels/cpu/float_mode.h"
 
 namespace rollpack::kernels::cpu {
 namespace {
@@ -51,26 +48,6 @@ struct LastSlice {
     }
     std::memcpy(panel, columns, static_cast<size_t>(steps * kStepElements) * 2);
   }
-};
-
-// Brings the lines that a pass asks for into L2, some with each slice.
-class LinesAhead {
- public:
-  LinesAhead(const PanelPass& pass, int64_t num_slices)
-      : at_(static_cast<const std::byte*>(pass.ahead)),
-        left_(pass.ahead_lines),
-        per_slice_((pass.ahead_lines + num_slices - 1) / std::max<int64_t>(1, num_slices)) {}
-  void look() {
-    const int64_t count = std::min(per_slice_, left_);
-    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(at_ + i * 64, 0, 2);
-    at_ += count * 64;
-    left_ -= count;
-  }
-
- private:
-  const std::byte* at_;
-  int64_t left_;
-  const int64_t per_slice_;
 };
 
 // Of a panel that comes from memory, or of the panel behind it.
@@ -113,40 +90,6 @@ float amx_sum(const uint16_t* a, const uint16_t* panel, int column, int64_t step
   return sum;
 }
 
-bool amx_agrees_with_scalar() {
-  const FlushSubnormalsScope flush;
-  constexpr int64_t kMaxSteps = 3 * kAmxSliceSteps - 1;
-  uint64_t state = 1;
-  // bf16 of every kind: a quarter of them subnormal, at the smallest normal or at its square root,
-  // so that products are too. The generator is that of Knuth's MMIX.
-  const auto next = [&] {
-    state = state * 6364136223846793005ull + 1442695040888963407ull;
-    const auto bits = static_cast<uint16_t>(state >> 40);
-    const auto sign_and_fraction = static_cast<uint16_t>(bits & 0x807fu);
-    switch (state >> 60) {
-      case 0: return sign_and_fraction;
-      case 1: return static_cast<uint16_t>(sign_and_fraction | 1u << 7);
-      case 2:
-      case 3: return static_cast<uint16_t>(sign_and_fraction | (64u - 1u) << 7);
-      default: return static_cast<uint16_t>(sign_and_fraction | (120u + (bits >> 7 & 15u)) << 7);
-    }
-  };
-  std::vector<uint16_t> a(kAmxTileRows * 2 * kMaxSteps), panel(kMaxSteps * kStepElements);
-  alignas(64) float sums[kAmxTileRows * kPanelColumns];
-  for (int64_t steps = 1; steps <= kMaxSteps; ++steps) {
-    std::ranges::generate(a, next);
-    std::ranges::generate(panel, next);
-    const int rows = 1 + static_cast<int>(steps * 7 % kAmxTileRows);
-    AmxTiles().panel_product(a.data(), 2 * steps, rows, panel.data(), steps, sums, {});
-    for (int i = 0; i < rows * kPanelColumns; ++i) {
-      const uint16_t* const row = a.data() + i / kPanelColumns * 2 * steps;
-      const float want = amx_sum(row, panel.data(), i % kPanelColumns, steps, 0);
-      if (std::bit_cast<uint32_t>(sums[i]) != std::bit_cast<uint32_t>(want)) return false;
-    }
-  }
-  return true;
-}
-
 #pragma GCC push_options
 #pragma GCC target("avx512f,amx-tile,amx-bf16")
 
@@ -158,8 +101,7 @@ inline void finish_stores() {
   asm volatile("" ::: "memory");
 }
 
-// Tiles 0 to 3 are sums, 4 rows, 5 and 6 columns. Numbers of tiles are part of the
-// instructions.
+// Tiles 0 to 3 are sums, 4 rows, 5 and 6 columns. Their numbers are part of the instructions.
 
 inline void load_sums(bool continues, const float* sums) {
   finish_stores();
@@ -196,10 +138,10 @@ inline void multiply_slice(const uint16_t* a, int64_t a_bytes, const uint16_t* c
   _tile_dpbf16ps(3, 4, 6);
 }
 
-void multiply(const uint16_t* a, int64_t a_stride, int rows, const uint16_t* panel,
-                  int64_t steps, float* tile, const PanelPass& pass) {
+void multiply(const uint16_t* a, int64_t a_stride, int rows, const uint16_t* panel, int64_t steps,
+              float* tile, const PanelPass& pass) {
   const int64_t num_slices = steps / kAmxSliceSteps, rest = steps % kAmxSliceSteps;
-  LinesAhead ahead(pass, num_slices);
+  LinesAhead ahead(pass, steps, kAmxSliceSteps);
   load_sums(pass.continues, tile);
   for (int64_t slice = 0; slice < num_slices; ++slice) {
     const uint16_t* const columns = panel + slice * kAmxSliceSteps * kStepElements;
@@ -225,6 +167,7 @@ void shape_tiles(int rows) {
   _tile_loadconfig(&shapes);
 }
 
+// Not in the destructor: a member is compiled for what its declaration in the header is.
 void release_tiles() {
   _tile_release();
 }

@@ -20,9 +20,6 @@ inline constexpr int64_t kAmxSliceSteps = 16;
 // Whether this processor has it and the system lets this process use it. It asks for that.
 bool amx_is_available();
 
-// Whether it gives the bits of amx_sum() on random and subnormal rows of every length, this thread.
-bool amx_agrees_with_scalar();
-
 // The rule in scalar code: what `steps` pairs of row `a` and of column `column` of a panel add to
 // `sum`. The thread flushes subnormals (float_mode.h).
 float amx_sum(const uint16_t* a, const uint16_t* panel, int column, int64_t steps, float sum);

@@ -115,6 +115,23 @@ struct PanelPass {
   const void* next_rows = nullptr;
 };
 
+// Brings the next lines of what a product reads next into L2, a share of them at each look.
+struct LinesAhead {
+  const char* next;
+  const char* end;
+  int64_t per_look;
+
+  LinesAhead(const PanelPass& pass, int64_t steps, int64_t steps_per_look)
+      : next(static_cast<const char*>(pass.ahead)),
+        end(next + pass.ahead_lines * 64),
+        per_look(steps > 0 ? (pass.ahead_lines * steps_per_look + steps - 1) / steps : 0) {}
+  void look() {
+    for (int64_t line = 0; line < per_look && next < end; ++line, next += 64) {
+      __builtin_prefetch(next, 0, 2);
+    }
+  }
+};
+
 // The kernels that depend on the compute dtype.
 template <class Element>
 struct ElementKernels {

@@ -1,11 +1,13 @@
 #include "kernels/cpu/path_check.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
 #include "kernels/base/dtype.h"
+#include "kernels/cpu/amx.h"
 #include "kernels/cpu/float_mode.h"
 
 namespace rollpack::kernels::cpu {
@@ -100,6 +102,26 @@ bool agrees_on_products(const KernelTable& kernels) {
 bool agrees_with_scalar(const KernelTable& kernels) {
   const FlushSubnormalsScope flush;
   return agrees_on_products<uint16_t>(kernels) && agrees_on_products<float>(kernels);
+}
+
+bool amx_agrees_with_scalar() {
+  const FlushSubnormalsScope flush;
+  constexpr int64_t kMaxSteps = 3 * kAmxSliceSteps - 1;
+  Triples triples;
+  const auto next = [&] { return element<uint16_t>(triples.next()); };
+  std::vector<uint16_t> a(kAmxTileRows * 2 * kMaxSteps), panel(kMaxSteps * 2 * kPanelColumns);
+  alignas(64) float sums[kAmxTileRows * kPanelColumns];
+  for (int64_t steps = 1; steps <= kMaxSteps; ++steps) {
+    std::ranges::generate(a, next);
+    std::ranges::generate(panel, next);
+    const int rows = 1 + static_cast<int>(steps * 7 % kAmxTileRows);
+    AmxTiles().panel_product(a.data(), 2 * steps, rows, panel.data(), steps, sums, {});
+    for (int i = 0; i < rows * kPanelColumns; ++i) {
+      const uint16_t* const row = a.data() + i / kPanelColumns * 2 * steps;
+      if (!is_same(sums[i], amx_sum(row, panel.data(), i % kPanelColumns, steps, 0))) return false;
+    }
+  }
+  return true;
 }
 
 PathChoice choose_path(std::span<const KernelTable* const> candidates) {

@@ -18,6 +18,10 @@ inline constexpr int kCheckedTriples = 4096;
 // equals a NaN. Takes less than a millisecond on a vector path.
 bool agrees_with_scalar(const KernelTable& kernels);
 
+// Whether AMX, which this machine has, gives the bits of amx_sum() on such rows and panels of every
+// length up to some slices. A few milliseconds.
+bool amx_agrees_with_scalar();
+
 struct PathChoice {
   const KernelTable* kernels = nullptr;
   std::string refused;  // names of the paths before it, whose bits were wrong; empty: none

@@ -233,23 +233,6 @@ inline __attribute__((always_inline)) void for_row_passes(int rows, Body body) {
 
 // ---- a panel ------------------------------------------------------------------------------------
 
-// Brings the next lines of what a product reads next into L2, a share of them at each look.
-struct LinesAhead {
-  const char* next;
-  const char* end;
-  int64_t per_look;
-
-  LinesAhead(const PanelPass& pass, int64_t steps, int64_t steps_per_look)
-      : next(static_cast<const char*>(pass.ahead)),
-        end(next + pass.ahead_lines * 64),
-        per_look(steps > 0 ? (pass.ahead_lines * steps_per_look + steps - 1) / steps : 0) {}
-  void look() {
-    for (int64_t line = 0; line < per_look && next < end; ++line, next += 64) {
-      __builtin_prefetch(next, 0, 2);
-    }
-  }
-};
-
 // Steps between two looks at what to prefetch: rare enough to cost nothing, and at the 3 lines that
 // 22 row tiles leave each look to bring, far below the loads a core can have in flight.
 inline constexpr int64_t kStepsPerLook = 16;

@@ -11,6 +11,7 @@
 #include "kernels/base/dtype.h"
 #include "kernels/cpu/float_mode.h"
 #include "kernels/cpu/gemm.h"
+#include "kernels/cpu/path_check.h"
 #include "toy_model.h"
 
 namespace rollpack::kernels::cpu {
