@@ -47,11 +47,11 @@ constexpr int64_t kCyclesPerLine = 8;
 // What the product of a block of `steps` steps with tile `tile` of num_tiles brings into L2 of the
 // block at `next`. The first tile of all is left alone: what is not there yet it streams itself.
 PanelPass look_ahead(const std::byte* next, int64_t steps, int64_t tile, int64_t num_tiles,
-                     int64_t row_cycles) {
+                     int64_t most_lines) {
   const int64_t block_lines = steps * kPanelColumns * 4 / 64;
   if (num_tiles == 1) return {.ahead = next, .ahead_lines = std::min(block_lines, kBridgeLines)};
   const int64_t share = (block_lines + num_tiles - 1) / num_tiles;
-  const int64_t lines = std::min(share, steps * row_cycles / kCyclesPerLine);
+  const int64_t lines = std::min(share, most_lines);
   const int64_t first = std::min(tile * lines, block_lines);
   return {.ahead = next + first * 64, .ahead_lines = std::min(lines, block_lines - first)};
 }
@@ -184,10 +184,11 @@ PanelPass PanelProducts<Element>::pass_of(const Block& block, const Item& item,
         reinterpret_cast<const std::byte*>(block.columns + steps * kPanelColumns * kWidth);
     // Tiles of AMX take less time than memory does, however many rows they have.
     const int64_t rows = tiles_.begin(tile + 1) - tiles_.begin(tile);
-    const int64_t row_cycles =
-        path_ == PairPath::kAmx ? std::numeric_limits<int32_t>::max() : rows * kCyclesPerRowStep;
+    const int64_t most_lines = path_ == PairPath::kAmx
+                                   ? std::numeric_limits<int64_t>::max()
+                                   : steps * rows * kCyclesPerRowStep / kCyclesPerLine;
     pass = look_ahead(next, steps, tile - item.first_tile, item.end_tile - item.first_tile,
-                      row_cycles);
+                      most_lines);
   }
   pass.continues = block.first_step > 0;
   pass.streams = item.end_tile - item.first_tile == 1;
