@@ -17,8 +17,8 @@ enum class RegisterWidth { kWidest, kYmm };
 
 // Peak: best of five 200 ms bursts of 24 register chains a thread, of the widest multiply-add this
 // CPU's vectors have for `dtype` (bf16: VDPBF16PS or two FMAs a pair, whichever is faster; products
-// by AMX may be above it). Bandwidth: best of
-// five reads of 1 GiB. Takes about 2 s and, meanwhile, 1 GiB.
+// by AMX may be above it). Bandwidth: best of five reads of 1 GiB. Takes about 2 s and, meanwhile,
+// 1 GiB.
 MachineLimits measure_machine_limits(DType dtype, int32_t num_threads);
 
 // The two of them alone. kYmm: AVX2 multiply-adds, whatever else the CPU has; a pair of bf16 takes

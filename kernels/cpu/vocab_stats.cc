@@ -19,7 +19,6 @@ template <class Element>
 VocabStats<Element>::VocabStats(const KernelTable& kernels, PanelProducts<Element>& products,
                                 int num_threads)
     : kernels_(kernels),
-      of_(kernels.of<Element>()),
       products_(products),
       workspaces_(static_cast<size_t>(num_threads)),
       candidates_(kernels, num_threads) {

@@ -161,7 +161,6 @@ class VocabStats {
   Drawn greedy_from(int32_t distribution, const Masses& masses) const;
 
   const KernelTable& kernels_;
-  const ElementKernels<Element>& of_;
   PanelProducts<Element>& products_;
   std::vector<Workspace> workspaces_;
   CandidateLists candidates_;

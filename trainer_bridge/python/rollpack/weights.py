@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from isal import isal_zlib
 
 from rollpack.errors import InvalidArgument, ResourceExhausted
+from rollpack.slots import Bytes
 
 CHUNK_BYTES = 64 << 20
 PHASES_AHEAD = 4  # what lies ready is taken between two steps; the server allows no more
@@ -30,7 +30,6 @@ _DTYPES = ("float32", "float16", "bfloat16")
 
 # A torch tensor or a NumPy array; bfloat16 arrays are those of the package ml_dtypes.
 Tensor = Any
-Bytes = npt.NDArray[np.uint8]
 
 
 class WeightVersion(int):
