@@ -82,13 +82,14 @@ class CudaBackend final : public Backend {
                .K = static_cast<int32_t>(shape.K),
                .row_stride = kv_row_stride(shape)},
         step_(*device_, shape, options, cache_),
-        partials_(*device_, kLinearWorkspaceBytes, "partial sums"),
+        linear_workspace_(*device_, kLinearWorkspaceBytes, "partial sums"),
         attention_workspace_(*device_, attention_workspace_bytes(shape), "attention"),
         head_workspace_(*device_, lm_head_workspace_bytes(shape, options), "the head"),
         graphs_(*device_, graph_buckets(options), memory_.graphs),
         queue_(StepQueue::DeviceRun{
             .begin = [this](const StepPlan& plan, StepProgram& program) { begin(plan, program); },
             .end = [this] { return end(); }}) {
+    clear_workspaces();
     describe();
   }
 
@@ -213,6 +214,7 @@ class CudaBackend final : public Backend {
 
  private:
   void describe();
+  void clear_workspaces();
   void begin(const StepPlan& plan, StepProgram& program);
   void enqueue(StepProgram& program);
   std::optional<StepResult> end();
@@ -250,7 +252,7 @@ class CudaBackend final : public Backend {
   int64_t buffer_bytes_ = 0;
   const KvCache cache_;
   StepContext step_;
-  DeviceMemory partials_, attention_workspace_, head_workspace_;
+  DeviceMemory linear_workspace_, attention_workspace_, head_workspace_;
   DecodeGraphs graphs_;
   bool are_graphs_tried_ = false;  // of the program
   // A step that goes further is enqueued kernel by kernel, for rope_append to refuse it.
@@ -284,6 +286,14 @@ void CudaBackend::describe() {
     info_.description += ", no room for graphs of decoding steps";
   }
   info_.max_steps_under_way = kMaxStepsUnderWay;
+}
+
+// Kernels count in them, from 0 to 0.
+void CudaBackend::clear_workspaces() {
+  for (const DeviceMemory* memory : {&linear_workspace_, &attention_workspace_}) {
+    device_->clear(copies_, memory->as<>(), memory->bytes());
+  }
+  device_->wait(copies_, step_deadline());
 }
 
 // Errors of the device say which step's kernels it was.
@@ -427,7 +437,7 @@ void CudaBackend::linear(const LinearArgs& args) {
                             .bias = optional_vector(args.bias, bias_size, "linear"),
                             .in = args.in.data,
                             .out = args.out.data,
-                            .partials = partials_.as<float>()});
+                            .workspace = linear_workspace_.as<>()});
 }
 
 void CudaBackend::rope_append(const RopeAppendArgs& args) {

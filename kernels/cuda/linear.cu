@@ -3,10 +3,11 @@
 // kTileColumns output columns for kTokens rows, in tiles of kTileK through a ring of shared memory.
 //
 // The sum of an element never depends on kTokens, nor on whether one block adds up all slices of K
-// or a block each writes its partial sum and finish_linear adds them: both start a slice at 0, go
-// on with k ascending and add slices in their order.
+// or each has a block that stores its partial sum, and the last of them to come adds all: both start
+// a slice at 0, go on with k ascending and add slices in their order.
 #include "kernels/cuda/linear.h"
 
+#include "kernels/cuda/arrivals.h"
 #include "kernels/cuda/launchers.h"
 #include "kernels/cuda/numbers.h"
 #include "kernels/cuda/simt.h"
@@ -20,7 +21,8 @@ constexpr int kChunks = kTileK / 8;  // 16-byte pieces of such a row
 constexpr int kStages = 4;
 constexpr int kFloatTileK = 32;
 
-// Where results go: `out` by the epilogue, or partial sums [slice][token][row of the weight].
+// Where results go: `out` by the epilogue, where is_partial by way of partial sums
+// [slice][token][row of the weight] and how many slices of a tile are there.
 struct Target {
   Epilogue epilogue;
   bool is_gated;
@@ -31,6 +33,7 @@ struct Target {
   const float* bias;
   void* out;
   float* partials;
+  int32_t* arrivals;  // [tiles of tokens][tiles of columns]
 };
 
 __device__ __forceinline__ float silu(float x) {
@@ -77,26 +80,43 @@ __device__ __forceinline__ void store_pair(const Target& target, int64_t slice, 
   }
 }
 
-// Sums the partials of an element in the order of slices and finishes it. One thread a row of the
-// weight, or a pair of gate and up.
+// Behind the stores of a slice's partial sums of a tile of `num_tokens` tokens: the block whose
+// slice came last adds all slices in their order and finishes the tile. A thread takes a row of the
+// weight, or a pair of gate and up, of one token after the other.
 template <class Element>
-__global__ void finish_linear(Target target, int64_t num_slices) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t token = blockIdx.y;
-  if (index >= target.N) return;
-  const auto sum_of = [&](int64_t row) {
-    const int64_t at = token * target.weight_rows + row;
-    float sum = target.partials[at];
-    for (int64_t slice = 1; slice < num_slices; ++slice) {
-      sum += target.partials[slice * target.num_rows * target.weight_rows + at];
+__device__ __forceinline__ void finish_tile(const Target& target, int64_t num_slices,
+                                            int num_tokens) {
+  auto* const is_last = reinterpret_cast<int32_t*>(dynamic_shared());
+  publish_stores();
+  if (threadIdx.x == 0) {
+    int32_t* const counter =
+        target.arrivals + static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
+    *is_last = arrive(counter, 1, static_cast<int32_t>(num_slices)) ? 1 : 0;
+  }
+  __syncthreads();
+  if (*is_last == 0) return;
+  see_stores();
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTileColumns;
+  const int64_t first_token = static_cast<int64_t>(blockIdx.y) * num_tokens;
+  const int per_token = static_cast<int>(kTileColumns) / (target.is_gated ? 2 : 1);
+  for (int i = static_cast<int>(threadIdx.x); i < num_tokens * per_token; i += kThreads) {
+    const int64_t token = first_token + i / per_token;
+    const int64_t local = i % per_token;
+    const int64_t row = first_row + (target.is_gated ? gated_row(local, 0) : local);
+    if (token >= target.num_rows || row >= target.weight_rows) continue;
+    const auto sum_of = [&](int64_t of_row) {
+      const float* const at = target.partials + token * target.weight_rows + of_row;
+      float sum = at[0];
+      for (int64_t slice = 1; slice < num_slices; ++slice) {
+        sum += at[slice * target.num_rows * target.weight_rows];
+      }
+      return sum;
+    };
+    if (target.is_gated) {
+      store_gated<Element>(target, token, first_row / 2 + local, sum_of(row), sum_of(row + 8));
+    } else {
+      store_plain(target, token, row, sum_of(row));
     }
-    return sum;
-  };
-  if (target.is_gated) {
-    const int64_t row = index / 8 * 16 + index % 8;
-    store_gated<Element>(target, token, index, sum_of(row), sum_of(row + 8));
-  } else {
-    store_plain(target, token, index, sum_of(index));
   }
 }
 
@@ -227,6 +247,7 @@ __global__ void __launch_bounds__(kThreads)
     store_pair<uint16_t>(target, first_slice, token, row, total[n][0], total[n][2]);
     store_pair<uint16_t>(target, first_slice, token + 1, row, total[n][1], total[n][3]);
   }
+  if (target.is_partial) finish_tile<uint16_t>(target, slices.count, kTokens);
 }
 
 // ---- f32
@@ -291,6 +312,7 @@ __global__ void __launch_bounds__(kThreads)
     store_pair<float>(target, first_slice, first_token + first_own + i, first_column + pair,
                       total[i][0], total[i][1]);
   }
+  if (target.is_partial) finish_tile<float>(target, slices.count, kFloatTokens);
 }
 
 // ---- launches
@@ -321,7 +343,9 @@ void linear(Stream stream, const LinearInputs& in) {
                 .weight_rows = packed_rows(in.weight),
                 .bias = in.bias,
                 .out = in.out,
-                .partials = in.partials};
+                .partials = static_cast<float*>(in.workspace),
+                .arrivals = reinterpret_cast<int32_t*>(static_cast<std::byte*>(in.workspace) +
+                                                       kPartialsBytes)};
   const bool is_bf16 = in.dtype == DType::kBF16;
   const int64_t tokens = tokens_per_tile(in.dtype, in.num_rows);
   GridShape grid{.x = static_cast<uint32_t>(tiles_of(target.weight_rows, kTileColumns)),
@@ -343,15 +367,6 @@ void linear(Stream stream, const LinearInputs& in) {
   } else {
     launch_multiply<64>(stream, in, target, grid);
   }
-  if (!target.is_partial) return;
-  const LaunchShape finish{.kernel = "finish_linear",
-                           .grid = {static_cast<uint32_t>(tiles_of(target.N, kThreads)),
-                                    static_cast<uint32_t>(in.num_rows)},
-                           .block = kThreads};
-  if (is_bf16)
-    launch(finish_linear<uint16_t>, finish, stream, target, in.slices.count);
-  else
-    launch(finish_linear<float>, finish, stream, target, in.slices.count);
 }
 
 }  // namespace rollpack::kernels::cuda::inline ROLLPACK_SIMT

@@ -57,7 +57,7 @@ ROLLPACK_HOST_DEVICE inline int64_t tiles_of(int64_t count, int64_t tile) {
   return (count + tile - 1) / tile;
 }
 
-// Whether every slice has blocks of its own, which leave partial sums to finish_linear: while there
+// Whether every slice has blocks of its own, the last of which adds their partial sums: while there
 // are too few blocks without. N counts rows of the weight in memory. The same sums either way.
 ROLLPACK_HOST_DEVICE inline bool writes_partials(DType dtype, const SliceRule& slices, int64_t N,
                                                  int64_t num_rows) {
@@ -66,9 +66,11 @@ ROLLPACK_HOST_DEVICE inline bool writes_partials(DType dtype, const SliceRule& s
              kWantedBlocks;
 }
 
-// Partial sums are kept only while blocks are fewer than kWantedBlocks, of 64 tokens at most.
-inline constexpr int64_t kLinearWorkspaceBytes =
+// Partial sums are kept only while tiles are fewer than kWantedBlocks, of 64 tokens at most.
+inline constexpr int64_t kPartialsBytes =
     kWantedBlocks * kTileColumns * 64 * kMaxSlices * int64_t{4};
+// Behind them, how many slices of a tile are there: int32 [kWantedBlocks], zeros between launches.
+inline constexpr int64_t kLinearWorkspaceBytes = kPartialsBytes + kWantedBlocks * int64_t{4};
 
 struct LinearInputs {
   DeviceMatrix weight;
@@ -79,7 +81,7 @@ struct LinearInputs {
   const float* bias = nullptr;  // [N] (gated: gate's, then up's), or null
   const void* in = nullptr;     // [num_rows, K_in] dtype, rows not padded
   void* out = nullptr;          // as in LinearArgs
-  float* partials = nullptr;    // workspace of kLinearWorkspaceBytes
+  void* workspace = nullptr;    // of kLinearWorkspaceBytes, zeros at first
 };
 
 }  // namespace rollpack::kernels::cuda

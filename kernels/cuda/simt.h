@@ -5,7 +5,7 @@
 // Both give, with CUDA's meaning:
 //   __global__  __device__  __host__  __forceinline__  __launch_bounds__(n)
 //   threadIdx.x  blockIdx.{x,y,z}  blockDim.x  gridDim.{x,y,z}
-//   __syncthreads()  __syncwarp()
+//   __syncthreads()  __syncwarp()  __threadfence()
 //   __shfl_sync  __shfl_xor_sync  __shfl_up_sync  __shfl_down_sync  __ballot_sync
 //     of 4 and 8 byte values, always with kAllLanes and all 32 lanes: the emulation knows no others
 //   __popc  __ffs  __clz  atomicAdd(int*, int)  atomicOr(unsigned*, unsigned)

@@ -83,6 +83,8 @@ inline void __syncwarp() {
   namespace emulation = rollpack::kernels::cuda::emulation;
   emulation::runner().wait_for_warp({"__syncwarp", emulation::combine_sync}, nullptr);
 }
+// Blocks run one after the other, each to its end.
+inline void __threadfence() {}
 template <class Value>
 Value __shfl_sync(unsigned mask, Value value, int lane) {
   return rollpack::kernels::cuda::emulation::shuffle(mask, value, lane % 32, "__shfl_sync");

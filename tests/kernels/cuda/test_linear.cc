@@ -38,7 +38,8 @@ class LinearRig {
     weight_.data = weight_memory_.as<>();
     const std::vector<float> bias = numbers_.vector(product.N * (is_gated ? 2 : 1));
     bias_ = copy(bias.data(), bias.size() * 4);
-    partials_ = DeviceMemory(*device_, kLinearWorkspaceBytes, "partial sums");
+    workspace_ = DeviceMemory(*device_, kLinearWorkspaceBytes, "partial sums");
+    device_->clear({}, workspace_.as<>(), kLinearWorkspaceBytes);
   }
 
   std::vector<float> rows(int64_t count) { return numbers_.vector(count * product_.K_in); }
@@ -58,7 +59,7 @@ class LinearRig {
                                    .bias = bias_.as<float>(),
                                    .in = in.as<>(),
                                    .out = out.as<>(),
-                                   .partials = partials_.as<float>()});
+                                   .workspace = workspace_.as<>()});
     std::vector<uint32_t> bits(residual.size());
     if (weight_.is_gated && product_.dtype == DType::kBF16) {
       std::copy_n(out.as<uint16_t>(), bits.size(), bits.begin());
@@ -85,7 +86,7 @@ class LinearRig {
   Numbers numbers_{17};
   std::unique_ptr<Device> device_ = make_emulated_device();
   DeviceMatrix weight_;
-  DeviceMemory weight_memory_, bias_, partials_;
+  DeviceMemory weight_memory_, bias_, workspace_;
 };
 
 std::vector<uint32_t> rows_of(const std::vector<uint32_t>& bits, int64_t begin, int64_t end,
