@@ -17,9 +17,9 @@ struct AttentionWork {
   const AttentionItem* items = nullptr;    // StepScalars::num_items of them
   const int32_t* item_rows = nullptr;      // rows of the items
   const int32_t* row_states = nullptr;     // [T]
-  const AttentionMerge* merges = nullptr;  // [num_merges], those without a row are skipped
+  const int32_t* pad_rows = nullptr;       // [num_pads]
   int32_t item_blocks = 0;                 // that take the items in turn; 0 where there are none
-  int32_t num_merges = 0;
+  int32_t num_pads = 0;
   int32_t max_states = 0;  // of attention_limits(), for which the workspace was sized
 
   bool operator==(const AttentionWork&) const = default;
@@ -35,7 +35,7 @@ struct AttentionInputs {
   DType dtype = DType::kBF16;
   const void* q = nullptr;       // [T, H K] dtype, rows not padded
   void* out = nullptr;           // [T, H K] dtype; a pad row's is 0
-  void* workspace = nullptr;     // attention_workspace_bytes()
+  void* workspace = nullptr;     // attention_workspace_bytes(), zeros at first
   int64_t max_shared_bytes = 0;  // that a block of this device may have
 };
 
@@ -43,7 +43,8 @@ struct AttentionInputs {
 // device.
 AttentionLimits attention_limits(const ModelShape& shape);
 
-// Bytes of the states that plans within those limits store.
+// Bytes of the states that plans within those limits store, and of what counts them.
 int64_t attention_workspace_bytes(const ModelShape& shape);
+int64_t attention_workspace_bytes(const AttentionLimits& limits, int64_t head_width);
 
 }  // namespace rollpack::kernels::cuda

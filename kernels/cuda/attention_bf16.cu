@@ -405,7 +405,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
       __syncthreads();  // the next chunk's copies and maxima take their places
     }
-    if (item.is_direct == 0) continue;
+    if (item.is_direct == 0) {
+      merge_complete_rows<uint16_t>(in, item, block.heads,
+                                    reinterpret_cast<int32_t*>(block.states(0)));
+      continue;
+    }
     const int K = in.cache.K;
     ROLLPACK_UNROLL(1)
     for (int j = 0; j < kQuads; ++j) {

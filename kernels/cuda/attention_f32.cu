@@ -17,6 +17,7 @@ struct Shared {
   float p[kChunkKeys];
   float warp_max[kWarps];
   float warp_sum[kWarps];
+  int32_t is_complete[kItemRows];
 };
 
 // Keys or values of one token.
@@ -105,7 +106,7 @@ __device__ void attend_row(const AttentionInputs& in, const AttentionItem& item,
   if (item.is_direct != 0 && thread < K) static_cast<float*>(in.out)[at + thread] = o / state.sum;
 }
 
-__global__ void __launch_bounds__(kThreads) attention_rows(AttentionInputs in, float scale) {
+__global__ void __launch_bounds__(kThreads, 4) attention_rows(AttentionInputs in, float scale) {
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   const HeadRange heads = head_range(in, static_cast<int32_t>(blockIdx.y));
   const int32_t num_items = in.rows.scalars->num_items;
@@ -115,6 +116,7 @@ __global__ void __launch_bounds__(kThreads) attention_rows(AttentionInputs in, f
     for (int32_t index = 0; index < item.num_rows * heads.count; ++index) {
       attend_row(in, item, heads, index, scale, shared);
     }
+    if (item.is_direct == 0) merge_complete_rows<float>(in, item, heads, shared.is_complete);
   }
 }
 

@@ -53,7 +53,7 @@ class Planner {
       for (int32_t row = sequence.row_begin; row < end; ++row) {
         const int32_t position = plan_.positions[static_cast<size_t>(row)];
         if (position == kPadPosition) {
-          result_.merges.push_back({.row = row});
+          result_.pad_rows.push_back(row);
           continue;
         }
         Tile* last = tiles_.empty() ? nullptr : &tiles_.back();
@@ -193,11 +193,8 @@ class Planner {
       result_.items.push_back(item);
     }
     for (int32_t i = 0; i < tile.num_rows; ++i) {
-      const int32_t count = (tile.first_position + i) / kChunkKeys + 1;
       result_.row_states[static_cast<size_t>(tile.first_row + i)] = result_.num_states;
-      result_.merges.push_back(
-          {.row = tile.first_row + i, .first_state = result_.num_states, .num_chunks = count});
-      result_.num_states += count;
+      result_.num_states += (tile.first_position + i) / kChunkKeys + 1;
     }
   }
 

@@ -5,7 +5,8 @@
 // An item is some query rows against some chunks of keys at one page table. A direct item holds all
 // chunks of its rows, merges them as it goes and writes the rows' outputs. The others, cut so that
 // few long sequences fill a device and that siblings read the chunks of a shared prefix once, store
-// the state of every (row, chunk); a second kernel merges those in order.
+// the state of every (row, chunk); whoever stores the last state of a row merges all of them in
+// order.
 // Source: Dao et al., "Flash-Decoding", 2023, for the cut over keys; Ye et al., "Cascade
 // inference",
 //   2024, for the shared prefix. Neither merges in a fixed order.
@@ -34,13 +35,6 @@ struct AttentionItem {
   int32_t is_direct = 0;
 };
 
-// A row whose chunks lie in stored states, chunk c of it in state first_state + c.
-struct AttentionMerge {
-  int32_t row = 0;                 // -1: none, of a row that fills a step up to those of its graph
-  int32_t first_state = kNoState;  // kNoState: a pad, whose output is 0
-  int32_t num_chunks = 0;
-};
-
 struct AttentionLimits {
   int32_t group = 1;         // H / G
   int32_t num_kv_heads = 1;  // G
@@ -52,8 +46,9 @@ struct AttentionLimits {
 struct AttentionPlan {
   std::vector<AttentionItem> items;  // those with most chunks first
   std::vector<int32_t> item_rows;    // rows of the step
-  std::vector<int32_t> row_states;   // [T] state of the row's chunk 0, or kNoState
-  std::vector<AttentionMerge> merges;
+  // [T] state of the row's chunk 0, chunk c's is c further; or kNoState.
+  std::vector<int32_t> row_states;
+  std::vector<int32_t> pad_rows;  // whose output is 0
   int32_t num_states = 0;
 };
 

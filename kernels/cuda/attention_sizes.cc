@@ -10,13 +10,14 @@ namespace {
 constexpr int64_t kStateBytes = int64_t{64} << 20;
 constexpr int64_t kMaxStates = 8192;
 
-// Sums of K (rows are padded to 16, as those of the cache), maximum and weight, of every head.
-int64_t state_bytes(const ModelShape& shape) {
-  return shape.H * ((shape.K + 15) / 16 * 16 + 2) * static_cast<int64_t>(sizeof(float));
+// Sums of K (rows are padded to 16, as those of the cache), maximum and weight, of every head; and
+// how many states of a row are there, of whom it has the first: a number for each head at most.
+int64_t state_bytes(int64_t num_heads, int64_t head_width) {
+  return num_heads * ((head_width + 15) / 16 * 16 + 3) * static_cast<int64_t>(sizeof(float));
 }
 
 int64_t max_states(const ModelShape& shape) {
-  return std::clamp<int64_t>(kStateBytes / state_bytes(shape), 1, kMaxStates);
+  return std::clamp<int64_t>(kStateBytes / state_bytes(shape.H, shape.K), 1, kMaxStates);
 }
 
 }  // namespace
@@ -28,8 +29,13 @@ AttentionLimits attention_limits(const ModelShape& shape) {
           .max_states = static_cast<int32_t>(max_states(shape))};
 }
 
+int64_t attention_workspace_bytes(const AttentionLimits& limits, int64_t head_width) {
+  return limits.max_states *
+         state_bytes(int64_t{limits.group} * limits.num_kv_heads, head_width);
+}
+
 int64_t attention_workspace_bytes(const ModelShape& shape) {
-  return max_states(shape) * state_bytes(shape);
+  return attention_workspace_bytes(attention_limits(shape), shape.K);
 }
 
 }  // namespace rollpack::kernels::cuda

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "kernels/cuda/linear.h"
 #include "kernels/cuda/lm_head.h"
 #include "kernels/cuda/step_memory.h"
 
@@ -16,11 +15,6 @@ int32_t next_bucket(int32_t rows) {
   if (rows < 8) return 2 * rows;
   if (rows < 64) return rows + 8;
   return rows < 256 ? rows + 16 : rows + 32;
-}
-
-// Of the product with a weight [N, K_in] that has `in_memory` rows there.
-int64_t linear_launches(DType dtype, int64_t N, int64_t K_in, int64_t in_memory, int64_t rows) {
-  return writes_partials(dtype, slice_rule(N, K_in), in_memory, rows) ? 2 : 1;
 }
 
 }  // namespace
@@ -61,20 +55,10 @@ bool is_pure_decoding(const StepPlan& plan) {
   return true;
 }
 
-int64_t layer_launches(const ModelShape& s, int64_t rows) {
-  // Two norms, rotation, attention and the merging of its chunks.
-  const auto product = [&](int64_t N, int64_t K_in) {
-    return linear_launches(s.dtype, N, K_in, N, rows);
-  };
-  const int64_t gate_up = linear_launches(s.dtype, 2 * s.F, s.D, (s.F + 7) / 8 * 16, rows);
-  return 5 + product((s.H + 2 * s.G) * s.K, s.D) + product(s.D, s.H * s.K) + gate_up +
-         product(s.D, s.F);
-}
-
 int64_t step_launches(const ModelShape& shape, int64_t rows) {
   // Embedding, gathering, the last norm, acceptance; five kernels for a group of head rows.
   const int64_t groups = (rows + kGroupRows - 1) / kGroupRows;
-  return shape.L * layer_launches(shape, rows) + 4 + 5 * groups;
+  return shape.L * kLayerLaunches + 4 + 5 * groups;
 }
 
 int64_t graph_bytes(const ModelShape& shape, const BackendOptions& options) {

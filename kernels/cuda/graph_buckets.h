@@ -32,10 +32,9 @@ int32_t bucket_for(std::span<const int32_t> buckets, int32_t rows);
 // once from every row and scores none. (So it has no drafts.) It may fill slots and copy pages.
 bool is_pure_decoding(const StepPlan& plan);
 
-// Kernels that a layer launches in a step of `rows` rows that only decodes: 5 of rows and
-// attention, 4 products, and one more for each whose slices have blocks of their own.
-int64_t layer_launches(const ModelShape& shape, int64_t rows);
-// All of such a step's kernels behind begin_step.
+// Kernels that a layer launches: two norms, rotation, attention and four products.
+inline constexpr int64_t kLayerLaunches = 8;
+// All kernels behind begin_step of a step of `rows` rows that only decodes.
 int64_t step_launches(const ModelShape& shape, int64_t rows);
 
 // Bytes that the graphs of a backend may take: those of each bucket, once for every step that may

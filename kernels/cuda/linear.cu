@@ -3,8 +3,8 @@
 // kTileColumns output columns for kTokens rows, in tiles of kTileK through a ring of shared memory.
 //
 // The sum of an element never depends on kTokens, nor on whether one block adds up all slices of K
-// or each has a block that stores its partial sum, and the last of them to come adds all: both start
-// a slice at 0, go on with k ascending and add slices in their order.
+// or each has a block that stores its partial sum, and the last of them to come adds all: both
+// start a slice at 0, go on with k ascending and add slices in their order.
 #include "kernels/cuda/linear.h"
 
 #include "kernels/cuda/arrivals.h"
@@ -99,6 +99,7 @@ __device__ __forceinline__ void finish_tile(const Target& target, int64_t num_sl
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTileColumns;
   const int64_t first_token = static_cast<int64_t>(blockIdx.y) * num_tokens;
   const int per_token = static_cast<int>(kTileColumns) / (target.is_gated ? 2 : 1);
+  ROLLPACK_UNROLL(1)
   for (int i = static_cast<int>(threadIdx.x); i < num_tokens * per_token; i += kThreads) {
     const int64_t token = first_token + i / per_token;
     const int64_t local = i % per_token;
@@ -160,10 +161,16 @@ __device__ __forceinline__ void load_tile(const Operand& operand, bool is_aligne
   }
 }
 
+// Blocks of a multiprocessor: the ring leaves room in its shared memory for 3 of 64 tokens and 4 of
+// 32 (sm_90), and this many have registers.
+constexpr int blocks_at_once(int num_tokens) {
+  return num_tokens == 64 ? 3 : 5;
+}
+
 // Block (x, y, z): columns from x * kTileColumns, rows from y * kTokens; slice z alone where the
 // target is partial, else all slices.
 template <int kTokens>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, blocks_at_once(kTokens))
     multiply(Operand weight, Operand in, bool is_in_aligned, SliceRule slices, Target target) {
   constexpr int kStageElements = (static_cast<int>(kTileColumns) + kTokens) * kTileK;
   auto* const ring = reinterpret_cast<uint16_t*>(dynamic_shared());
@@ -255,7 +262,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // As multiply, with one fused multiply-add a k. Thread t: rows 16 (t / 8 % 4) + t % 8 and + 8 of
 // the tile of the weight, tokens t / 32 * 4 .. + 3.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     multiply_f32(const float* weight, int64_t weight_rows, int64_t row_stride, const float* in,
                  int64_t width, SliceRule slices, Target target) {
   auto* const columns =

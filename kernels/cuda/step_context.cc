@@ -215,7 +215,6 @@ BeginStepInputs StepContext::lay_out(const StepPlan& plan, Place& place, int32_t
   const auto num_items = static_cast<int32_t>(attention.items.size());
   if (is_graph) {
     attention.row_states.resize(num_all, kNoState);
-    attention.merges.resize(num_all, {.row = -1});
   }
   head_plan_ = plan_head(sample_row, score_row, static_cast<int32_t>(head_rows.size()));
 
@@ -238,7 +237,7 @@ BeginStepInputs StepContext::lay_out(const StepPlan& plan, Place& place, int32_t
   const size_t score_row_at = add(score_row), score_token_at = add(score_token);
   const size_t temperature_at = add(score_temperature);
   const size_t queries_at = add(head_plan_.queries);
-  const size_t row_states_at = add(attention.row_states), merges_at = add(attention.merges);
+  const size_t row_states_at = add(attention.row_states), pad_rows_at = add(attention.pad_rows);
   const size_t items_at = reserve<AttentionItem>(attention.items.size());
   const auto item_rows_at = static_cast<int32_t>(add(attention.item_rows) / sizeof(int32_t));
   const auto tables_at = static_cast<int32_t>(add(plan.page_tables) / sizeof(int32_t));
@@ -291,9 +290,9 @@ BeginStepInputs StepContext::lay_out(const StepPlan& plan, Place& place, int32_t
   attention_work_ = {.items = at<AttentionItem>(items_at),
                      .item_rows = at<int32_t>(0),
                      .row_states = at<int32_t>(row_states_at),
-                     .merges = at<AttentionMerge>(merges_at),
+                     .pad_rows = at<int32_t>(pad_rows_at),
                      .item_blocks = is_graph ? graph_item_blocks(num_rows, limits) : num_items,
-                     .num_merges = static_cast<int32_t>(attention.merges.size()),
+                     .num_pads = static_cast<int32_t>(attention.pad_rows.size()),
                      .max_states = limits.max_states};
   head_queries_ = at<int32_t>(queries_at);
   highest_position_ = plan.positions.empty() ? kPadPosition : std::ranges::max(plan.positions);

@@ -134,13 +134,18 @@ Outputs attend(const Heads& heads, DType dtype, int32_t window, const Cut& cut,
       std::memcpy(q.data() + at, value, bytes_of);
     }
   }
-  const AttentionPlan work = plan_attention(plan, {.group = static_cast<int32_t>(heads.H / heads.G),
-                                                   .num_kv_heads = static_cast<int32_t>(heads.G),
-                                                   .max_states = cut.max_states,
-                                                   .wanted_blocks = cut.wanted_blocks});
   const KvCache cache = pages.cache();
-  std::vector<float> states(static_cast<size_t>(cut.max_states * heads.H * (cache.row_stride + 2)),
-                            std::numeric_limits<float>::quiet_NaN());
+  const AttentionLimits limits = {.group = static_cast<int32_t>(heads.H / heads.G),
+                                  .num_kv_heads = static_cast<int32_t>(heads.G),
+                                  .max_states = cut.max_states,
+                                  .wanted_blocks = cut.wanted_blocks};
+  const AttentionPlan work = plan_attention(plan, limits);
+  // NaN where states will be, zeros where they are counted.
+  const int64_t num_counters = cut.max_states * heads.H;
+  std::vector<float> states(
+      static_cast<size_t>(attention_workspace_bytes(limits, heads.K) / int64_t{sizeof(float)}),
+      std::numeric_limits<float>::quiet_NaN());
+  std::fill(states.end() - num_counters, states.end(), 0.0f);
   const StepScalars scalars = {.num_items = static_cast<int32_t>(work.items.size())};
   const auto device = make_emulated_device();
   device->kernels().attention(
@@ -153,9 +158,9 @@ Outputs attend(const Heads& heads, DType dtype, int32_t window, const Cut& cut,
        .work = {.items = work.items.data(),
                 .item_rows = work.item_rows.data(),
                 .row_states = work.row_states.data(),
-                .merges = work.merges.data(),
+                .pad_rows = work.pad_rows.data(),
                 .item_blocks = cut.item_blocks > 0 ? cut.item_blocks : scalars.num_items,
-                .num_merges = static_cast<int32_t>(work.merges.size()),
+                .num_pads = static_cast<int32_t>(work.pad_rows.size()),
                 .max_states = cut.max_states},
        .window = window,
        .H = static_cast<int32_t>(heads.H),
@@ -164,6 +169,7 @@ Outputs attend(const Heads& heads, DType dtype, int32_t window, const Cut& cut,
        .out = out.data(),
        .workspace = states.data(),
        .max_shared_bytes = shared_bytes});
+  EXPECT_EQ(std::count(states.end() - num_counters, states.end(), 0.0f), num_counters);
   Outputs outputs(kSequences.size());
   for (const StepSequence& sequence : plan.sequences) {
     const auto index = static_cast<size_t>(&sequence - plan.sequences.data());

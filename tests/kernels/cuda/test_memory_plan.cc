@@ -58,7 +58,7 @@ TEST(MemoryPlan, WhatOthersHoldIsNotPlannedWith) {
 TEST(MemoryPlan, GraphsHaveALineThatTheyMayNotExceed) {
   const DeviceMemoryPlan plan = plan_of(kGiB, 80 * kGiB, 80 * kGiB);
   EXPECT_EQ(plan.graphs, graph_bytes(kLarge, {}));
-  EXPECT_GT(plan.graphs, 46 * 32 * 9 * int64_t{4096});  // 23 buckets, twice; 9 kernels a layer
+  EXPECT_GT(plan.graphs, 46 * 32 * 8 * int64_t{4096});  // 23 buckets, twice; 8 kernels a layer
   EXPECT_LT(plan.graphs, kGiB / 8);
   const DeviceMemoryPlan eager =
       plan_memory(kLarge, {.kv_cache_bytes = kGiB, .enforce_eager = true}, plan.weights,

@@ -39,7 +39,7 @@ class SkippedRows : public ::testing::Test {
   OwnStream stream_{*device_};
 };
 
-TEST_F(SkippedRows, AreNotEmbeddedGatheredMergedOrWritten) {
+TEST_F(SkippedRows, AreNotEmbeddedGatheredOrWritten) {
   constexpr int64_t D = 16;
   const std::vector<float> weight = Numbers(1).vector(10 * D);
   const std::vector<int32_t> ids = filled_up({4, 0, 9}, kSkippedRow);
@@ -63,16 +63,6 @@ TEST_F(SkippedRows, AreNotEmbeddedGatheredMergedOrWritten) {
                                            .out = out.data()});
   EXPECT_EQ(out[0], in[D]);
   EXPECT_TRUE(is_poison(out.data() + kLive * D, (kRows - kLive) * D));
-
-  const std::vector<AttentionMerge> merges(kRows, {.row = -1});
-  std::vector<float> attended = poisoned<float>((kRows + 2) * D);
-  device_->kernels().attention(stream_, {.rows = rows,
-                                         .cache = {.G = 1, .K = D, .row_stride = D},
-                                         .work = {.merges = merges.data(), .num_merges = kRows},
-                                         .H = 1,
-                                         .dtype = DType::kF32,
-                                         .out = attended.data() + D});
-  EXPECT_TRUE(is_poison(attended.data(), (kRows + 2) * D));
 }
 
 // A draw for every live row and every skipped one.
