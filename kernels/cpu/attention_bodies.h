@@ -6,8 +6,8 @@ template <class Step, int kRows, int kPages, class Rows>
 inline __attribute__((always_inline)) void score_pages(const Rows& q,
                                                        const typename Step::Element* const* pages,
                                                        int64_t steps, float scale, float* scores) {
-  const typename Step::Element* columns[kPages];
-  for (int page = 0; page < kPages; ++page) columns[page] = pages[page];
+  SeparateColumns<Step, kPages> columns;
+  for (int page = 0; page < kPages; ++page) columns.vectors[page] = pages[page];
   Accumulators<kRows, kPages> acc;
   clear(acc);
   accumulate<Step, kRows, kPages>(acc, q, 0, columns, kPageTokens * Step::kWidth, steps);
@@ -103,10 +103,7 @@ inline __attribute__((always_inline)) void weigh_values(const Rows& p,
   load_or_clear(acc, continues, out + first_column, num_columns);
   for (int page = 0; page < num_pages; ++page) {
     if (page % 4 == 0) ahead.advance();
-    const typename Step::Element* columns[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      columns[v] = pages[page] + (first_column + 16 * v) * Step::kWidth;
-    }
+    const AdjacentColumns<Step> columns = {pages[page] + first_column * Step::kWidth};
     accumulate<Step, kRows, kVectors>(acc, p, page * kPageSteps, columns,
                                       num_columns * Step::kWidth, kPageSteps);
   }

@@ -102,12 +102,26 @@ struct UnpackedRows<Step, kRows, kMaxSteps, 2> {
   }
 };
 
+// The columns of a register tile's vectors at its first step: side by side, which takes one address
+// for all of them, or each in a place of its own.
+template <class Step>
+struct AdjacentColumns {
+  const typename Step::Element* first;
+  const typename Step::Element* at(int vector) const { return first + vector * 16 * Step::kWidth; }
+};
+template <class Step, int kVectors>
+struct SeparateColumns {
+  const typename Step::Element* vectors[kVectors];
+  const typename Step::Element* at(int vector) const { return vectors[vector]; }
+};
+
 // Adds part kPart of one step to kRows x (16 kVectors) sums. The columns of vector v lie at
-// columns[v] + offset.
-template <class Step, int kPart, int kRows, int kVectors, class Rows>
-inline __attribute__((always_inline)) void accumulate_part(
-    Accumulators<kRows, kVectors>& acc, const Rows& rows, int64_t step,
-    const typename Step::Element* const (&columns)[kVectors], int64_t offset) {
+// columns.at(v) + offset.
+template <class Step, int kPart, int kRows, int kVectors, class Rows, class Columns>
+inline __attribute__((always_inline)) void accumulate_part(Accumulators<kRows, kVectors>& acc,
+                                                           const Rows& rows, int64_t step,
+                                                           const Columns& columns,
+                                                           int64_t offset) {
   using Row = decltype(rows.template at<kPart>(0, 0));
   if constexpr (kRows < kVectors * kVectorRegisters) {  // fewer registers than the columns are
     Row x[kRows];
@@ -115,17 +129,17 @@ inline __attribute__((always_inline)) void accumulate_part(
     for (int r = 0; r < kRows; ++r) x[r] = rows.template at<kPart>(r, step);
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      const auto b = Step::template load_columns<kPart>(columns[v] + offset);
+      const auto b = Step::template load_columns<kPart>(columns.at(v) + offset);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         acc.at[r][v] = Step::multiply_add(acc.at[r][v], x[r], b);
       }
     }
   } else {
-    decltype(Step::template load_columns<kPart>(columns[0])) b[kVectors];
+    decltype(Step::template load_columns<kPart>(columns.at(0))) b[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      b[v] = Step::template load_columns<kPart>(columns[v] + offset);
+      b[v] = Step::template load_columns<kPart>(columns.at(v) + offset);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -139,19 +153,20 @@ inline __attribute__((always_inline)) void accumulate_part(
 }
 
 // One register tile: kRows x (16 kVectors) sums over `steps` steps of the rows from first_step on,
-// one chain an element. The columns of vector v at the s-th of them lie at columns[v] + s *
-// column_stride. steps_ahead: how many steps
-// before their use columns are brought into L1, 0: not at all.
-template <class Step, int kRows, int kVectors, class Rows>
-inline __attribute__((always_inline)) void accumulate(
-    Accumulators<kRows, kVectors>& acc, const Rows& rows, int64_t first_step,
-    const typename Step::Element* const (&columns)[kVectors], int64_t column_stride, int64_t steps,
-    int64_t steps_ahead = 0) {
+// one chain an element. The columns of vector v at the s-th of them lie at columns.at(v) + s *
+// column_stride. steps_ahead: how many steps before their use columns are brought into L1, 0: not
+// at all.
+template <class Step, int kRows, int kVectors, class Rows, class Columns>
+inline __attribute__((always_inline)) void accumulate(Accumulators<kRows, kVectors>& acc,
+                                                      const Rows& rows, int64_t first_step,
+                                                      const Columns& columns,
+                                                      int64_t column_stride, int64_t steps,
+                                                      int64_t steps_ahead = 0) {
   for (int64_t s = 0; s < steps; ++s) {
     if (steps_ahead > 0) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
-        __builtin_prefetch(columns[v] + (s + steps_ahead) * column_stride, 0, 3);
+        __builtin_prefetch(columns.at(v) + (s + steps_ahead) * column_stride, 0, 3);
       }
     }
     accumulate_part<Step, 0, kRows, kVectors>(acc, rows, first_step + s, columns,
@@ -266,8 +281,7 @@ inline __attribute__((always_inline)) void multiply_columns(const RowsInPlace<St
     ahead.look();
     next_rows.look(begin);
     const int64_t count = steps - begin < kStepsPerLook ? steps - begin : kStepsPerLook;
-    const typename Step::Element* columns[kVectors];
-    for (int v = 0; v < kVectors; ++v) columns[v] = panel + begin * kStride + v * 16 * Step::kWidth;
+    const AdjacentColumns<Step> columns = {panel + begin * kStride};
     accumulate<Step, kRows, kVectors>(acc, rows, begin, columns, kStride, count);
   }
   store_sums(acc, sums, kPanelColumns);
@@ -296,10 +310,7 @@ inline __attribute__((always_inline)) void multiply_blocks(const RowsInPlace<Ste
     const UnpackedRows<Step, kRows, kStepsPerBlock> part(
         {rows.first + begin * Step::kWidth, rows.stride}, count);
     for (int v0 = 0; v0 < kPanelColumns / 16; v0 += kVectors) {
-      const typename Step::Element* columns[kVectors];
-      for (int v = 0; v < kVectors; ++v) {
-        columns[v] = panel + begin * kStride + (v0 + v) * 16 * Step::kWidth;
-      }
+      const AdjacentColumns<Step> columns = {panel + begin * kStride + v0 * 16 * Step::kWidth};
       Accumulators<kRows, kVectors> acc;
       load_or_clear(acc, continues || begin > 0, sums + v0 * 16, kPanelColumns);
       accumulate<Step, kRows, kVectors>(acc, part, 0, columns, kStride, count, kStepsPerBlock);
