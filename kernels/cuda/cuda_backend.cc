@@ -89,7 +89,6 @@ class CudaBackend final : public Backend {
         queue_(StepQueue::DeviceRun{
             .begin = [this](const StepPlan& plan, StepProgram& program) { begin(plan, program); },
             .end = [this] { return end(); }}) {
-    clear_workspaces();
     describe();
   }
 
@@ -214,7 +213,6 @@ class CudaBackend final : public Backend {
 
  private:
   void describe();
-  void clear_workspaces();
   void begin(const StepPlan& plan, StepProgram& program);
   void enqueue(StepProgram& program);
   std::optional<StepResult> end();
@@ -286,14 +284,6 @@ void CudaBackend::describe() {
     info_.description += ", no room for graphs of decoding steps";
   }
   info_.max_steps_under_way = kMaxStepsUnderWay;
-}
-
-// Kernels count in them, from 0 to 0.
-void CudaBackend::clear_workspaces() {
-  for (const DeviceMemory* memory : {&linear_workspace_, &attention_workspace_}) {
-    device_->clear(copies_, memory->as<>(), memory->bytes());
-  }
-  device_->wait(copies_, step_deadline());
 }
 
 // Errors of the device say which step's kernels it was.

@@ -39,7 +39,6 @@ class LinearRig {
     const std::vector<float> bias = numbers_.vector(product.N * (is_gated ? 2 : 1));
     bias_ = copy(bias.data(), bias.size() * 4);
     workspace_ = DeviceMemory(*device_, kLinearWorkspaceBytes, "partial sums");
-    device_->clear({}, workspace_.as<>(), kLinearWorkspaceBytes);
   }
 
   std::vector<float> rows(int64_t count) { return numbers_.vector(count * product_.K_in); }
