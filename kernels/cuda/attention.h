@@ -45,6 +45,6 @@ AttentionLimits attention_limits(const ModelShape& shape);
 
 // Bytes of the states that plans within those limits store, and of what counts them.
 int64_t attention_workspace_bytes(const ModelShape& shape);
-int64_t attention_workspace_bytes(const AttentionLimits& limits, int64_t head_width);
+int64_t attention_workspace_bytes(int64_t max_states, int64_t num_heads, int64_t head_width);
 
 }  // namespace rollpack::kernels::cuda

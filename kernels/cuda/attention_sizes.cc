@@ -29,13 +29,12 @@ AttentionLimits attention_limits(const ModelShape& shape) {
           .max_states = static_cast<int32_t>(max_states(shape))};
 }
 
-int64_t attention_workspace_bytes(const AttentionLimits& limits, int64_t head_width) {
-  return limits.max_states *
-         state_bytes(int64_t{limits.group} * limits.num_kv_heads, head_width);
+int64_t attention_workspace_bytes(int64_t max_states, int64_t num_heads, int64_t head_width) {
+  return max_states * state_bytes(num_heads, head_width);
 }
 
 int64_t attention_workspace_bytes(const ModelShape& shape) {
-  return attention_workspace_bytes(attention_limits(shape), shape.K);
+  return attention_workspace_bytes(max_states(shape), shape.H, shape.K);
 }
 
 }  // namespace rollpack::kernels::cuda

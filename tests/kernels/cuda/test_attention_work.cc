@@ -143,7 +143,7 @@ Outputs attend(const Heads& heads, DType dtype, int32_t window, const Cut& cut,
   // NaN where states will be, zeros where they are counted.
   const int64_t num_counters = cut.max_states * heads.H;
   std::vector<float> states(
-      static_cast<size_t>(attention_workspace_bytes(limits, heads.K) / int64_t{sizeof(float)}),
+      static_cast<size_t>(attention_workspace_bytes(cut.max_states, heads.H, heads.K) / 4),
       std::numeric_limits<float>::quiet_NaN());
   std::fill(states.end() - num_counters, states.end(), 0.0f);
   const StepScalars scalars = {.num_items = static_cast<int32_t>(work.items.size())};
