@@ -13,7 +13,7 @@
 namespace rollpack::kernels::cuda {
 namespace {
 
-constexpr size_t kAlignment = 16;
+constexpr size_t kArrayAlignment = 16;
 constexpr int64_t kResultBytes = int64_t{64} << 10;
 static_assert(kMaxGraphRows * (sizeof(HeadResult) + 1) <= kResultBytes);
 
@@ -123,7 +123,7 @@ void StepContext::begin_capture(size_t place, int32_t graph_rows) {
 
 template <class T>
 size_t StepContext::reserve(size_t count) {
-  const size_t place = (arrays_.size() + kAlignment - 1) / kAlignment * kAlignment;
+  const size_t place = (arrays_.size() + kArrayAlignment - 1) / kArrayAlignment * kArrayAlignment;
   arrays_.resize(place + count * sizeof(T));
   return place;
 }

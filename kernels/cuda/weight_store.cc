@@ -15,7 +15,7 @@
 namespace rollpack::kernels::cuda {
 namespace {
 
-constexpr int64_t kAlignment = 256;
+constexpr int64_t kWeightAlignment = 256;
 constexpr int64_t kBounceBytes = int64_t{8} << 20;
 constexpr int64_t kHashBlock = 1 << 20;
 // A copy of all weights over PCIe takes seconds; one that takes this long never ends.
@@ -34,7 +34,7 @@ WeightId WeightStore::declare(const WeightSpec& spec) {
   DeclaredWeight weight = DeclaredWeights::checked(spec);
   weight.offset = next_offset_;
   weight.bytes = bytes_of(weight);
-  next_offset_ += (weight.bytes + kAlignment - 1) / kAlignment * kAlignment;
+  next_offset_ += (weight.bytes + kWeightAlignment - 1) / kWeightAlignment * kWeightAlignment;
   return weights_.add(std::move(weight));
 }
 

@@ -30,7 +30,7 @@ using tcp = asio::ip::tcp;
 constexpr int kBacklog = 64;
 constexpr uint32_t kMaxHeaderBytes = 8192;
 constexpr std::chrono::milliseconds kAcceptRetry{100};
-constexpr std::chrono::milliseconds kStopTimeout{200};
+constexpr std::chrono::milliseconds kServerStopTimeout{200};
 
 [[noreturn]] void fail_port(int port, const char* call, int error) {
   throw Error({.code = ErrorCode::kUnavailable,
@@ -197,7 +197,7 @@ HttpServer::HttpServer(int port, Answer answer, HttpLimits limits)
 
 HttpServer::~HttpServer() {
   state_->io.stop();
-  if (thread_) thread_->join(kStopTimeout);
+  if (thread_) thread_->join(kServerStopTimeout);
 }
 
 void HttpServer::start() {

@@ -20,7 +20,7 @@ using Clock = std::chrono::steady_clock;
 constexpr std::chrono::milliseconds kPeriod{500};
 constexpr std::chrono::milliseconds kAnswerTime{50};
 constexpr std::chrono::milliseconds kFirstSnapshotTime{200};
-constexpr std::chrono::milliseconds kStopTimeout{300};
+constexpr std::chrono::milliseconds kSamplerStopTimeout{300};
 
 double share(const std::map<std::string, double>& values, const char* part, const char* whole) {
   const auto of = values.find(whole);
@@ -192,7 +192,7 @@ MetricsEndpoint::~MetricsEndpoint() {
     state_->is_stopped = true;
   }
   state_->changed.notify_all();
-  sampler_->join(kStopTimeout);
+  sampler_->join(kSamplerStopTimeout);
 }
 
 int MetricsEndpoint::port() const {

@@ -27,7 +27,6 @@ namespace rollpack::bridge {
 namespace {
 
 constexpr int kMaxLooks = 20;  // at a slot that is filled again each time
-constexpr int64_t kMaxI64 = std::numeric_limits<int64_t>::max();
 
 OwnedFd open_batch_file(const std::string& path) {
   // Not blocking: a FIFO without a writer would wait here for ever.

@@ -105,11 +105,11 @@ void fill_with(std::span<T> out, T value) {
   std::fill(out.begin(), out.end(), value);
 }
 
-using Ids = std::span<int32_t>;
+using PackedIds = std::span<int32_t>;
 
 Column input_ids(const SharedRows& rows) {
   return token_column<int32_t>(
-      "input_ids", rows, [](const Sample& sample, size_t, Ids prompt, Ids response) {
+      "input_ids", rows, [](const Sample& sample, size_t, PackedIds prompt, PackedIds response) {
         std::copy(sample.prompt_ids->begin(), sample.prompt_ids->end(), prompt.begin());
         std::copy(sample.response_ids.begin(), sample.response_ids.end(), response.begin());
       });
@@ -117,7 +117,7 @@ Column input_ids(const SharedRows& rows) {
 
 Column position_ids(const SharedRows& rows) {
   return token_column<int32_t>(
-      "position_ids", rows, [](const Sample&, size_t, Ids prompt, Ids response) {
+      "position_ids", rows, [](const Sample&, size_t, PackedIds prompt, PackedIds response) {
         std::iota(prompt.begin(), prompt.end(), 0);
         std::iota(response.begin(), response.end(), static_cast<int32_t>(prompt.size()));
       });
@@ -125,7 +125,7 @@ Column position_ids(const SharedRows& rows) {
 
 Column segment_ids(const SharedRows& rows) {
   return token_column<int32_t>("segment_ids", rows,
-                               [](const Sample&, size_t s, Ids prompt, Ids response) {
+                               [](const Sample&, size_t s, PackedIds prompt, PackedIds response) {
                                  fill_with(prompt, static_cast<int32_t>(s));
                                  fill_with(response, static_cast<int32_t>(s));
                                });
@@ -142,7 +142,8 @@ Column loss_mask(const SharedRows& rows) {
 
 Column weight_versions(const SharedRows& rows) {
   return token_column<int32_t>(
-      "weight_versions", rows, [](const Sample& sample, size_t, Ids prompt, Ids response) {
+      "weight_versions", rows,
+      [](const Sample& sample, size_t, PackedIds prompt, PackedIds response) {
         fill_with(prompt, -1);
         for (const VersionSpan& span : sample.weight_versions) {
           fill_with(response.subspan(span.first_token), static_cast<int32_t>(span.version));
@@ -162,7 +163,7 @@ Column value_column(const SharedRows& rows, const ResponseValues& values) {
 
 Column starts_column(std::string name, const SharedRows& rows, std::vector<int32_t> Rows::*starts) {
   return make_column<int32_t>(std::move(name), Alignment::kNone, {((*rows).*starts).size()},
-                              [rows, starts](Ids out) {
+                              [rows, starts](PackedIds out) {
                                 const std::vector<int32_t>& values = (*rows).*starts;
                                 std::copy(values.begin(), values.end(), out.begin());
                               });

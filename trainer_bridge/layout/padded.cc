@@ -65,14 +65,14 @@ Column row_column(std::string name, const SampleList& samples, uint64_t width, T
                         });
 }
 
-using Ids = std::span<int64_t>;
+using PaddedIds = std::span<int64_t>;
 
-void put_prompt(const Sample& sample, Ids part) {
+void put_prompt(const Sample& sample, PaddedIds part) {
   std::copy(sample.prompt_ids->begin(), sample.prompt_ids->end(),
             part.last(sample.prompt_ids->size()).begin());
 }
 
-void put_response(const Sample& sample, Ids part) {
+void put_response(const Sample& sample, PaddedIds part) {
   std::copy(sample.response_ids.begin(), sample.response_ids.end(), part.begin());
 }
 
@@ -83,14 +83,14 @@ void append_id_columns(const Grid& grid, int64_t pad, std::vector<Column>& colum
       row_column<int64_t>("responses", grid.samples, grid.response_width, pad, put_response));
   columns.push_back(row_column<int64_t>("input_ids", grid.samples,
                                         prompt_width + grid.response_width, pad,
-                                        [prompt_width](const Sample& sample, Ids row) {
+                                        [prompt_width](const Sample& sample, PaddedIds row) {
                                           put_prompt(sample, row.first(prompt_width));
                                           put_response(sample, row.subspan(prompt_width));
                                         }));
 }
 
 // The real tokens of a row of input_ids.
-Ids real_part(const Sample& sample, uint64_t prompt_width, Ids row) {
+PaddedIds real_part(const Sample& sample, uint64_t prompt_width, PaddedIds row) {
   const size_t num_prompt = sample.prompt_ids->size();
   return row.subspan(prompt_width - num_prompt, num_prompt + sample.response_ids.size());
 }
@@ -99,20 +99,21 @@ void append_mask_columns(const Grid& grid, std::vector<Column>& columns) {
   const uint64_t prompt_width = grid.prompt_width;
   const uint64_t width = prompt_width + grid.response_width;
   columns.push_back(row_column<int64_t>("attention_mask", grid.samples, width, 0,
-                                        [prompt_width](const Sample& sample, Ids row) {
-                                          const Ids real = real_part(sample, prompt_width, row);
+                                        [prompt_width](const Sample& sample, PaddedIds row) {
+                                          const PaddedIds real =
+                                              real_part(sample, prompt_width, row);
                                           std::fill(real.begin(), real.end(), 1);
                                         }));
   // max(cumsum(attention_mask) - 1, 0): 0 on left pads, the last token's position on right pads.
-  columns.push_back(row_column<int64_t>("position_ids", grid.samples, width, 0,
-                                        [prompt_width](const Sample& sample, Ids row) {
-                                          const Ids real = real_part(sample, prompt_width, row);
-                                          if (real.empty()) return;
-                                          std::iota(real.begin(), real.end(), 0);
-                                          std::fill(real.end(), row.end(), real.back());
-                                        }));
+  columns.push_back(row_column<int64_t>(
+      "position_ids", grid.samples, width, 0, [prompt_width](const Sample& sample, PaddedIds row) {
+        const PaddedIds real = real_part(sample, prompt_width, row);
+        if (real.empty()) return;
+        std::iota(real.begin(), real.end(), 0);
+        std::fill(real.end(), row.end(), real.back());
+      }));
   columns.push_back(row_column<int64_t>("response_mask", grid.samples, grid.response_width, 0,
-                                        [](const Sample& sample, Ids row) {
+                                        [](const Sample& sample, PaddedIds row) {
                                           std::fill_n(row.begin(), sample.response_ids.size(), 1);
                                         }));
 }

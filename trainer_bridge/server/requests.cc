@@ -10,7 +10,6 @@ namespace rollpack::bridge {
 namespace {
 
 constexpr int64_t kMaxI32 = std::numeric_limits<int32_t>::max();
-constexpr int64_t kMaxI64 = std::numeric_limits<int64_t>::max();
 constexpr int64_t kMaxDpSize = 65536;
 constexpr size_t kMaxProbeWords = 16;
 // A wait without end by another name; keeps deadlines away from the clock's limit.

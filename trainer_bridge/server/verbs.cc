@@ -4,7 +4,6 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
-#include <limits>
 #include <memory>
 #include <span>
 #include <string>
@@ -15,8 +14,6 @@
 
 namespace rollpack::bridge {
 namespace {
-
-constexpr int64_t kMaxI64 = std::numeric_limits<int64_t>::max();
 
 void check_no_fds(const Request& request) {
   if (request.fds.empty()) return;

@@ -14,6 +14,8 @@
 
 namespace rollpack::bridge {
 
+inline constexpr int64_t kMaxI64 = std::numeric_limits<int64_t>::max();
+
 // Readers come in pairs: `x` requires the key, `optional_x` takes an absent key or nil as nothing.
 // Errors, all: invalid_argument with field "{path}.{key}", the value, the origin, what is allowed.
 class Fields {
