@@ -20,6 +20,16 @@ inline std::string error_text(const std::function<void()>& call) {
   return "no error";
 }
 
+// The same as it is thrown; "no error" is its message where none is.
+inline ErrorInfo error_of(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error.info;
+  }
+  return {.message = "no error"};
+}
+
 // Replaces every `from` in `text`, so that temporary paths can stand as "DIR" in expectations.
 inline std::string with_replaced(std::string text, const std::string& from, const std::string& to) {
   for (size_t at = text.find(from); at != std::string::npos; at = text.find(from, at + to.size())) {

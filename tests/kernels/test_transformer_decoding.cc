@@ -9,9 +9,6 @@ namespace rollpack::kernels::testing {
 namespace {
 
 using TransformerDecoding = BackendTest;
-
-const std::vector<DType> kDTypes = {DType::kF32, DType::kBF16};
-
 using Ids = std::vector<int32_t>;
 using Results = std::vector<HeadResult>;
 
@@ -55,7 +52,7 @@ TEST_P(TransformerDecoding, EveryCutOfAPromptLongerThanAChunkGivesTheBitsOfOnePa
   const bool is_fast = takes_all_cases(GetParam());
   const size_t every = kIsSanitized ? 7 : 1;  // with all remainders of a page
   const size_t stride = GetParam() == "reference" ? 19 : is_fast ? every : 130;
-  for (const DType dtype : cases_of(GetParam(), kDTypes, 1)) {
+  for (const DType dtype : cases_of(GetParam(), kModelDTypes, 1)) {
     TinyModel model(GetParam(), dtype);
     const Ids ids = Numbers(2).ids(267, model.V());
     const Results want = one_pass(model, ids);
@@ -77,7 +74,7 @@ TEST_P(TransformerDecoding, EveryCutOfAPromptLongerThanAChunkGivesTheBitsOfOnePa
 }
 
 TEST_P(TransformerDecoding, TokenByTokenAcrossAChunkGivesTheBitsOfOnePass) {
-  for (const DType dtype : cases_of(GetParam(), kDTypes, 1)) {
+  for (const DType dtype : cases_of(GetParam(), kModelDTypes, 1)) {
     TinyModel model(GetParam(), dtype);
     const Ids ids = Numbers(3).ids(270, model.V());
     const Results want = one_pass(model, ids);
@@ -99,7 +96,7 @@ TEST_P(TransformerDecoding, TokenByTokenAcrossAChunkGivesTheBitsOfOnePass) {
 }
 
 TEST_P(TransformerDecoding, SiblingsOfOneRowDrawWhatTheyDrawAlone) {
-  for (const DType dtype : kDTypes) {
+  for (const DType dtype : kModelDTypes) {
     TinyModel model(GetParam(), dtype);
     const Ids prompt = Numbers(13).ids(30, model.V());
     const auto draw = [&](const Ids& slots) {
@@ -123,7 +120,7 @@ TEST_P(TransformerDecoding, SiblingsOfOneRowDrawWhatTheyDrawAlone) {
 
 // Sequences of one step may stand on pages that another sequence of the same step fills.
 TEST_P(TransformerDecoding, SiblingsMayReadAPrefixWrittenInTheirOwnStep) {
-  for (const DType dtype : kDTypes) {
+  for (const DType dtype : kModelDTypes) {
     TinyModel model(GetParam(), dtype);
     const Ids ids = Numbers(8).ids(40, model.V());
     const Results want = one_pass(model, ids);
@@ -164,7 +161,7 @@ TEST_P(TransformerDecoding, ForksInsideAPageContinueWithTheSameBits) {
 
 // Preempted: the prompt and the tokens sampled so far are prefilled again, in another slot.
 TEST_P(TransformerDecoding, ResumedSamplesContinueWithTheSameBits) {
-  for (const DType dtype : kDTypes) {
+  for (const DType dtype : kModelDTypes) {
     TinyModel model(GetParam(), dtype);
     const Ids prompt = Numbers(14).ids(21, model.V());
     const Results want = decode(model, prompt, 12);
@@ -184,7 +181,7 @@ TEST_P(TransformerDecoding, ResumedSamplesContinueWithTheSameBits) {
 
 // The second step embeds a token that the first has yet to sample when it is submitted.
 TEST_P(TransformerDecoding, PendingTokensFlowBetweenStepsInFlight) {
-  for (const DType dtype : kDTypes) {
+  for (const DType dtype : kModelDTypes) {
     TinyModel model(GetParam(), dtype);
     const Ids prompt = Numbers(15).ids(10, model.V());
     const Results want = decode(model, prompt, 2);
@@ -202,7 +199,7 @@ TEST_P(TransformerDecoding, PendingTokensFlowBetweenStepsInFlight) {
 }
 
 TEST_P(TransformerDecoding, LeftPadsOfAWaveAndTheirIdsChangeNothing) {
-  for (const DType dtype : kDTypes) {
+  for (const DType dtype : kModelDTypes) {
     TinyModel model(GetParam(), dtype);
     const Ids a = Numbers(10).ids(33, model.V()), b = Numbers(11).ids(20, model.V());
     const Results want_a = one_pass(model, a), want_b = one_pass(model, b);

@@ -9,9 +9,6 @@ namespace rollpack::kernels::testing {
 namespace {
 
 using TransformerSteps = BackendTest;
-
-const std::vector<DType> kDTypes = {DType::kF32, DType::kBF16};
-
 using Ids = std::vector<int32_t>;
 using Results = std::vector<HeadResult>;
 
@@ -42,7 +39,7 @@ Results in_two(TinyModel& model, const Ids& ids, int64_t cut, const Ids& pages) 
 }
 
 TEST_P(TransformerSteps, PrefillCutAnywhereGivesTheBitsOfOnePass) {
-  for (const DType dtype : cases_of(GetParam(), kDTypes, 1)) {
+  for (const DType dtype : cases_of(GetParam(), kModelDTypes, 1)) {
     TinyModel model(GetParam(), dtype);
     const Ids ids = Numbers(1).ids(51, model.V());
     const Results want = one_pass(model, ids, page_range(0, 4));
@@ -54,7 +51,7 @@ TEST_P(TransformerSteps, PrefillCutAnywhereGivesTheBitsOfOnePass) {
 }
 
 TEST_P(TransformerSteps, PrefillCutAroundAttentionChunksGivesTheBitsOfOnePass) {
-  for (const DType dtype : cases_of(GetParam(), kDTypes, 1)) {
+  for (const DType dtype : cases_of(GetParam(), kModelDTypes, 1)) {
     TinyModel model(GetParam(), dtype);
     const Ids ids = Numbers(2).ids(291, model.V());
     const Results want = one_pass(model, ids, page_range(0, 19));
@@ -66,7 +63,7 @@ TEST_P(TransformerSteps, PrefillCutAroundAttentionChunksGivesTheBitsOfOnePass) {
 }
 
 TEST_P(TransformerSteps, SharedPrefixPagesGiveTheBitsOfPrivateOnes) {
-  for (const DType dtype : cases_of(GetParam(), kDTypes, 1)) {
+  for (const DType dtype : cases_of(GetParam(), kModelDTypes, 1)) {
     TinyModel model(GetParam(), dtype);
     for (const int32_t shared : {32, 37}) {  // whole pages; five tokens more on a copied one
       const Ids prefix = Numbers(3).ids(shared, model.V());
@@ -96,7 +93,7 @@ TEST_P(TransformerSteps, SharedPrefixPagesGiveTheBitsOfPrivateOnes) {
 
 TEST_P(TransformerSteps, SequencesGiveTheSameBitsAloneInABatchAndPermuted) {
   const std::vector<int64_t> lengths = {1, 2, 15, 16, 17, 33, 64, 70};
-  for (const DType dtype : kDTypes) {
+  for (const DType dtype : kModelDTypes) {
     std::vector<Ids> texts;
     std::vector<Results> alone;
     TinyModel single(GetParam(), dtype);
@@ -157,7 +154,7 @@ Results decode(TinyModel& model, const Ids& prompt, int32_t slot, float temperat
 }
 
 TEST_P(TransformerSteps, DecodedTokensScoreWithTheBitsTheyWereSampledWith) {
-  for (const DType dtype : kDTypes) {
+  for (const DType dtype : kModelDTypes) {
     TinyModel model(GetParam(), dtype);
     for (const float temperature : cases_of<float>(GetParam(), {1.0f, 0.0f, 0.7f}, 1)) {
       Ids text = Numbers(6).ids(11, model.V());
@@ -176,7 +173,7 @@ TEST_P(TransformerSteps, DecodedTokensScoreWithTheBitsTheyWereSampledWith) {
 
 TEST_P(TransformerSteps, DecodingInABatchGivesTheBitsOfDecodingAlone) {
   constexpr int32_t kSequences = 5, kTokens = 20;
-  for (const DType dtype : cases_of(GetParam(), kDTypes, 1)) {
+  for (const DType dtype : cases_of(GetParam(), kModelDTypes, 1)) {
     TinyModel model(GetParam(), dtype);
     std::vector<Ids> prompts;
     std::vector<Results> alone;
@@ -209,7 +206,7 @@ TEST_P(TransformerSteps, DecodingInABatchGivesTheBitsOfDecodingAlone) {
 }
 
 TEST_P(TransformerSteps, PadRowsChangeNoBitOfOthers) {
-  for (const DType dtype : kDTypes) {
+  for (const DType dtype : kModelDTypes) {
     TinyModel model(GetParam(), dtype);
     const Ids ids = Numbers(7).ids(21, model.V());
     const Results want = one_pass(model, ids, page_range(0, 2));

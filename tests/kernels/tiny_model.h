@@ -9,6 +9,8 @@
 
 namespace rollpack::kernels::testing {
 
+inline const std::vector<DType> kModelDTypes = {DType::kF32, DType::kBF16};
+
 class TinyModel {
  public:
   static constexpr int64_t kPositions = 512;

@@ -18,7 +18,7 @@ ErrorInfo gone(int rank) {
       .code = ErrorCode::kUnavailable, .field = "rank " + std::to_string(rank), .value = "gone"};
 }
 
-Config long_config() {
+Config ninety_token_config() {
   Config config = tiny_config();
   config.rollout.response_length = 90;
   config.rollout.ignore_eos = true;
@@ -44,12 +44,12 @@ std::map<KeepingSink::Name, bridge::Sample> undisturbed(const Config& config, in
 }
 
 TEST(Recovery, GivesTheWorkOfALostRankToOthersWithTheSameBits) {
-  ThreadRanks ranks(3, long_config(), {.is_on = true});
+  ThreadRanks ranks(3, ninety_token_config(), {.is_on = true});
   ranks.dispatcher().submit(numbered_prompts(40));
   ASSERT_TRUE(ranks.sink.wait_for(1));
   ranks.dispatcher().lose_worker(1, gone(1));
   ASSERT_TRUE(ranks.sink.wait_for(120));
-  expect_same(ranks.sink.samples(), undisturbed(long_config(), 40));
+  expect_same(ranks.sink.samples(), undisturbed(ninety_token_config(), 40));
   EXPECT_EQ(stat(ranks.dispatcher(), "num_worker_deaths"), 1);
   EXPECT_EQ(stat(ranks.dispatcher(), "num_workers"), 2);
   EXPECT_GT(stat(ranks.dispatcher(), "num_groups_requeued"), 0);
@@ -63,7 +63,7 @@ TEST(Recovery, GivesTheWorkOfALostRankToOthersWithTheSameBits) {
 
 TEST(Recovery, GivesUpARankThatOwesAndShowsNoProgressForALease) {
   Clock clock;
-  ThreadRanks ranks(2, long_config(), clock.recovery());
+  ThreadRanks ranks(2, ninety_token_config(), clock.recovery());
   Dispatcher& dispatcher = ranks.dispatcher();
   dispatcher.check_leases();
   const auto pass = [&](int64_t ms) {
@@ -265,7 +265,7 @@ TEST(Recovery, AbortHandsBackWhatALostRankHeld) {
 }
 
 TEST(Recovery, EndsWhenNoWorkerIsLeft) {
-  ThreadRanks ranks(2, long_config(), {.is_on = true});
+  ThreadRanks ranks(2, ninety_token_config(), {.is_on = true});
   std::promise<void> ended;
   ranks.dispatcher().set_on_end([&] { ended.set_value(); });
   ranks.dispatcher().submit(numbered_prompts(20));

@@ -55,7 +55,7 @@ bridge::SleepState wake_up(Dispatcher& dispatcher, bridge::MemoryTags tags = kAl
   return state;
 }
 
-Config long_config() {
+Config sixty_token_config() {
   Config config = tiny_config();
   config.rollout.response_length = 60;
   config.rollout.ignore_eos = true;
@@ -63,7 +63,7 @@ Config long_config() {
 }
 
 std::map<KeepingSink::Name, bridge::Sample> undisturbed(int num_prompts) {
-  ThreadRanks ranks(1, long_config());
+  ThreadRanks ranks(1, sixty_token_config());
   ranks.dispatcher().submit(numbered_prompts(num_prompts));
   EXPECT_TRUE(ranks.sink.wait_for(static_cast<size_t>(num_prompts) * 3));
   return ranks.sink.samples();
@@ -90,7 +90,7 @@ bridge::Outcome update(Dispatcher& dispatcher, int64_t version,
 }
 
 TEST(Sleep, KeptSamplesEndWithTheBitsOfAnUndisturbedRun) {
-  ThreadRanks ranks(2, long_config());
+  ThreadRanks ranks(2, sixty_token_config());
   Dispatcher& dispatcher = ranks.dispatcher();
   dispatcher.submit(some_prompts(0, 16));
   ASSERT_TRUE(ranks.sink.wait_for(1));
@@ -115,7 +115,7 @@ TEST(Sleep, KeptSamplesEndWithTheBitsOfAnUndisturbedRun) {
 }
 
 TEST(Sleep, WaitsForStartedSamplesOrHandsThemBack) {
-  ThreadRanks ranks(2, long_config());
+  ThreadRanks ranks(2, sixty_token_config());
   Dispatcher& dispatcher = ranks.dispatcher();
   dispatcher.submit(some_prompts(0, 12));
   ASSERT_TRUE(ranks.sink.wait_for(1));
@@ -142,7 +142,7 @@ TEST(Sleep, WaitsForStartedSamplesOrHandsThemBack) {
 }
 
 TEST(Sleep, Level2TakesAWholeUpdateBeforeAnythingIsGenerated) {
-  ThreadRanks ranks(2, long_config());
+  ThreadRanks ranks(2, sixty_token_config());
   Dispatcher& dispatcher = ranks.dispatcher();
   dispatcher.submit(some_prompts(0, 8));
   ASSERT_TRUE(ranks.sink.wait_for(1));
@@ -219,7 +219,7 @@ TEST(Sleep, IsRefusedWhileWeightsCome) {
 
 // A trainer that is gone has left the first; the second is its successor's.
 TEST(Sleep, CallsAreCarriedOutOneAfterTheOther) {
-  ThreadRanks ranks(2, long_config());
+  ThreadRanks ranks(2, sixty_token_config());
   Dispatcher& dispatcher = ranks.dispatcher();
   dispatcher.submit(some_prompts(0, 8));
   ASSERT_TRUE(ranks.sink.wait_for(1));
@@ -256,7 +256,7 @@ TEST(Sleep, PauseAndSleepDoNotUndoEachOther) {
 
 TEST(Sleep, ARankThatIsLostAsleepIsReplacedAfterwardsAndItsWorkBlamesNobody) {
   Clock clock;
-  ThreadRanks ranks(3, long_config(), clock.recovery());
+  ThreadRanks ranks(3, sixty_token_config(), clock.recovery());
   Dispatcher& dispatcher = ranks.dispatcher();
   std::atomic<int> num_started = 0;
   dispatcher.set_replace([&](int) { ++num_started; });
@@ -281,7 +281,7 @@ TEST(Sleep, ARankThatIsLostAsleepIsReplacedAfterwardsAndItsWorkBlamesNobody) {
 }
 
 TEST(Sleep, ARankThatIsLostWhileItFallsAsleepKeepsNobodyWaiting) {
-  ThreadRanks ranks(2, long_config(), {.is_on = true});
+  ThreadRanks ranks(2, sixty_token_config(), {.is_on = true});
   Dispatcher& dispatcher = ranks.dispatcher();
   dispatcher.submit(some_prompts(0, 8));
   ASSERT_TRUE(ranks.sink.wait_for(1));
@@ -314,7 +314,7 @@ class SleepyBackend final : public kernels::ForwardingBackend {
 ThreadRanks ranks_with_a_sleepy_one(ErrorCode code) {
   return ThreadRanks(2,
                      [code](int rank) {
-                       const Config config = long_config();
+                       const Config config = sixty_token_config();
                        if (rank == 0) return tiny_replica(config);
                        auto backend =
                            configured_backend(config, tiny_model_config(), ReplicaOptions{});

@@ -209,6 +209,21 @@ inline void expect_stamped(const bridge::Sample& sample, const GroupRequest& gro
   }
 }
 
+inline const EngineCounters& counters_of(const Rig& rig) {
+  return rig.engine.state().counters;
+}
+
+inline GroupRequest group_of(int64_t request_id, std::vector<int32_t> prompt,
+                             int32_t num_samples = 1, int32_t response_length = 5) {
+  GroupRequest group;
+  group.key = {.request_id = request_id,
+               .prompt_id = {.text = std::to_string(request_id)},
+               .group_size = num_samples};
+  group.prompt_ids = std::make_shared<const std::vector<int32_t>>(std::move(prompt));
+  group.sampling = {.seed = 7, .response_length = response_length};
+  return group;
+}
+
 // Logprobs of a response given, computed by itself.
 inline std::vector<float> score_alone(const bridge::ScoreSequence& given, uint64_t version) {
   std::vector<int32_t> tokens = given.input_ids;

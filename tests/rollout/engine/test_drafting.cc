@@ -8,21 +8,6 @@
 namespace rollpack::rollout {
 namespace {
 
-const EngineCounters& counters_of(const Rig& rig) {
-  return rig.engine.state().counters;
-}
-
-GroupRequest group_of(int64_t request_id, const std::vector<int32_t>& prompt, int32_t num_samples,
-                      int32_t response_length) {
-  GroupRequest group;
-  group.key = {.request_id = request_id,
-               .prompt_id = {.text = std::to_string(request_id)},
-               .group_size = num_samples};
-  group.prompt_ids = std::make_shared<const std::vector<int32_t>>(prompt);
-  group.sampling = {.seed = 7, .response_length = response_length};
-  return group;
-}
-
 GroupRequest repetitive_group(std::mt19937& random, int64_t request_id) {
   const auto below = [&](int32_t n) { return static_cast<int32_t>(random() % n); };
   std::vector<int32_t> prompt(1 + below(20));
@@ -47,11 +32,11 @@ void expect_same(const Collected& got, const Collected& want) {
   }
 }
 
-constexpr uint32_t kNumSchedules = kIsSanitized ? 100 : 600;
+constexpr uint32_t kNumDraftSchedules = kIsSanitized ? 100 : 600;
 
 TEST(Drafting, ChangesNoSampleOverRandomSchedules) {
   int64_t num_accepted = 0, num_rejected = 0, num_preemptions = 0;
-  for (uint32_t seed = 0; seed < kNumSchedules; ++seed) {
+  for (uint32_t seed = 0; seed < kNumDraftSchedules; ++seed) {
     SCOPED_TRACE(seed);
     Collected want;
     for (const Speculation speculation :
@@ -81,13 +66,13 @@ TEST(Drafting, ChangesNoSampleOverRandomSchedules) {
       num_preemptions += counters_of(rig).num_preemptions;
     }
   }
-  EXPECT_GT(num_accepted, 17 * kNumSchedules);
-  EXPECT_GT(num_rejected, 17 * kNumSchedules);
-  EXPECT_GT(num_preemptions, kNumSchedules / 6);
+  EXPECT_GT(num_accepted, 17 * kNumDraftSchedules);
+  EXPECT_GT(num_rejected, 17 * kNumDraftSchedules);
+  EXPECT_GT(num_preemptions, kNumDraftSchedules / 6);
 }
 
 TEST(Drafting, WeightSwitchesAndAbortsBetweenDraftsKeepEverySample) {
-  for (uint32_t seed = 0; seed < kNumSchedules / 3; ++seed) {
+  for (uint32_t seed = 0; seed < kNumDraftSchedules / 3; ++seed) {
     SCOPED_TRACE(seed);
     std::mt19937 random(seed);
     Rig rig({.speculation = Speculation::kOn,

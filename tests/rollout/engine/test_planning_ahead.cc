@@ -9,8 +9,9 @@
 namespace rollpack::rollout {
 namespace {
 
-GroupRequest group_of(int32_t num_samples, int32_t response_length, std::vector<int32_t> stops = {},
-                      std::vector<int32_t> prompt = {5, 6, 7, 8, 9, 10}) {
+GroupRequest group_with(int32_t num_samples, int32_t response_length,
+                        std::vector<int32_t> stops = {},
+                        std::vector<int32_t> prompt = {5, 6, 7, 8, 9, 10}) {
   GroupRequest group;
   group.key = {.prompt_id = {.text = "p"}, .group_size = num_samples};
   group.prompt_ids = std::make_shared<const std::vector<int32_t>>(std::move(prompt));
@@ -23,14 +24,10 @@ int32_t num_pages_held(const Rig& rig) {
   return rig.engine.state().pool.num_pages() - rig.engine.state().pool.num_available();
 }
 
-const EngineCounters& counters_of(const Rig& rig) {
-  return rig.engine.state().counters;
-}
-
 TEST(PlanningAhead, SubmitsTheNextStepBeforeTheResultsAreThereAndOverrunsNoLength) {
   for (const Timing timing : {Timing::kLate, Timing::kDelayed}) {
     Rig rig({.timing = timing});
-    GroupRequest group = group_of(1, 7);
+    GroupRequest group = group_with(1, 7);
     rig.engine.add(group);
     for (int step = 0; step < 6; ++step) {
       ASSERT_EQ(rig.engine.step(10s), Engine::StepOutcome::kDone);
@@ -46,11 +43,11 @@ TEST(PlanningAhead, SubmitsTheNextStepBeforeTheResultsAreThereAndOverrunsNoLengt
 }
 
 TEST(PlanningAhead, AStopCostsOneRowAndItsPagesComeBackWhenThatRowIsDone) {
-  const std::vector<int32_t> text = alone(group_of(1, 12), 0, 0);
+  const std::vector<int32_t> text = alone(group_with(1, 12), 0, 0);
   // The last that no token before it equals.
   size_t last = text.size() - 2;
   while (std::ranges::find(text, text[last]) != text.begin() + static_cast<ptrdiff_t>(last)) --last;
-  GroupRequest group = group_of(1, 12, {text[last]});
+  GroupRequest group = group_with(1, 12, {text[last]});
   Rig rig({.prefix_sharing = false, .timing = Timing::kLate});
   rig.engine.add(group);
   while (rig.collected.samples.empty()) {
@@ -69,11 +66,11 @@ TEST(PlanningAhead, AStopCostsOneRowAndItsPagesComeBackWhenThatRowIsDone) {
 }
 
 TEST(PlanningAhead, ANewSequenceMayTakePagesAndSlotOfOneThatStopped) {
-  const std::vector<int32_t> text = alone(group_of(1, 12), 0, 0);
+  const std::vector<int32_t> text = alone(group_with(1, 12), 0, 0);
   Rig rig({.num_pages = 5, .max_num_seqs = 1, .timing = Timing::kLate, .lateness = 2});
   std::vector<GroupRequest> groups;
   for (int64_t id = 0; id < 8; ++id) {
-    groups.push_back(group_of(1, 12, {text[static_cast<size_t>(id)]}));
+    groups.push_back(group_with(1, 12, {text[static_cast<size_t>(id)]}));
     groups.back().key.request_id = id;
     rig.engine.add(groups.back());
   }
@@ -84,7 +81,7 @@ TEST(PlanningAhead, ANewSequenceMayTakePagesAndSlotOfOneThatStopped) {
 
 TEST(PlanningAhead, SiblingsBeginOneStepAfterTheirPromptAndGiveTheSameTokens) {
   Rig rig({.timing = Timing::kLate});
-  GroupRequest group = group_of(6, 9, {3, 50});
+  GroupRequest group = group_with(6, 9, {3, 50});
   rig.engine.add(group);
   ASSERT_NO_FATAL_FAILURE(rig.run_to_end());
   expect_alone(rig.collected, group);
@@ -93,7 +90,7 @@ TEST(PlanningAhead, SiblingsBeginOneStepAfterTheirPromptAndGiveTheSameTokens) {
 
 TEST(PlanningAhead, AnAbortWaitsForNothing) {
   Rig rig({.timing = Timing::kLate});
-  GroupRequest group = group_of(2, 20);
+  GroupRequest group = group_with(2, 20);
   rig.engine.add(group);
   for (int step = 0; step < 4; ++step) rig.engine.step(1s);
   ASSERT_EQ(rig.engine.state().num_steps_under_way, 1);
@@ -114,7 +111,7 @@ TEST(PlanningAhead, AnAbortWaitsForNothing) {
 
 TEST(PlanningAhead, WeightsChangeBetweenStepsOnly) {
   Rig rig({.timing = Timing::kDelayed});
-  GroupRequest group = group_of(2, 20);
+  GroupRequest group = group_with(2, 20);
   rig.engine.add(group);
   for (int step = 0; step < 4; ++step) rig.engine.step(10s);
   ASSERT_EQ(rig.engine.state().num_steps_under_way, 1);
@@ -153,7 +150,7 @@ TEST(PlanningAhead, AnInterruptionGivesUpAllStepsUnderWay) {
                  .page_bytes = 1,
                  .max_positions = 1000},
                 make_batching_policy("continuous"), backend, collected);
-  engine.add(group_of(2, 20));
+  engine.add(group_with(2, 20));
   for (int step = 0; step < 4; ++step) engine.step(1s);
   backend.is_stuck = true;
   EXPECT_EQ(engine.step(10s, [] { return true; }), Engine::StepOutcome::kInterrupted);
@@ -170,8 +167,8 @@ TEST(PlanningAhead, NobodyGetsTokensFromKeysThatAreNotFinite) {
   Rig rig({.max_num_batched_tokens = 4, .timing = Timing::kLate});
   std::vector<int32_t> prompt(14, 2);
   prompt[6] = kVocab;
-  GroupRequest bad = group_of(3, 5, {}, prompt);
-  GroupRequest good = group_of(2, 5);
+  GroupRequest bad = group_with(3, 5, {}, prompt);
+  GroupRequest good = group_with(2, 5);
   good.key.request_id = 1;
   rig.engine.add(bad);
   rig.engine.add(good);
@@ -193,7 +190,7 @@ TEST(PlanningAhead, WaitsWhereTokensMustBeKnown) {
   for (const char* batching : {"continuous", "left_padded", "prepacked"}) {
     // Drafts look at all tokens; the other modes are there to compare with.
     Rig rig({.batching = batching, .speculation = Speculation::kOn, .timing = Timing::kLate});
-    GroupRequest group = group_of(3, 15, {3, 50});
+    GroupRequest group = group_with(3, 15, {3, 50});
     rig.engine.add(group);
     while (rig.engine.has_work()) {
       ASSERT_EQ(rig.engine.step(1s), Engine::StepOutcome::kDone);
@@ -209,7 +206,7 @@ TEST(PlanningAhead, DraftsThatAreWorthTheirRowsStopItForAStepOnly) {
            .vocab_size = 12,
            .num_pages = 400,
            .timing = Timing::kLate});
-  GroupRequest group = group_of(1, 600, {}, std::vector<int32_t>(8, 0));
+  GroupRequest group = group_with(1, 600, {}, std::vector<int32_t>(8, 0));
   rig.engine.add(group);
   int num_ahead = 0;
   while (rig.engine.has_work()) {

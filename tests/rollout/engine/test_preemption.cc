@@ -12,8 +12,8 @@
 namespace rollpack::rollout {
 namespace {
 
-GroupRequest group_of(int64_t request_id, int32_t num_prompt, int32_t response_length,
-                      int32_t num_samples = 1) {
+GroupRequest distinct_group(int64_t request_id, int32_t num_prompt, int32_t response_length,
+                            int32_t num_samples = 1) {
   GroupRequest group;
   group.key = {.request_id = request_id,
                .prompt_id = {.text = std::to_string(request_id)},
@@ -31,10 +31,10 @@ GroupRequest group_of(int64_t request_id, int32_t num_prompt, int32_t response_l
 TEST(Preemption, TakesTheFewestPrivateTokensAndSparesTheOldest) {
   // Sequences of 24 tokens in the end, 6 pages; 12 pages for three of them.
   Rig rig({.num_pages = 12});
-  rig.engine.add(group_of(0, 4, 20));
-  rig.engine.add(group_of(1, 8, 16));
+  rig.engine.add(distinct_group(0, 4, 20));
+  rig.engine.add(distinct_group(1, 8, 16));
   for (int i = 0; i < 3; ++i) rig.engine.step(1s);
-  rig.engine.add(group_of(2, 12, 12));  // the youngest, but with the most tokens at once
+  rig.engine.add(distinct_group(2, 12, 12));  // the youngest, but with the most tokens at once
   std::vector<uint64_t> preempted;
   for (int steps = 0; rig.engine.has_work(); ++steps) {
     ASSERT_LT(steps, 200);
@@ -55,7 +55,7 @@ TEST(Preemption, RecomputesAtMostTwiceWhatIsMade) {
     // 64 sequences of 108 tokens, 27 pages; many start within any of these memories.
     std::vector<GroupRequest> groups;
     for (int32_t id = 0; id < 64; ++id) {
-      groups.push_back(group_of(id, 8, 100));
+      groups.push_back(distinct_group(id, 8, 100));
       rig.engine.add(groups.back());
     }
     std::map<uint64_t, int32_t> length_at_last;  // by arrival: when it was preempted last
@@ -82,7 +82,7 @@ TEST(Preemption, RecomputesAtMostTwiceWhatIsMade) {
 
 TEST(Preemption, FindsWhatIsLeftOfItsPagesWhenItComesBack) {
   Rig rig({.num_pages = 45, .max_num_seqs = 32, .max_num_batched_tokens = 64});
-  for (int32_t id = 0; id < 64; ++id) rig.engine.add(group_of(id, 8, 100));
+  for (int32_t id = 0; id < 64; ++id) rig.engine.add(distinct_group(id, 8, 100));
   int64_t num_lost = 0;
   std::vector<uint64_t> known;
   while (rig.engine.has_work()) {
@@ -117,7 +117,7 @@ double decoding_cpu_s(int32_t num_seqs) {
   Rig rig({.num_pages = num_seqs * 4,
            .max_num_seqs = num_seqs * 2,
            .max_num_batched_tokens = num_seqs * 12});
-  for (int32_t id = 0; id < num_seqs * 2; ++id) rig.engine.add(group_of(id, 6, 12));
+  for (int32_t id = 0; id < num_seqs * 2; ++id) rig.engine.add(distinct_group(id, 6, 12));
   double best_s = 1e9;
   for (int i = 0; i < 9; ++i) best_s = std::min(best_s, step_cpu_s(rig.engine));
   EXPECT_FALSE(rig.engine.state().waiting.empty());
@@ -131,7 +131,7 @@ double preempting_cpu_s(int32_t num_seqs) {
     Rig rig({.num_pages = num_seqs * 2 + 1,
              .max_num_seqs = num_seqs,
              .max_num_batched_tokens = num_seqs * 4});
-    for (int32_t id = 0; id < num_seqs; ++id) rig.engine.add(group_of(id, 4, 12));
+    for (int32_t id = 0; id < num_seqs; ++id) rig.engine.add(distinct_group(id, 4, 12));
     double most_s = 0;
     for (int i = 0; i < 6; ++i) most_s = std::max(most_s, step_cpu_s(rig.engine));
     EXPECT_GT(rig.engine.state().counters.num_preemptions, num_seqs / 4);

@@ -15,17 +15,6 @@ std::vector<int32_t> ascending(int32_t count, int32_t first = 10) {
   return tokens;
 }
 
-GroupRequest group_of(int64_t request_id, std::vector<int32_t> prompt, int32_t num_samples = 1,
-                      int32_t response_length = 5) {
-  GroupRequest group;
-  group.key = {.request_id = request_id,
-               .prompt_id = {.text = std::to_string(request_id)},
-               .group_size = num_samples};
-  group.prompt_ids = std::make_shared<const std::vector<int32_t>>(std::move(prompt));
-  group.sampling = {.seed = 7, .response_length = response_length};
-  return group;
-}
-
 // Runs to the end; returns the rows that took.
 int64_t run(Rig& rig, const std::vector<GroupRequest>& groups) {
   const int64_t before = rig.backend->num_rows_run();

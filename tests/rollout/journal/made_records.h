@@ -2,10 +2,12 @@
 #pragma once
 
 #include <memory>
+#include <string>
 #include <vector>
 
 #include <fmt/format.h>
 
+#include "rollout/journal/live_set.h"
 #include "rollout/journal/record.h"
 
 namespace rollpack::rollout::testing {
@@ -64,6 +66,12 @@ inline std::vector<Record> made_records(int count) {
   }
   records.resize(static_cast<size_t>(count));
   return records;
+}
+
+inline std::string encoded(const LiveSet& live) {
+  std::string text;
+  for (const Record& record : live.records()) text += encode(record) + "|";
+  return text;
 }
 
 }  // namespace rollpack::rollout::testing

@@ -13,25 +13,18 @@
 #include <sys/resource.h>
 
 #include "kernels/base/error.h"
+#include "tests/error_text.h"
 #include "tests/rollout/journal/made_records.h"
 #include "tests/rollout/journal/memory_storage.h"
 
 namespace rollpack::rollout {
 namespace {
 
+using rollpack::testing::error_of;
 using testing::Disk;
 using testing::made_batch;
 using testing::made_group;
 using testing::MemoryStorage;
-
-ErrorInfo error_of(const std::function<void()>& act) {
-  try {
-    act();
-  } catch (const Error& error) {
-    return error.info;
-  }
-  return {.message = "no error"};
-}
 
 bridge::Outcome wait_until_durable(Journal& journal) {
   std::promise<bridge::Outcome> told;

@@ -7,6 +7,7 @@
 #include <random>
 
 #include "rollout/journal/frames.h"
+#include "tests/error_text.h"
 #include "tests/rollout/journal/made_records.h"
 #include "tests/rollout/journal/memory_storage.h"
 #include "tests/sanitized.h"
@@ -14,7 +15,9 @@
 namespace rollpack::rollout {
 namespace {
 
+using rollpack::testing::error_of;
 using testing::Disk;
+using testing::encoded;
 using testing::made_batch;
 using testing::made_records;
 using testing::made_request;
@@ -22,23 +25,8 @@ using testing::MemoryStorage;
 
 constexpr int kNumRecords = 50;
 
-std::string encoded(const LiveSet& live) {
-  std::string text;
-  for (const Record& record : live.records()) text += encode(record) + "|";
-  return text;
-}
-
 JournalLog open(const std::shared_ptr<Disk>& disk, const std::string& maker = "cpu") {
   return {std::make_unique<MemoryStorage>(disk), maker, "abcd"};
-}
-
-ErrorInfo error_of(const std::function<void()>& act) {
-  try {
-    act();
-  } catch (const Error& error) {
-    return error.info;
-  }
-  return {.message = "no error"};
 }
 
 // A journal of 50 records behind its header, and what lives after each of them.

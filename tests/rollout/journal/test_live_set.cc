@@ -11,16 +11,11 @@
 namespace rollpack::rollout {
 namespace {
 
+using testing::encoded;
 using testing::made_batch;
 using testing::made_group;
 using testing::made_records;
 using testing::made_request;
-
-std::string encoded(const LiveSet& live) {
-  std::string text;
-  for (const Record& record : live.records()) text += encode(record) + "|";
-  return text;
-}
 
 bool is_refused(LiveSet& live, const Record& record) {
   const std::string before = encoded(live);

@@ -9,15 +9,12 @@
 #include <utility>
 
 #include "rollout/metrics/throughput.h"
+#include "tests/rollout/metrics/numbers.h"
 
 namespace rollpack::rollout {
 namespace {
 
 using namespace std::chrono_literals;
-
-std::shared_ptr<const std::map<std::string, double>> numbers(std::map<std::string, double> values) {
-  return std::make_shared<const std::map<std::string, double>>(std::move(values));
-}
 
 std::string text_of(const Snapshot& snapshot, bool is_well = true) {
   return metrics_text(metric_families(snapshot, {.is_well = is_well}, {.model_name = "a\"b"}));

@@ -9,15 +9,12 @@
 
 #include "rollout/metrics/metric_table.h"
 #include "tests/error_text.h"
+#include "tests/rollout/metrics/numbers.h"
 
 namespace rollpack::rollout {
 namespace {
 
 using namespace std::chrono_literals;
-
-std::shared_ptr<const std::map<std::string, double>> numbers(std::map<std::string, double> values) {
-  return std::make_shared<const std::map<std::string, double>>(std::move(values));
-}
 
 Snapshot busy_snapshot() {
   Snapshot snapshot;

@@ -23,7 +23,7 @@ Config per_node() {
   return config;
 }
 
-bridge::Sample sample_for(int32_t node, size_t num_tokens) {
+bridge::Sample long_sample_for(int32_t node, size_t num_tokens) {
   return {.key = {.prompt_id = {.text = "p"}, .node = node},
           .prompt_ids = std::make_shared<const std::vector<int32_t>>(3, 1),
           .response_ids = std::vector<int32_t>(num_tokens, 2),
@@ -78,18 +78,18 @@ class NodeDeskTest : public ::testing::Test {
 
 // A sample of 1 MiB and a little; 8 MiB may be under way.
 TEST_F(NodeDeskTest, ANodeGetsNoMoreSamplesThanItTakesIn) {
-  for (int i = 0; i < 20; ++i) desk.commit(sample_for(1, 65536));
+  for (int i = 0; i < 20; ++i) desk.commit(long_sample_for(1, 65536));
   EXPECT_EQ(num_samples_for(kHolderOf1), 8u);
   EXPECT_EQ(number("num_samples_waiting_for_nodes"), 12);
-  desk.commit(sample_for(2, 65536));
+  desk.commit(long_sample_for(2, 65536));
   EXPECT_EQ(num_samples_for(kHolderOf2), 1u) << "others do not wait";
   desk.handle(kHolderOf1, encode(asked::Received{size_t{5} << 20}));
   EXPECT_EQ(num_samples_for(kHolderOf1), 13u);
 }
 
 TEST_F(NodeDeskTest, ANodeThatTakesNothingInMayAskForNothingMore) {
-  for (int i = 0; i < 8; ++i) desk.commit(sample_for(1, 65536));
-  for (int i = 0; i < 65536; ++i) desk.commit(sample_for(1, 1));
+  for (int i = 0; i < 8; ++i) desk.commit(long_sample_for(1, 65536));
+  for (int i = 0; i < 65536; ++i) desk.commit(long_sample_for(1, 1));
   const std::vector<bridge::PromptRequest> prompts = numbered_prompts(1);
   desk.handle(kHolderOf1, encode(asked::Submit{7, prompts}));
   const auto answer = std::get<told::Number>(news_for(kHolderOf1).back());
@@ -101,12 +101,12 @@ TEST_F(NodeDeskTest, ANodeThatTakesNothingInMayAskForNothingMore) {
 }
 
 TEST_F(NodeDeskTest, WhatALostNodeWasToGetIsDroppedAndCounted) {
-  for (int i = 0; i < 20; ++i) desk.commit(sample_for(1, 65536));
+  for (int i = 0; i < 20; ++i) desk.commit(long_sample_for(1, 65536));
   desk.forget(kHolderOf1);
   EXPECT_EQ(std::get<told::Forgotten>(news_for(kHolderOf2).back()).worker, kHolderOf1);
   for (const auto& task : std::exchange(later, {})) task();
   EXPECT_EQ(number("num_samples_undeliverable"), 12);
-  desk.commit(sample_for(1, 1));
+  desk.commit(long_sample_for(1, 1));
   desk.handle(kHolderOf1, encode(asked::Submit{7, numbered_prompts(1)}));  // said before it died
   EXPECT_EQ(number("num_samples_undeliverable"), 13);
   EXPECT_EQ(number("num_samples_waiting_for_nodes"), 0);
@@ -130,11 +130,11 @@ TEST_F(NodeDeskTest, AnyRankHearsWhereABridgeIs) {
 }
 
 TEST_F(NodeDeskTest, SamplesAreCountedByTheWayTheyWent) {
-  const bridge::SampleKey key = sample_for(1, 1).key;
+  const bridge::SampleKey key = long_sample_for(1, 1).key;
   desk.decide(kHolderOf1, key, 1, Verdict::kCommit);
   desk.decide(kHolderOf2, key, 1, Verdict::kCommitAsAborted);
   desk.decide(kHolderOf2, key, 1, Verdict::kDrop);
-  desk.commit(sample_for(1, 1));
+  desk.commit(long_sample_for(1, 1));
   EXPECT_EQ(number("num_samples_kept_on_nodes"), 1);
   EXPECT_EQ(number("num_samples_straight_to_nodes"), 1);
   EXPECT_EQ(number("num_samples_sent_to_nodes"), 1);
@@ -149,7 +149,7 @@ TEST_F(NodeDeskTest, SamplesAreCountedByTheWayTheyWent) {
 
 TEST_F(NodeDeskTest, WhatWasWithdrawnIsDroppedAtItsBridge) {
   ranks.dispatcher().set_kept_samples(desk);
-  ranks.dispatcher().handle(0, SampleWithdrawn{sample_for(1, 1).key, 3});
+  ranks.dispatcher().handle(0, SampleWithdrawn{long_sample_for(1, 1).key, 3});
   const auto decided = std::get<told::Decided>(news_for(kHolderOf1).back());
   EXPECT_EQ(decided.worker, 0);
   EXPECT_EQ(decided.attempt, 3);
@@ -203,7 +203,7 @@ TEST_F(BridgeWatchTest, AnIdleBridgeThatStandsStillIsLostAfterALease) {
   EXPECT_EQ(number("num_node_bridges"), 2);
   let_pass(kLease / 4 + 4 * kTick, {kHolderOf1});
   EXPECT_EQ(number("num_node_bridges"), 1);
-  desk.commit(sample_for(2, 1));
+  desk.commit(long_sample_for(2, 1));
   EXPECT_EQ(number("num_samples_undeliverable"), 1);
 }
 

@@ -1,6 +1,7 @@
 // Samples and failures that the tests of delivery commit.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
@@ -8,6 +9,8 @@
 #include "trainer_bridge/contract/sample.h"
 
 namespace rollpack::bridge::testing {
+
+inline constexpr uint64_t kAnna = 1, kBerta = 2;  // clients
 
 inline SampleKey key_of(int64_t request, int32_t prompt, int32_t index, int32_t group) {
   return {request, prompt, {std::to_string(prompt), true}, index, group};

@@ -20,11 +20,11 @@ namespace rollpack::bridge {
 namespace {
 
 using testing::failure_of;
+using testing::kAnna;
+using testing::kBerta;
 using testing::read_batch;
 using testing::ReadBatch;
 using testing::sample_of;
-
-constexpr uint64_t kAnna = 1, kBerta = 2;
 
 ErrorInfo error_of(const std::function<void()>& act) {
   try {

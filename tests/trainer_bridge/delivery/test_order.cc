@@ -14,8 +14,6 @@ namespace {
 
 using namespace testing;
 
-constexpr uint64_t kAnna = 1;
-
 class OrderTest : public ::testing::Test {
  protected:
   OrderTest() : layout(make_layout({})), slots(8, 1 << 16), delivery(slots, *layout) {}

@@ -18,8 +18,6 @@ namespace {
 using namespace testing;
 using rollpack::testing::error_text;
 
-constexpr uint64_t kAnna = 1, kBerta = 2;
-
 // Everything at once on a disk that outlives the deliveries.
 class KeptLog : public DeliveryLog {
  public:

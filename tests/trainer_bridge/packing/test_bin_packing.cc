@@ -28,7 +28,7 @@ Lengths random_lengths(std::mt19937& random, size_t num, int64_t longest) {
   return lengths;
 }
 
-int64_t sum_of(const Lengths& lengths, const std::vector<int32_t>& bin) {
+int64_t fill_of(const Lengths& lengths, const std::vector<int32_t>& bin) {
   return std::accumulate(bin.begin(), bin.end(), int64_t{0},
                          [&](int64_t sum, int32_t item) { return sum + lengths[item]; });
 }
@@ -60,7 +60,7 @@ TEST(BinPacking, EveryItemIsInOneBinAndNoBinExceedsTheCapacity) {
       std::vector<int32_t> items;
       for (const std::vector<int32_t>& bin : bins) {
         ASSERT_FALSE(bin.empty());
-        EXPECT_LE(sum_of(lengths, bin), capacity) << num << " items, capacity " << capacity;
+        EXPECT_LE(fill_of(lengths, bin), capacity) << num << " items, capacity " << capacity;
         items.insert(items.end(), bin.begin(), bin.end());
       }
       std::sort(items.begin(), items.end());
@@ -132,7 +132,7 @@ TEST(BinPacking, NoTwoBinsCouldBeOne) {
   const Lengths lengths = random_lengths(random, 2000, 700);
   std::vector<int64_t> fills;
   for (const std::vector<int32_t>& bin : pack_best_fit_decreasing(lengths, 1000)) {
-    fills.push_back(sum_of(lengths, bin));
+    fills.push_back(fill_of(lengths, bin));
   }
   std::sort(fills.begin(), fills.end());
   EXPECT_GT(fills[0] + fills[1], 1000);
