@@ -22,5 +22,11 @@ case $preset in
   # -O1. What computes is compiled with -O1 all the same (kernels/CMakeLists.txt).
   asan-ubsan | tsan | fuzz) options=(-DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O0 -g1 -UNDEBUG") ;;
 esac
+# Sources by eights are less work in a build from nothing, and more where one of them
+# was changed: asked for by tests/run.sh, and kept by the folder that it made.
+case $preset in
+  asan-ubsan | tsan) options+=(-DROLLPACK_UNITY=ON) ;;
+  release) [ -e build/CMakeCache.txt ] || options+=(-DROLLPACK_UNITY="${ROLLPACK_UNITY:-OFF}") ;;
+esac
 cmake --preset "$preset" "${options[@]}" >/dev/null
 exec cmake --build --preset "$preset" -j "${ROLLPACK_BUILD_JOBS:-$(nproc)}" "$@"

@@ -55,7 +55,7 @@ finish() {
 }
 
 stage install 2400 tests/install.sh || finish
-stage build 1800 tests/build.sh release || finish
+stage build 1800 env ROLLPACK_UNITY=ON tests/build.sh release || finish
 if [ "$ROLLPACK_FULL" = 1 ]; then
   ctest_stage ctest build 1800
 else
