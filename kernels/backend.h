@@ -54,6 +54,8 @@ struct BackendOptions {
   // Of the ranks that hold one model together (kernels/shards.h), all of which are given the same
   // plans; none: this backend holds a whole one.
   std::shared_ptr<Communicator> communicator;
+
+  ReplicaRank at() const { return communicator ? communicator->at() : ReplicaRank{}; }
 };
 
 // The backend's own layout of KV pages; the engine only counts them.
@@ -283,6 +285,9 @@ class Backend {
   // Bytes of weights, KV pages and buffers that this backend has of its own now; adopted weights
   // are another's.
   virtual int64_t held_bytes() const = 0;
+  // Time that steps have spent exchanging with the other ranks that hold the model, and waiting for
+  // them, seconds so far. Any thread.
+  virtual double communication_s() const { return 0; }
 
   // Steps. submit never blocks and takes at most two steps in flight (failed_precondition beyond);
   // it owns the plan until the step is done. wait returns the result or throws: the step's own

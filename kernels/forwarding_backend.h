@@ -45,6 +45,7 @@ class ForwardingBackend : public Backend {
   void sleep(int level) override { inner_->sleep(level); }
   void wake_up(MemoryTags tags) override { inner_->wake_up(tags); }
   int64_t held_bytes() const override { return inner_->held_bytes(); }
+  double communication_s() const override { return inner_->communication_s(); }
 
   void set_program(std::shared_ptr<StepProgram> program) override {
     inner_->set_program(std::move(program));

@@ -30,6 +30,11 @@ constexpr Number number_of() {
   if constexpr (std::is_same_v<T, double>) return Number::kF64;
 }
 
+constexpr int64_t number_bytes(Number number) {
+  if (number == Number::kU8) return 1;
+  return number == Number::kI64 || number == Number::kU64 || number == Number::kF64 ? 8 : 4;
+}
+
 template <class T, Reduction R>
 concept Reducible = std::integral<T> ||(std::floating_point<T>&& R != Reduction::kSum);
 
@@ -77,14 +82,13 @@ class Communicator {
             .number = number_of<T>(),
             .reduction = R});
   }
+  // The same where the type is known at run time only. Never a sum of floats.
+  virtual void reduce(const AllReduceArgs& args) = 0;
 
   // This rank has failed: calls of all ranks, under way and to come, throw. Any thread.
   virtual void abandon() = 0;
   // Time spent in calls so far, seconds: moving bytes and waiting for others. Any thread.
   virtual double seconds() const = 0;
-
- protected:
-  virtual void reduce(const AllReduceArgs& args) = 0;
 };
 
 }  // namespace rollpack::kernels

@@ -44,8 +44,6 @@ class SharedMemoryCommunicator final : public Communicator {
   void barrier() override;
   void abandon() override;
   double seconds() const override { return seconds_.load(std::memory_order_relaxed); }
-
- protected:
   void reduce(const AllReduceArgs& args) override;
 
  private:

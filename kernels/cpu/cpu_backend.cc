@@ -41,23 +41,6 @@ void check_options(const BackendOptions& options) {
   }
 }
 
-// What this rank holds of a model: some of its heads; of the rest shapes say the whole.
-ModelShape held_shape(ModelShape shape, const BackendOptions& options) {
-  if (options.communicator == nullptr) return shape;
-  const ReplicaRank at = options.communicator->at();
-  if (at.size > shape.H) {
-    throw Error({.code = ErrorCode::kUnsupported,
-                 .field = "engine.tensor_model_parallel_size",
-                 .value = std::to_string(at.size),
-                 .allowed = fmt::format("at most {}, the model's query heads", shape.H),
-                 .message = "every rank of a replica computes some heads"});
-  }
-  const HeadShard heads = head_shard(shape.H, shape.G, at);
-  shape.H = heads.query.size();
-  shape.G = heads.kv.size();
-  return shape;
-}
-
 // The best path, or the one asked for, that keeps to the numerics contract on this machine.
 PathChoice choose_kernels(const CpuOptions& cpu_options) {
   std::vector<Isa> isas = supported_isas();
@@ -126,7 +109,7 @@ class CpuBackend final : public Backend {
  public:
   CpuBackend(const ModelShape& shape, const BackendOptions& options, const PathChoice& path,
              const CpuOptions& cpu_options)
-      : shape_(held_shape(shape, options)),
+      : shape_(held_shape(shape, options.at())),
         options_(options),
         communicator_(options.communicator),
         vocabulary_(communicator_ ? vocabulary_shard(shape.V, communicator_->at())
@@ -227,6 +210,8 @@ class CpuBackend final : public Backend {
   int64_t held_bytes() const override {
     return weights_.held_bytes() + pages_.held_bytes() + buffer_bytes_;
   }
+
+  double communication_s() const override { return communicator_ ? communicator_->seconds() : 0; }
 
   void set_program(std::shared_ptr<StepProgram> program) override { program_ = std::move(program); }
   StepHandle submit(StepPlan plan) override { return queue_.submit(std::move(plan), program_); }

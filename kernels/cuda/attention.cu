@@ -11,8 +11,8 @@ constexpr unsigned kPadThreads = 128;
 
 // A block a pad.
 template <class Element>
-__global__ void clear_pads(const int32_t* pad_rows, int64_t width, Element* out) {
-  Element* const row = out + pad_rows[blockIdx.x] * width;
+__global__ void clear_pads(const int32_t* pad_rows, int64_t width, int64_t stride, Element* out) {
+  Element* const row = out + pad_rows[blockIdx.x] * stride;
   for (int64_t i = threadIdx.x; i < width; i += blockDim.x) row[i] = Element{};
 }
 
@@ -22,7 +22,8 @@ void launch_clear_pads(Stream stream, const AttentionInputs& in) {
          {.kernel = "clear_pads",
           .grid = {static_cast<uint32_t>(in.work.num_pads)},
           .block = kPadThreads},
-         stream, in.work.pad_rows, int64_t{in.H} * in.cache.K, static_cast<Element*>(in.out));
+         stream, in.work.pad_rows, int64_t{in.H} * in.cache.K, in.out_stride,
+         static_cast<Element*>(in.out));
 }
 
 }  // namespace

@@ -34,7 +34,8 @@ struct AttentionInputs {
   int32_t H = 0;       // query heads; G and K are the cache's
   DType dtype = DType::kBF16;
   const void* q = nullptr;       // [T, H K] dtype, rows not padded
-  void* out = nullptr;           // [T, H K] dtype; a pad row's is 0
+  void* out = nullptr;           // [T, H K] dtype, from this rank's first head; a pad row's is 0
+  int64_t out_stride = 0;        // elements from row to row; H K where this rank is alone
   void* workspace = nullptr;     // attention_workspace_bytes(), zeros at first
   int64_t max_shared_bytes = 0;  // that a block of this device may have
 };

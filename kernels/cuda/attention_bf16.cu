@@ -420,8 +420,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (row.row < 0) continue;
       const float sum = block.states(item.end_chunk % 2)[index].sum;
       const Quad o = *block.merged(j);
-      uint16_t* const out =
-          static_cast<uint16_t*>(in.out) + (static_cast<int64_t>(row.row) * in.H + row.head) * K;
+      uint16_t* const out = static_cast<uint16_t*>(in.out) + row.row * in.out_stride + row.head * K;
       ROLLPACK_UNROLL_WHOLLY
       for (int c = 0; c < kQuad; ++c) {
         if (column + c < K) out[column + c] = rounded_to_bf16(o.at[c] / sum);

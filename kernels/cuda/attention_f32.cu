@@ -103,7 +103,8 @@ __device__ void attend_row(const AttentionInputs& in, const AttentionItem& item,
     }
     __syncthreads();  // the next chunk's weights take their place
   }
-  if (item.is_direct != 0 && thread < K) static_cast<float*>(in.out)[at + thread] = o / state.sum;
+  if (item.is_direct == 0 || thread >= K) return;
+  static_cast<float*>(in.out)[row.row * in.out_stride + row.head * K + thread] = o / state.sum;
 }
 
 __global__ void __launch_bounds__(kThreads, 4) attention_rows(AttentionInputs in, float scale) {

@@ -150,8 +150,8 @@ __device__ __forceinline__ void merge_chunks(const AttentionInputs& in, int32_t 
     const MergeWeights weights = merge_states(state, stored.softmax[at]);
     o = merge_sums(o, stored.sums[at * in.cache.row_stride + column], weights);
   }
-  store_rounded(o / state.sum, static_cast<Element*>(in.out) +
-                                   (static_cast<int64_t>(row) * in.H + head) * in.cache.K + column);
+  store_rounded(o / state.sum, static_cast<Element*>(in.out) + row * in.out_stride +
+                                   head * in.cache.K + column);
 }
 
 // Behind the stores of an item's states: merges those of its rows that have all of theirs now, for

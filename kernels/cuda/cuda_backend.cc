@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <limits>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -16,6 +17,7 @@
 #include "kernels/cuda/linear.h"
 #include "kernels/cuda/lm_head.h"
 #include "kernels/cuda/memory_plan.h"
+#include "kernels/cuda/staged_communicator.h"
 #include "kernels/cuda/step_context.h"
 #include "kernels/cuda/weight_store.h"
 #include "kernels/step/check_shape.h"
@@ -33,13 +35,6 @@ Deadline step_deadline() {
 }
 
 void check_options(const BackendOptions& options) {
-  if (options.communicator && options.communicator->size() > 1) {
-    throw Error({.code = ErrorCode::kUnsupported,
-                 .field = "engine.tensor_model_parallel_size",
-                 .value = std::to_string(options.communicator->size()),
-                 .allowed = "1 on a device",
-                 .message = "engine.backend: cpu holds models on several ranks"});
-  }
   if (options.max_num_seqs <= 0 || options.max_num_batched_tokens <= 0) {
     throw Error(
         {.code = ErrorCode::kInvalidArgument,
@@ -49,12 +44,22 @@ void check_options(const BackendOptions& options) {
   }
 }
 
+// What ranks exchange through the host cannot be part of a graph.
+BackendOptions without_useless_graphs(BackendOptions options) {
+  if (options.at().size > 1) options.enforce_eager = true;
+  return options;
+}
+
 void expect_shape(const Tensor& tensor, int64_t rows, int64_t cols, const char* what) {
   if (tensor.rows() == rows && tensor.cols() == cols) return;
   throw Error({.code = ErrorCode::kInvalidArgument,
                .field = what,
                .value = fmt::format("[{}, {}]", tensor.rows(), tensor.cols()),
                .allowed = fmt::format("[{}, {}]", rows, cols)});
+}
+
+void* column(const Tensor& tensor, int64_t index) {
+  return tensor.as<std::byte>() + index * dtype_bytes(tensor.dtype);
 }
 
 [[noreturn]] void refuse(std::string call, std::string reason) {
@@ -66,26 +71,30 @@ class CudaBackend final : public Backend {
  public:
   CudaBackend(std::unique_ptr<Device> device, const ModelShape& shape,
               const BackendOptions& options)
-      : shape_(shape),
-        options_(options),
+      : shape_(held_shape(shape, options.at())),
+        options_(without_useless_graphs(options)),
+        vocabulary_(vocabulary_part(shape, options.at())),
         device_(std::move(device)),
         kernels_(device_->kernels()),
-        memory_(plan_memory(shape, options, estimated_weight_bytes(shape),
+        memory_(plan_memory(shape, options_, estimated_weight_bytes(shape, options.at()),
                             {device_->info().total_bytes, device_->free_bytes()})),
         stream_(*device_),
         copies_(*device_),
+        ranks_(options.at().size > 1
+                   ? std::make_unique<StagedCommunicator>(*device_, stream_, options.communicator)
+                   : nullptr),
         weights_(*device_, shape.dtype, memory_.staging > 0),
         pages_(*device_, memory_.kv_cache, "engine.kv_cache_memory"),
         cache_{.data = pages_.as<>(),
                .num_pages = memory_.num_pages,
-               .G = static_cast<int32_t>(shape.G),
-               .K = static_cast<int32_t>(shape.K),
-               .row_stride = kv_row_stride(shape)},
-        step_(*device_, shape, options, cache_),
+               .G = static_cast<int32_t>(shape_.G),
+               .K = static_cast<int32_t>(shape_.K),
+               .row_stride = kv_row_stride(shape_)},
+        step_(*device_, shape_, options_, cache_),
         linear_workspace_(*device_, kLinearWorkspaceBytes, "partial sums"),
-        attention_workspace_(*device_, attention_workspace_bytes(shape), "attention"),
-        head_workspace_(*device_, lm_head_workspace_bytes(shape, options), "the head"),
-        graphs_(*device_, graph_buckets(options), memory_.graphs),
+        attention_workspace_(*device_, attention_workspace_bytes(shape_), "attention"),
+        head_workspace_(*device_, lm_head_workspace_bytes(shape_, options_), "the head"),
+        graphs_(*device_, graph_buckets(options_), memory_.graphs),
         queue_(StepQueue::DeviceRun{
             .begin = [this](const StepPlan& plan, StepProgram& program) { begin(plan, program); },
             .end = [this] { return end(); }}) {
@@ -186,6 +195,8 @@ class CudaBackend final : public Backend {
            graphs_.bytes() + buffer_bytes_;
   }
 
+  double communication_s() const override { return ranks_ ? ranks_->seconds() : 0; }
+
   void set_program(std::shared_ptr<StepProgram> program) override {
     if (!graphs_.is_empty()) {
       queue_.drain();  // steps of the old program may be graphs
@@ -210,6 +221,7 @@ class CudaBackend final : public Backend {
   void attention(const AttentionArgs& args) override;
   void gather_head_rows(const GatherHeadRowsArgs& args) override;
   void lm_head(const LmHeadArgs& args) override;
+  void gather_columns(const GatherColumnsOpArgs& args) override;
 
  private:
   void describe();
@@ -217,6 +229,11 @@ class CudaBackend final : public Backend {
   void enqueue(StepProgram& program);
   std::optional<StepResult> end();
   void capture_graphs();
+  // A step has failed here, whose parts other ranks wait for. What all ranks refuse alike is no
+  // such step.
+  void leave_others() {
+    if (ranks_ != nullptr) ranks_->abandon();
+  }
   StepAddresses addresses() const {
     return {step_.rows(), step_.head(), step_.attention_work(), step_.head_queries()};
   }
@@ -225,26 +242,40 @@ class CudaBackend final : public Backend {
     return id == kNoWeight ? nullptr : weights_.vector(id, size, op);
   }
 
-  // A matrix with a row for every token: ids of a step are checked against V, not against it.
+  // Columns [begin, begin + cols) of a tensor: all of it where this rank is alone.
+  void expect_columns(const Tensor& tensor, int64_t rows, int64_t begin, int64_t cols,
+                      const char* what) const {
+    if (ranks_ == nullptr && begin == 0) return expect_shape(tensor, rows, cols, what);
+    if (tensor.rows() == rows && begin >= 0 && begin + cols <= tensor.cols()) return;
+    throw Error(
+        {.code = ErrorCode::kInvalidArgument,
+         .field = what,
+         .value = fmt::format("[{}, {}] from column {}", tensor.rows(), tensor.cols(), begin),
+         .allowed = fmt::format("[{}, {}] or wider", rows, cols)});
+  }
+
+  // A matrix with a row for every token held: ids of a step are checked against V, not against it.
   DeviceMatrix vocabulary(WeightId id, const char* op) const {
     const DeviceMatrix matrix = weights_.matrix(id, op);
-    if (matrix.is_gated || matrix.N != shape_.V) {
+    if (matrix.is_gated || matrix.N != vocabulary_.held.size()) {
       throw Error({.code = ErrorCode::kInvalidArgument,
                    .field = fmt::format("{} weight", op),
                    .value = fmt::format("{} rows", matrix.N),
-                   .allowed = fmt::format("a plain matrix of {} rows", shape_.V)});
+                   .allowed = fmt::format("a plain matrix of {} rows", vocabulary_.held.size())});
     }
     return matrix;
   }
 
-  const ModelShape shape_;
+  const ModelShape shape_;  // H and G are this rank's
   const BackendOptions options_;
+  const VocabularyPart vocabulary_;
   std::unique_ptr<Device> device_;
   const KernelSet& kernels_;
   BackendInfo info_;
   const DeviceMemoryPlan memory_;
-  OwnStream stream_;  // of steps
-  OwnStream copies_;  // of upload and download
+  OwnStream stream_;                           // of steps
+  OwnStream copies_;                           // of upload and download
+  const std::unique_ptr<Communicator> ranks_;  // that hold the model with this one, or null
   WeightStore weights_;
   DeviceRange pages_;
   int64_t buffer_bytes_ = 0;
@@ -278,7 +309,10 @@ void CudaBackend::describe() {
                   .activation_bytes =
                       memory_.activations + memory_.workspaces + memory_.steps + memory_.graphs};
   info_.row_buckets = graphs_.buckets();
-  if (!graphs_.is_empty()) {
+  if (ranks_ != nullptr) {
+    info_.description +=
+        ", columns of other ranks through host memory, without graphs of decoding steps";
+  } else if (!graphs_.is_empty()) {
     info_.description += ", " + graphs_.description();
   } else if (are_graphs_tried_) {
     info_.description += ", no room for graphs of decoding steps";
@@ -308,9 +342,11 @@ void CudaBackend::begin(const StepPlan& plan, StepProgram& program) {
   }
   device_->bind_thread();
   if (!step_.has_step()) step_due_ = step_deadline();
+  bool has_begun = false;
   try {
     const int32_t graph_rows = graphs_.rows_of(plan);
     step_.begin(stream_, plan, graph_rows);
+    has_begun = true;
     if (graph_rows > 0 && step_.is_in_place() && step_.highest_position() < num_graph_positions_) {
       graphs_.launch(stream_, step_.place(), addresses());
       program.on_replay();
@@ -319,9 +355,11 @@ void CudaBackend::begin(const StepPlan& plan, StepProgram& program) {
     }
     step_.hand_over(stream_, step_number_);
   } catch (const Error& error) {
+    if (has_begun) leave_others();
     step_.abandon(stream_, step_deadline());
     throw of_step(error, step_number_);
   } catch (...) {
+    if (has_begun) leave_others();
     step_.abandon(stream_, step_deadline());
     throw;
   }
@@ -330,6 +368,11 @@ void CudaBackend::begin(const StepPlan& plan, StepProgram& program) {
 void CudaBackend::enqueue(StepProgram& program) {
   has_head_results_ = false;
   program.run(*this, step_.num_rows(), step_.head().num_rows);
+  // Keys and values of a row fail where some rank's heads do.
+  if (ranks_ != nullptr && step_.num_rows() > 0) {
+    ranks_->all_reduce<Reduction::kMax>(
+        std::span(step_.rows().row_failed, static_cast<size_t>(step_.num_rows())));
+  }
   if (step_.head().num_rows > 0 && !has_head_results_) {
     fail_invariant("the step's program did not run lm_head, though rows are sampled or scored");
   }
@@ -379,6 +422,7 @@ std::optional<StepResult> CudaBackend::end() {
     }
     return result;
   } catch (const Error& error) {
+    leave_others();
     step_.forget_step();
     throw of_step(error, number);
   }
@@ -394,8 +438,13 @@ void CudaBackend::embed(const EmbedArgs& args) {
   kernels_.embed(stream_, {.rows = step_.rows(),
                            .slots = step_.slots(),
                            .weight = matrix,
+                           .first_token = vocabulary_.held.begin,
                            .dtype = shape_.dtype,
                            .out = args.out.as<float>()});
+  if (ranks_ == nullptr) return;
+  // One rank has each row, all others have zeros: the sum of their bits is the row.
+  const auto count = static_cast<size_t>(args.out.num_elements());
+  ranks_->all_reduce<Reduction::kSum>(std::span(args.out.as<uint32_t>(), count));
 }
 
 void CudaBackend::rms_norm(const RmsNormArgs& args) {
@@ -417,7 +466,7 @@ void CudaBackend::linear(const LinearArgs& args) {
     fail_invariant("linear: a gated weight and the gated epilogue go together");
   }
   expect_shape(args.in, args.in.rows(), matrix.K_in, "linear in");
-  expect_shape(args.out, args.in.rows(), matrix.N, "linear out");
+  expect_columns(args.out, args.in.rows(), args.out_begin, matrix.N, "linear out");
   const int64_t bias_size = matrix.N * (matrix.is_gated ? 2 : 1);
   kernels_.linear(stream_, {.weight = matrix,
                             .slices = weights_.slices(args.weight),
@@ -426,7 +475,8 @@ void CudaBackend::linear(const LinearArgs& args) {
                             .num_rows = args.in.rows(),
                             .bias = optional_vector(args.bias, bias_size, "linear"),
                             .in = args.in.data,
-                            .out = args.out.data,
+                            .out = column(args.out, args.out_begin),
+                            .out_stride = args.out.cols(),
                             .workspace = linear_workspace_.as<>()});
 }
 
@@ -460,7 +510,7 @@ void CudaBackend::rope_append(const RopeAppendArgs& args) {
 void CudaBackend::attention(const AttentionArgs& args) {
   check_layer(args.layer, "attention");
   expect_shape(args.q, step_.num_rows(), shape_.H * shape_.K, "attention q");
-  expect_shape(args.out, step_.num_rows(), shape_.H * shape_.K, "attention out");
+  expect_columns(args.out, step_.num_rows(), args.out_begin, shape_.H * shape_.K, "attention out");
   kernels_.attention(stream_, {.rows = step_.rows(),
                                .cache = cache_,
                                .work = step_.attention_work(),
@@ -469,7 +519,8 @@ void CudaBackend::attention(const AttentionArgs& args) {
                                .H = static_cast<int32_t>(shape_.H),
                                .dtype = shape_.dtype,
                                .q = args.q.data,
-                               .out = args.out.data,
+                               .out = column(args.out, args.out_begin),
+                               .out_stride = args.out.cols(),
                                .workspace = attention_workspace_.as<>(),
                                .max_shared_bytes = device_->info().max_shared_bytes});
 }
@@ -491,6 +542,8 @@ void CudaBackend::lm_head(const LmHeadArgs& args) {
                              .head = step_.head(),
                              .slots = step_.slots(),
                              .weight = matrix,
+                             .part = vocabulary_,
+                             .ranks = ranks_.get(),
                              .dtype = shape_.dtype,
                              .in = args.in.data,
                              .workspace = head_workspace_.as<>(),
@@ -498,6 +551,24 @@ void CudaBackend::lm_head(const LmHeadArgs& args) {
                              .queries = step_.head_queries(),
                              .groups = step_.head_groups()});
   has_head_results_ = true;
+}
+
+void CudaBackend::gather_columns(const GatherColumnsOpArgs& args) {
+  if (ranks_ == nullptr) return Backend::gather_columns(args);
+  const int64_t element = dtype_bytes(args.tensor.dtype);
+  const int64_t stride = args.tensor.cols() * element;
+  std::vector<int64_t> starts;
+  for (const int64_t start : args.starts) starts.push_back(start * element);
+  const auto rank = static_cast<size_t>(ranks_->rank());
+  if (starts.size() <= rank || starts.back() != stride) {
+    fail_invariant("gather_columns: starts cover the tensor's columns");
+  }
+  ranks_->gather_columns({.in = args.tensor.as<std::byte>() + starts[rank],
+                          .in_stride = stride,
+                          .out = args.tensor.data,
+                          .out_stride = stride,
+                          .rows = args.tensor.rows(),
+                          .starts = starts});
 }
 
 }  // namespace

@@ -160,6 +160,13 @@ class CudartDevice final : public Device {
                             cudaMemcpyHostToDevice, handle(stream)),
           "cudaMemcpy2DAsync");
   }
+  void copy_rows_to_host(Stream stream, void* target, const void* source, int64_t pitch,
+                         int64_t width, int64_t num_rows) override {
+    check(cudaMemcpy2DAsync(target, static_cast<size_t>(width), source, static_cast<size_t>(pitch),
+                            static_cast<size_t>(width), static_cast<size_t>(num_rows),
+                            cudaMemcpyDeviceToHost, handle(stream)),
+          "cudaMemcpy2DAsync");
+  }
   void clear(Stream stream, void* target, int64_t bytes) override {
     if (bytes == 0) return;
     check(cudaMemsetAsync(target, 0, static_cast<size_t>(bytes), handle(stream)),

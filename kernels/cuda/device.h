@@ -67,6 +67,9 @@ class Device {
   // together in the source.
   virtual void copy_rows_to_device(Stream stream, void* target, int64_t pitch, const void* source,
                                    int64_t width, int64_t num_rows) = 0;
+  // The same the other way: starts are `pitch` bytes apart in the source.
+  virtual void copy_rows_to_host(Stream stream, void* target, const void* source, int64_t pitch,
+                                 int64_t width, int64_t num_rows) = 0;
 
   // What this thread enqueues on the stream from here to end_capture() is recorded, with all its
   // arguments, and not done. Meanwhile the thread makes no other call than those that enqueue on

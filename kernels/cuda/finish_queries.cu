@@ -18,11 +18,6 @@ struct Shared {
   double before;  // running mass of what lies before the block, then before the panel
 };
 
-struct Token {
-  int32_t id;
-  float logit;
-};
-
 // logits[c] of a row against panel columns, the bits of vocabulary_bf16.cu: the row alone on the
 // MMA's N side, the same chain over k.
 __device__ void panel_logits(const HeadWork& work, int64_t row, int64_t first,
@@ -103,7 +98,8 @@ class Drawing {
         lane_(static_cast<int>(threadIdx.x % kWarp)),
         row_(memory_.row_stats[query.distribution]) {}
 
-  __device__ Token draw(double u) const {
+  // By inverse CDF at u.
+  __device__ TokenChoice draw(double u) const {
     const int64_t at = query_.distribution * memory_.num_blocks;
     auto* const masses = reinterpret_cast<double*>(&shared_ + 1);
     for (int64_t block = lane_; block < memory_.num_blocks; block += kWarp) {
@@ -117,10 +113,11 @@ class Drawing {
       shared_.before = running;
     }
     __syncwarp();
-    const int64_t first_panel = static_cast<int64_t>(shared_.block) * kBlockPanels;
+    if (!work_.holds_block(shared_.block)) return {0, 0.0f};
+    const int64_t first_panel = (shared_.block - memory_.first_block) * kBlockPanels;
     if (lane_ < kBlockPanels) {
       double mass = 0;
-      if (first_panel + lane_ < memory_.num_panels) {
+      if (first_panel + lane_ < memory_.held_panels) {
         const PanelStats& panel = panels()[first_panel + lane_];
         mass = static_cast<double>(panel.sum) * static_cast<double>(exp_f32(panel.max - row_.max));
       }
@@ -137,7 +134,7 @@ class Drawing {
     compute_panel(first);
     for (int c = lane_; c < kPanelColumns; c += static_cast<int>(kWarp)) {
       const float x = shared_.logits[c] * query_.scale;
-      shared_.token_mass[c] = first + c < work_.V() ? exp_f32(x - row_.max) : 0.0f;
+      shared_.token_mass[c] = first + c < work_.held_columns() ? exp_f32(x - row_.max) : 0.0f;
     }
     __syncwarp();
     if (lane_ == 0) {
@@ -145,20 +142,24 @@ class Drawing {
       shared_.token = pick_item(shared_.token_mass, kPanelColumns, target, running);
     }
     __syncwarp();
-    return {static_cast<int32_t>(first) + shared_.token, shared_.logits[shared_.token]};
+    return chosen(first);
   }
 
   // The lowest id of the largest logit.
-  __device__ Token greedy() const {
-    const float* const block_max = memory_.block_max + query_.distribution * memory_.num_blocks;
+  __device__ TokenChoice greedy() const {
+    const BlockStats* const blocks = memory_.blocks + query_.distribution * memory_.num_blocks;
     if (lane_ == 0) {
       int32_t block = 0;
-      while (block_max[block] != row_.max) ++block;
-      int32_t panel = block * kBlockPanels;
-      while (panels()[panel].max != row_.max) ++panel;
-      shared_.panel = panel;
+      while (blocks[block].max != row_.max) ++block;
+      shared_.block = block;
+      if (work_.holds_block(block)) {
+        auto panel = static_cast<int32_t>(block - memory_.first_block) * kBlockPanels;
+        while (panels()[panel].max != row_.max) ++panel;
+        shared_.panel = panel;
+      }
     }
     __syncwarp();
+    if (!work_.holds_block(shared_.block)) return {0, 0.0f};
     const int64_t first = static_cast<int64_t>(shared_.panel) * kPanelColumns;
     compute_panel(first);
     if (lane_ == 0) {
@@ -167,13 +168,7 @@ class Drawing {
       shared_.token = token;
     }
     __syncwarp();
-    return {static_cast<int32_t>(first) + shared_.token, shared_.logits[shared_.token]};
-  }
-
-  __device__ Token known(int32_t token) const {
-    const int64_t first = token / kPanelColumns * kPanelColumns;
-    compute_panel(first);
-    return {token, shared_.logits[token - first]};
+    return chosen(first);
   }
 
  private:
@@ -182,7 +177,12 @@ class Drawing {
                  static_cast<const Element*>(nullptr), shared_.logits);
   }
   __device__ const PanelStats* panels() const {
-    return memory_.panels + query_.distribution * memory_.num_panels;
+    return memory_.panels + query_.distribution * memory_.held_panels;
+  }
+  // Of the panel that begins at this column of those held.
+  __device__ TokenChoice chosen(int64_t first) const {
+    const int64_t token = work_.in.part.held.begin + first + shared_.token;
+    return {static_cast<int32_t>(token), shared_.logits[shared_.token]};
   }
 
   const HeadWork& work_;
@@ -198,12 +198,41 @@ __device__ __forceinline__ float logprob_of(const RowStats& row, float x) {
   return static_cast<float>(static_cast<double>(x) - static_cast<double>(row.max) - row.log_total);
 }
 
+// What finish_query does: all of it, or what comes before and after ranks exchange choices.
+enum class Finish : uint8_t { kAll, kChoose, kConclude };
+
+__device__ bool is_from_support(const HeadQuery& query) {
+  return query.is_cut != 0 || query.is_banned != 0;
+}
+
+// Whether the query has a token: all logits are finite, and min_tokens leaves some.
+__device__ bool has_token(const HeadMemory& memory, const HeadQuery& query, int32_t q) {
+  return memory.row_stats[query.row].is_finite != 0 &&
+         memory.row_stats[query.distribution].is_finite != 0 &&
+         !(is_from_support(query) && memory.draws[q].token < 0);
+}
+
+// The query's token and logit; zeros where another rank holds it.
 template <class Element>
-__global__ void __launch_bounds__(kWarp) finish_query(HeadWork work) {
+__device__ TokenChoice choose_token(const HeadWork& work, const HeadQuery& query, int32_t q) {
   const HeadMemory& memory = work.memory;
-  const auto q = static_cast<int32_t>(blockIdx.x);
-  const HeadQuery query = memory.queries[q];
-  if (query.is_skipped != 0) return;
+  if (query.slot < 0) return memory.choices[q];
+  if (!has_token(memory, query, q)) return {0, 0.0f};
+  if (is_from_support(query)) {
+    const int32_t token = memory.draws[q].token;
+    if (!work.holds_token(token)) return {0, 0.0f};
+    return {token, memory.logits[query.row * memory.logits_stride() + token]};
+  }
+  const Drawing<Element> drawing(work, query, *reinterpret_cast<Shared*>(dynamic_shared()));
+  if (query.is_greedy != 0) return drawing.greedy();
+  const SlotState& slot = work.in.slots.states[query.slot];
+  return drawing.draw(sampling_uniform(slot.seed, slot.prompt_hash, slot.sample_index,
+                                       static_cast<uint32_t>(query.position)));
+}
+
+__device__ HeadResult conclude(const HeadWork& work, const HeadQuery& query, int32_t q,
+                               const TokenChoice& choice) {
+  const HeadMemory& memory = work.memory;
   const RowStats unit = memory.row_stats[query.row];
   const RowStats scaled = memory.row_stats[query.distribution];
   HeadResult result;
@@ -211,39 +240,37 @@ __global__ void __launch_bounds__(kWarp) finish_query(HeadWork work) {
   result.position = query.position;
   result.token = query.token;
   result.entropy = bits_as<float>(0x7fc00000u);
-  const bool is_from_support = query.is_cut != 0 || query.is_banned != 0;
-  result.is_finite = unit.is_finite != 0 && scaled.is_finite != 0;
-  if (result.is_finite && is_from_support && memory.draws[q].token < 0) {
-    result.is_finite = false;  // min_tokens leaves no token
+  result.is_finite = has_token(memory, query, q);
+  if (!result.is_finite) return result;
+  result.token = choice.token;
+  result.logprob = logprob_of(unit, choice.logit);
+  result.scaled_logprob = logprob_of(scaled, choice.logit * query.scale);
+  if (query.wants_entropy != 0) {
+    result.entropy = static_cast<float>(scaled.log_total - scaled.weighted / scaled.total);
   }
-  if (result.is_finite) {
-    const Drawing<Element> drawing(work, query, *reinterpret_cast<Shared*>(dynamic_shared()));
-    Token token = {query.token, 0.0f};
-    if (query.slot < 0) {
-      token.logit = memory.token_logits[q];
-    } else if (is_from_support) {
-      token = drawing.known(memory.draws[q].token);
-    } else if (query.is_greedy != 0) {
-      token = drawing.greedy();
-    } else {
-      const SlotState& slot = work.in.slots.states[query.slot];
-      token = drawing.draw(sampling_uniform(slot.seed, slot.prompt_hash, slot.sample_index,
-                                            static_cast<uint32_t>(query.position)));
-    }
-    result.token = token.id;
-    result.logprob = logprob_of(unit, token.logit);
-    result.scaled_logprob = logprob_of(scaled, token.logit * query.scale);
-    if (query.wants_entropy != 0) {
-      result.entropy = static_cast<float>(scaled.log_total - scaled.weighted / scaled.total);
-    }
-    if (is_from_support && query.is_greedy == 0 && memory.draws[q].is_whole == 0) {
-      const TruncatedDraw& drawn = memory.draws[q];
-      const double shift = static_cast<double>(drawn.max) - static_cast<double>(scaled.max);
-      const auto mass = static_cast<float>(log_f64(drawn.kept) + shift - scaled.log_total);
-      result.support_logmass = mass < 0.0f ? mass : 0.0f;
-    }
+  if (is_from_support(query) && query.is_greedy == 0 && memory.draws[q].is_whole == 0) {
+    const TruncatedDraw& drawn = memory.draws[q];
+    const double shift = static_cast<double>(drawn.max) - static_cast<double>(scaled.max);
+    const auto mass = static_cast<float>(log_f64(drawn.kept) + shift - scaled.log_total);
+    result.support_logmass = mass < 0.0f ? mass : 0.0f;
   }
-  if (threadIdx.x == 0) work.in.head.results[query.result] = result;
+  return result;
+}
+
+// A block of one warp a query.
+template <class Element>
+__global__ void __launch_bounds__(kWarp) finish_query(HeadWork work, Finish part) {
+  const auto q = static_cast<int32_t>(blockIdx.x);
+  const HeadQuery query = work.memory.queries[q];
+  if (query.is_skipped != 0) return;
+  const TokenChoice choice =
+      part == Finish::kConclude ? work.memory.choices[q] : choose_token<Element>(work, query, q);
+  if (threadIdx.x != 0) return;
+  if (part == Finish::kChoose) {
+    work.memory.choices[q] = choice;
+  } else {
+    work.in.head.results[query.result] = conclude(work, query, q, choice);
+  }
 }
 
 // A thread a slot that draws: the draws of a slot follow each other, and each counts if the one
@@ -281,9 +308,7 @@ __global__ void accept_draws(LmHeadInputs in) {
   }
 }
 
-}  // namespace
-
-void finish_queries(Stream stream, const HeadWork& work) {
+void finish(Stream stream, const HeadWork& work, Finish part) {
   const LaunchShape shape{
       .kernel = "finish_query",
       .grid = {.x = static_cast<uint32_t>(work.group.num_queries)},
@@ -291,7 +316,21 @@ void finish_queries(Stream stream, const HeadWork& work) {
       .shared_bytes = static_cast<int64_t>(sizeof(Shared)) +
                       work.memory.num_blocks * static_cast<int64_t>(sizeof(double))};
   launch(work.in.dtype == DType::kBF16 ? finish_query<uint16_t> : finish_query<float>, shape,
-         stream, work);
+         stream, work, part);
+}
+
+}  // namespace
+
+void finish_queries(Stream stream, const HeadWork& work) {
+  finish(stream, work, Finish::kAll);
+}
+
+void choose_tokens(Stream stream, const HeadWork& work) {
+  finish(stream, work, Finish::kChoose);
+}
+
+void conclude_queries(Stream stream, const HeadWork& work) {
+  finish(stream, work, Finish::kConclude);
 }
 
 void advance_slots(Stream stream, const LmHeadInputs& in) {

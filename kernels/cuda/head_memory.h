@@ -2,7 +2,7 @@
 // read on the host, which sizes it.
 //
 // A distribution is the softmax of a row at one temperature: distribution r is row r of the group
-// at temperature 1, distribution max_rows + q that of query q where its temperature is another one
+// at temperature 1, distribution num_rows + q that of query q where its temperature is another one
 // and no query of the row before it has the same.
 #pragma once
 
@@ -19,6 +19,14 @@ struct PanelStats {
   float max;       // m
   float sum;       // of exp(x - m)
   float weighted;  // of (x - m) exp(x - m)
+  int32_t is_finite;
+};
+
+// Of a block's columns. Its sums are in f64, from those of its panels in order.
+struct BlockStats {
+  double sum;
+  double weighted;
+  float max;
   int32_t is_finite;
 };
 
@@ -55,29 +63,44 @@ struct TruncatedDraw {
   int32_t is_whole;  // nothing was cut
 };
 
+// The token of a query and its logit; all 0 on ranks that do not hold the token.
+struct TokenChoice {
+  int32_t token;
+  float logit;
+};
+
 struct HeadMemory {
-  PanelStats* panels = nullptr;     // [distributions][panels]
+  PanelStats* panels = nullptr;     // [distributions][panels held]
+  BlockStats* blocks = nullptr;     // [distributions][blocks], of all ranks once they are gathered
   double* block_masses = nullptr;   // [distributions][blocks] sum exp(m - the row's max)
-  float* block_max = nullptr;       // [distributions][blocks]
   RowStats* row_stats = nullptr;    // [distributions]
   HeadQuery* queries = nullptr;     // [kGroupQueries]
-  float* token_logits = nullptr;    // [kGroupQueries] of scored tokens
+  TokenChoice* choices = nullptr;   // [kGroupQueries]
   TruncatedDraw* draws = nullptr;   // [kGroupQueries]
   int32_t* row_begin = nullptr;     // [max_rows + 1] first query of a row
   int32_t* keeps_logits = nullptr;  // [max_rows]
   float* logits = nullptr;          // [max_rows][panels x 64] of rows that keep them
-  int64_t num_panels = 0;
+  int64_t num_panels = 0;           // of V
   int64_t num_blocks = 0;
+  int64_t held_panels = 0;
+  int64_t first_block = 0, held_blocks = 0;
   int64_t bytes = 0;  // of all
 
   ROLLPACK_HOST_DEVICE int64_t logits_stride() const { return num_panels * kPanelColumns; }
 };
 
 // The parts of a workspace that starts at `base`, each aligned to 256 bytes.
-inline HeadMemory head_memory(void* base, int64_t V, int32_t max_rows) {
+inline HeadMemory head_memory(void* base, const VocabularyPart& part, int32_t max_rows) {
+  constexpr int64_t kBlockColumns = int64_t{kBlockPanels} * kPanelColumns;
+  const auto parts_of = [](int64_t columns, int64_t width) {
+    return (columns + width - 1) / width;
+  };
   HeadMemory memory;
-  memory.num_panels = (V + kPanelColumns - 1) / kPanelColumns;
-  memory.num_blocks = (memory.num_panels + kBlockPanels - 1) / kBlockPanels;
+  memory.num_panels = parts_of(part.V, kPanelColumns);
+  memory.num_blocks = parts_of(part.V, kBlockColumns);
+  memory.held_panels = parts_of(part.held.size(), kPanelColumns);
+  memory.first_block = parts_of(part.held.begin, kBlockColumns);
+  memory.held_blocks = parts_of(part.held.size(), kBlockColumns);
   const int64_t distributions = max_rows + kGroupQueries;
   int64_t offset = 0;
   const auto take = [&](auto*& part, int64_t count) {
@@ -86,12 +109,12 @@ inline HeadMemory head_memory(void* base, int64_t V, int32_t max_rows) {
         reinterpret_cast<Part>(reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(offset));
     offset += (count * static_cast<int64_t>(sizeof(*part)) + 255) / 256 * 256;
   };
-  take(memory.panels, distributions * memory.num_panels);
+  take(memory.panels, distributions * memory.held_panels);
+  take(memory.blocks, distributions * memory.num_blocks);
   take(memory.block_masses, distributions * memory.num_blocks);
-  take(memory.block_max, distributions * memory.num_blocks);
   take(memory.row_stats, distributions);
   take(memory.queries, kGroupQueries);
-  take(memory.token_logits, kGroupQueries);
+  take(memory.choices, kGroupQueries);
   take(memory.draws, kGroupQueries);
   take(memory.row_begin, max_rows + 1);
   take(memory.keeps_logits, max_rows);

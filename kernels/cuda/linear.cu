@@ -27,7 +27,8 @@ struct Target {
   Epilogue epilogue;
   bool is_gated;
   bool is_partial;
-  int64_t N;  // columns of out
+  int64_t N;  // columns
+  int64_t out_stride;
   int64_t num_rows;
   int64_t weight_rows;  // rows of the packed weight
   const float* bias;
@@ -44,7 +45,7 @@ __device__ __forceinline__ float silu(float x) {
 __device__ __forceinline__ void store_plain(const Target& target, int64_t token, int64_t row,
                                             float sum) {
   if (row >= target.N || token >= target.num_rows) return;
-  float* const out = static_cast<float*>(target.out) + token * target.N + row;
+  float* const out = static_cast<float*>(target.out) + token * target.out_stride + row;
   if (target.bias != nullptr) sum += target.bias[row];
   *out = target.epilogue == Epilogue::kResidual ? *out + sum : sum;
 }
@@ -58,7 +59,8 @@ __device__ __forceinline__ void store_gated(const Target& target, int64_t token,
     gate += target.bias[column];
     up += target.bias[target.N + column];
   }
-  store_rounded(silu(gate) * up, static_cast<Element*>(target.out) + token * target.N + column);
+  store_rounded(silu(gate) * up,
+                static_cast<Element*>(target.out) + token * target.out_stride + column);
 }
 
 // Rows `row` and `row` + 8 of a group of 16 of the weight, which is a pair of gate and up where the
@@ -341,11 +343,12 @@ void launch_multiply(Stream stream, const LinearInputs& in, const Target& target
 }  // namespace
 
 void linear(Stream stream, const LinearInputs& in) {
-  if (in.num_rows == 0) return;
+  if (in.num_rows == 0 || in.weight.N == 0) return;
   Target target{.epilogue = in.epilogue,
                 .is_gated = in.weight.is_gated,
                 .is_partial = false,
                 .N = in.weight.N,
+                .out_stride = in.out_stride,
                 .num_rows = in.num_rows,
                 .weight_rows = packed_rows(in.weight),
                 .bias = in.bias,

@@ -80,7 +80,8 @@ struct LinearInputs {
   int64_t num_rows = 0;
   const float* bias = nullptr;  // [N] (gated: gate's, then up's), or null
   const void* in = nullptr;     // [num_rows, K_in] dtype, rows not padded
-  void* out = nullptr;          // as in LinearArgs
+  void* out = nullptr;          // as in LinearArgs, from the weight's first column on
+  int64_t out_stride = 0;       // elements from row to row; N where this rank is alone
   void* workspace = nullptr;    // of kLinearWorkspaceBytes, zeros at first
 };
 

@@ -53,7 +53,8 @@ HeadPlan plan_head(std::span<const int32_t> sample_head_row,
 }
 
 int64_t lm_head_workspace_bytes(const ModelShape& shape, const BackendOptions& options) {
-  return head_memory(nullptr, shape.V, lm_head_group_rows(options)).bytes;
+  return head_memory(nullptr, vocabulary_part(shape, options.at()), lm_head_group_rows(options))
+      .bytes;
 }
 
 }  // namespace rollpack::kernels::cuda

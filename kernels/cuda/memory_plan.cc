@@ -11,6 +11,7 @@
 #include "kernels/cuda/linear.h"
 #include "kernels/cuda/lm_head.h"
 #include "kernels/cuda/step_memory.h"
+#include "kernels/step/check_shape.h"
 
 namespace rollpack::kernels::cuda {
 
@@ -22,9 +23,13 @@ int64_t kv_page_bytes(const ModelShape& shape) {
   return shape.L * shape.G * 2 * kPageTokens * kv_row_stride(shape) * dtype_bytes(shape.dtype);
 }
 
-int64_t estimated_weight_bytes(const ModelShape& s) {
-  const int64_t layer = (s.H + 2 * s.G) * s.K * s.D + s.H * s.K * s.D + 3 * s.D * s.F;
-  return (s.V * s.D + s.L * layer) * dtype_bytes(s.dtype) + (2 * s.L + 1) * s.D * 4;
+int64_t estimated_weight_bytes(const ModelShape& s, ReplicaRank at) {
+  const HeadShard heads = head_shard(s.H, s.G, at);
+  const int64_t residual = column_shard(s.D, at).size(), gated = column_shard(s.F, at).size();
+  const int64_t layer = (heads.query.size() + 2 * heads.kv.size()) * s.K * s.D +
+                        residual * s.H * s.K + 2 * gated * s.D + residual * s.F;
+  return (vocabulary_shard(s.V, at).size() * s.D + s.L * layer) * dtype_bytes(s.dtype) +
+         (2 * s.L + 1) * s.D * 4;
 }
 
 int64_t step_array_bytes(const BackendOptions& options) {
@@ -38,10 +43,11 @@ namespace {
 
 // A row: residual, its norm, Q K V in f32, rotated Q, attention output, gated F, its place in the
 // head's rows.
-int64_t activation_bytes(const ModelShape& s, const BackendOptions& options) {
+int64_t activation_bytes(const ModelShape& s, const ModelShape& held,
+                         const BackendOptions& options) {
   const int64_t element = dtype_bytes(s.dtype);
-  const int64_t row =
-      s.D * (8 + element) + (s.H + 2 * s.G) * s.K * 4 + 2 * s.H * s.K * element + s.F * element;
+  const int64_t row = s.D * (8 + element) + (held.H + 2 * held.G) * s.K * 4 +
+                      (held.H + s.H) * s.K * element + s.F * element;
   return row * options.max_num_batched_tokens;
 }
 
@@ -69,13 +75,14 @@ int64_t step_bytes(const ModelShape& shape, const BackendOptions& options) {
 
 DeviceMemoryPlan plan_memory(const ModelShape& shape, const BackendOptions& options,
                              int64_t weight_bytes, const DeviceMemoryLimits& limits) {
-  const int64_t page_bytes = kv_page_bytes(shape);
+  const ModelShape held = held_shape(shape, options.at());
+  const int64_t page_bytes = kv_page_bytes(held);
   const int64_t available =
       std::min(static_cast<int64_t>(static_cast<double>(limits.total_bytes) * kMemoryUtilisation),
                limits.free_bytes);
   DeviceMemoryPlan plan{.weights = weight_bytes,
-                        .activations = activation_bytes(shape, options),
-                        .workspaces = kLinearWorkspaceBytes + attention_workspace_bytes(shape) +
+                        .activations = activation_bytes(shape, held, options),
+                        .workspaces = kLinearWorkspaceBytes + attention_workspace_bytes(held) +
                                       lm_head_workspace_bytes(shape, options),
                         .steps = step_bytes(shape, options),
                         .graphs = graph_bytes(shape, options)};

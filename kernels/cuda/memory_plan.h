@@ -33,19 +33,22 @@ struct DeviceMemoryPlan {
   }
 };
 
-// Bytes of K and V of kPageTokens tokens, all layers.
+// Bytes of K and V of kPageTokens tokens, all layers, of the KV heads that the shape has.
 int64_t kv_page_bytes(const ModelShape& shape);
 // Elements of a token's K or V of one head in memory: K, rounded up to 16.
 int32_t kv_row_stride(const ModelShape& shape);
-// Bytes of one set of weights of a model with a tied head and no biases: what is known of a model
-// before its weights are declared.
-int64_t estimated_weight_bytes(const ModelShape& shape);
+// Bytes of one set of weights of a model with a tied head and no biases, those that a rank holds of
+// them: what is known of a model before its weights are declared.
+int64_t estimated_weight_bytes(const ModelShape& shape, ReplicaRank at = {});
 
 // Bytes of a step's arrays that never move: 1 MiB for rows and work lists, and for every row that a
 // graph may have a page table of 24,576 tokens. Steps that need more have them elsewhere and are no
 // graphs.
 int64_t step_array_bytes(const BackendOptions& options);
 
+// `shape` is the whole model's, of which the rank options.at() holds a part: its weights, KV pages,
+// heads and panels. Activations that ranks gather are whole on every one, and so are the logits of
+// truncated samples.
 // `options.kv_cache_bytes` above 0 wins: KV takes the whole pages in it. 0: KV takes all that is
 // left. Weights are staged on the device where both fit, else on the host.
 // Errors: resource_exhausted naming the bytes needed and the bytes there are; where not even one

@@ -30,7 +30,7 @@ __device__ __forceinline__ TilePlace tile_place(const HeadWork& work) {
 
 inline GridShape tile_grid(const HeadWork& work) {
   const int64_t row_tiles = (work.group.num_rows + kTileTokens - 1) / kTileTokens;
-  const int64_t columns = (work.V() + kTileVocabulary - 1) / kTileVocabulary;
+  const int64_t columns = (work.held_columns() + kTileVocabulary - 1) / kTileVocabulary;
   return {.x = static_cast<uint32_t>(row_tiles * columns)};
 }
 
@@ -64,27 +64,28 @@ __device__ __forceinline__ void reduce_tile(const HeadWork& work, const TilePlac
     if (memory.queries[begin].is_skipped != 0) continue;
     for (int p = 0; p < kTilePanels; ++p) {
       const int64_t first = place.first_column + p * kPanelColumns;
-      if (first >= work.V()) break;
-      const int64_t panel = first / kPanelColumns, left = work.V() - first;
+      if (first >= work.held_columns()) break;
+      const int64_t panel = first / kPanelColumns, left = work.held_columns() - first;
+      const int64_t first_token = work.in.part.held.begin + first;
       const int columns = static_cast<int>(left < kPanelColumns ? left : kPanelColumns);
       const float x0 = tile[r * kTileStride + p * kPanelColumns + lane];
       const float x1 = tile[r * kTileStride + p * kPanelColumns + lane + 32];
       if (memory.keeps_logits[row] != 0) {
-        float* const kept = memory.logits + row * memory.logits_stride() + first;
+        float* const kept = memory.logits + row * memory.logits_stride() + first_token;
         kept[lane] = x0;
         kept[lane + 32] = x1;
       }
       const PanelStats unit = panel_stats(x0, x1, columns, 1.0f);
-      if (lane == 0) memory.panels[row * memory.num_panels + panel] = unit;
+      if (lane == 0) memory.panels[row * memory.held_panels + panel] = unit;
       for (int32_t base = begin; base < end; base += static_cast<int32_t>(kWarp)) {
         const int32_t q = base + lane;
         bool has_own = false;
         if (q < end) {
           const HeadQuery& query = memory.queries[q];
-          has_own = query.distribution == work.max_rows + q;
-          if (query.slot < 0 && query.token >= first && query.token < first + columns) {
-            memory.token_logits[q] =
-                tile[r * kTileStride + p * kPanelColumns + (query.token - first)];
+          has_own = query.distribution == work.own_distribution(q);
+          const int64_t column = query.token - first_token;
+          if (query.slot < 0 && column >= 0 && column < columns) {
+            memory.choices[q] = {query.token, tile[r * kTileStride + p * kPanelColumns + column]};
           }
         }
         for (unsigned left_queries = __ballot_sync(kAllLanes, has_own); left_queries != 0;
@@ -92,7 +93,7 @@ __device__ __forceinline__ void reduce_tile(const HeadWork& work, const TilePlac
           const int32_t owner = base + __ffs(static_cast<int>(left_queries)) - 1;
           const PanelStats scaled = panel_stats(x0, x1, columns, memory.queries[owner].scale);
           if (lane == 0) {
-            memory.panels[(work.max_rows + owner) * memory.num_panels + panel] = scaled;
+            memory.panels[work.own_distribution(owner) * memory.held_panels + panel] = scaled;
           }
         }
       }

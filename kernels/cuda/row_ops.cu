@@ -62,16 +62,18 @@ __global__ void copy_pages(KvCache cache, int32_t element_bytes, const PageCopy*
 // ----------------------------------------------------------------------------------------
 
 template <class Element>
-__global__ void embed_rows(StepRows rows, Slots slots, const Element* weight, int64_t row_stride,
-                           int64_t width, float* out) {
+__global__ void embed_rows(StepRows rows, Slots slots, const Element* weight, int64_t first_token,
+                           int64_t num_tokens, int64_t row_stride, int64_t width, float* out) {
   const int64_t row = blockIdx.x;
   int32_t token = rows.input_ids[row];
   if (token == kSkippedRow) return;
   if (token == kPendingToken) {
     token = slots.states[rows.sequence_slot[rows.row_sequence[row]]].pending_token;
   }
+  const int64_t at = token - first_token;
+  const bool is_held = at >= 0 && at < num_tokens;
   for (int64_t i = threadIdx.x; i < width; i += blockDim.x) {
-    out[row * width + i] = value_of(weight[token * row_stride + i]);
+    out[row * width + i] = is_held ? value_of(weight[at * row_stride + i]) : 0.0f;
   }
 }
 
@@ -222,10 +224,12 @@ void embed(Stream stream, const EmbedInputs& in) {
   const DeviceMatrix& weight = in.weight;
   if (in.dtype == DType::kBF16) {
     launch(embed_rows<uint16_t>, shape, stream, in.rows, in.slots,
-           static_cast<const uint16_t*>(weight.data), weight.row_stride, weight.K_in, in.out);
+           static_cast<const uint16_t*>(weight.data), in.first_token, weight.N, weight.row_stride,
+           weight.K_in, in.out);
   } else {
     launch(embed_rows<float>, shape, stream, in.rows, in.slots,
-           static_cast<const float*>(weight.data), weight.row_stride, weight.K_in, in.out);
+           static_cast<const float*>(weight.data), in.first_token, weight.N, weight.row_stride,
+           weight.K_in, in.out);
   }
 }
 

@@ -31,9 +31,10 @@ struct BeginStepInputs {
 struct EmbedInputs {
   StepRows rows;
   Slots slots;
-  DeviceMatrix weight;  // [V, D], not gated
+  DeviceMatrix weight;      // [tokens held, D], not gated
+  int64_t first_token = 0;  // that the first row of the weight belongs to
   DType dtype = DType::kBF16;
-  float* out = nullptr;  // [T, D]
+  float* out = nullptr;  // [T, D]; zeros, the bits too, for tokens that another rank holds
 };
 
 struct RmsNormInputs {

@@ -157,11 +157,27 @@ StepContext::Block& StepContext::block_for(Block& fixed, Block& large, int64_t b
 
 void StepContext::note_slots(const StepPlan& plan) {
   for (const SlotInit& init : plan.slot_inits) {
-    slot_mirrors_[static_cast<size_t>(init.slot)] = {.is_set = true, .has_pending = false};
+    slot_mirrors_[static_cast<size_t>(init.slot)] = {
+        .is_set = true,
+        .is_cut = is_cut(fill_of(init).state, shape_.V),
+        .min_position = init.stop_token_ids.empty() ? 0 : init.min_position,
+        .next_position = init.next_position};
   }
-  // Whatever comes of the draws, a later row may stand for them.
-  for (const SampleRow& sample : plan.samples) {
-    slot_mirrors_[static_cast<size_t>(sample.slot)].has_pending = true;
+  const auto num_samples = static_cast<int32_t>(plan.samples.size());
+  for (HeadGroup& group : head_plan_.groups) {
+    for (int32_t i = group.first_query; i < group.first_query + group.num_queries; ++i) {
+      const int32_t query = head_plan_.queries[static_cast<size_t>(i)];
+      if (query >= num_samples) continue;
+      const auto slot = static_cast<size_t>(plan.samples[static_cast<size_t>(query)].slot);
+      group.may_keep_logits |= slot_mirrors_[slot].may_keep_logits();
+    }
+  }
+  for (size_t i = 0; i < plan.samples.size(); ++i) {
+    SlotMirror& slot = slot_mirrors_[static_cast<size_t>(plan.samples[i].slot)];
+    // Whatever comes of the draws, a later row may stand for them.
+    slot.has_pending = true;
+    const bool follows = i > 0 && plan.samples[i - 1].slot == plan.samples[i].slot;
+    if (!follows) ++slot.next_position;
   }
 }
 

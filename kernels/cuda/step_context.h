@@ -62,10 +62,15 @@ class StepContext {
   std::span<const HeadGroup> head_groups() const { return head_plan_.groups; }
 
  private:
-  // What check_plan asks of a slot: known on the host from the results of the steps before.
+  // What check_plan asks of a slot, and what its draws may need: known on the host from the plans.
   struct SlotMirror {
     bool is_set = false;
     bool has_pending = false;
+    bool is_cut = false;
+    int32_t min_position = 0;   // below it stop tokens are out of the support; 0: it has none
+    int32_t next_position = 0;  // at least: of its drafts one may have counted
+
+    bool may_keep_logits() const { return is_cut || next_position < min_position; }
   };
   // The same bytes on both sides of a copy.
   struct Block {
@@ -106,6 +111,8 @@ class StepContext {
   Block& block_for(Block& fixed, Block& large, int64_t bytes, const char* what);
   // Lists the step's arrays in arrays_ and says where ops find them; what begin_step is to do.
   BeginStepInputs lay_out(const StepPlan& plan, Place& place, int32_t graph_rows);
+  // Notes the slots that the plan fills, then what is drawn, on the way telling the head's groups
+  // which logits they may need.
   void note_slots(const StepPlan& plan);
   const Place& current() const { return places_[next_]; }
   Place& current() { return places_[next_]; }

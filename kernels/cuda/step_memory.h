@@ -62,6 +62,12 @@ struct SlotState {
   int32_t is_finished = 0;  // 1: draws nothing more until it is filled again
 };
 
+// Whether top-k, top-p or min-p may cut what a slot draws from.
+ROLLPACK_HOST_DEVICE inline bool is_cut(const SlotState& slot, int64_t V) {
+  return slot.temperature != 0 &&
+         ((slot.top_k > 0 && slot.top_k < V) || slot.top_p < 1.0f || slot.min_p > 0.0f);
+}
+
 // All slots. The stop set of slot s is a bit a token id, stop_words words from s * stop_words; it
 // is all 0 where num_stop_tokens is 0.
 struct Slots {

@@ -34,4 +34,18 @@ void check_shape(const ModelShape& shape, int64_t max_head_width) {
   }
 }
 
+ModelShape held_shape(ModelShape shape, ReplicaRank at) {
+  if (at.size > shape.H) {
+    throw Error({.code = ErrorCode::kUnsupported,
+                 .field = "engine.tensor_model_parallel_size",
+                 .value = std::to_string(at.size),
+                 .allowed = fmt::format("at most {}, the model's query heads", shape.H),
+                 .message = "every rank of a replica computes some heads"});
+  }
+  const HeadShard heads = head_shard(shape.H, shape.G, at);
+  shape.H = heads.query.size();
+  shape.G = heads.kv.size();
+  return shape;
+}
+
 }  // namespace rollpack::kernels

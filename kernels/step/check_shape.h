@@ -10,4 +10,8 @@ namespace rollpack::kernels {
 // for sizes that no model has. Both name the field.
 void check_shape(const ModelShape& shape, int64_t max_head_width = 0);
 
+// What a rank of a replica holds of a model: H and G are its own heads; the rest says the whole.
+// Errors: unsupported where there are more ranks than query heads.
+ModelShape held_shape(ModelShape shape, ReplicaRank at);
+
 }  // namespace rollpack::kernels

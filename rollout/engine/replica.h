@@ -56,7 +56,7 @@ class Replica {
   ModelWeights& weights() { return *weights_; }
   // Time that this rank has spent in steps exchanging columns with the others that hold the model,
   // and waiting for them. Any thread.
-  double communication_s() const { return communicator_ ? communicator_->seconds() : 0; }
+  double communication_s() const { return backend_->communication_s(); }
   // Grows while a step computes. Any thread.
   int64_t num_layers_run() const { return transformer_->num_layers_run(); }
 

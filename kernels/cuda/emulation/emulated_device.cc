@@ -151,6 +151,16 @@ class EmulatedDevice final : public Device {
       }
     });
   }
+  void copy_rows_to_host(Stream stream, void* target, const void* source, int64_t pitch,
+                         int64_t width, int64_t num_rows) override {
+    enqueue(stream, "copy", [=] {
+      for (int64_t row = 0; row < num_rows; ++row) {
+        std::memcpy(static_cast<std::byte*>(target) + row * width,
+                    static_cast<const std::byte*>(source) + row * pitch,
+                    static_cast<size_t>(width));
+      }
+    });
+  }
 
   void begin_capture(Stream stream) override { emulation::begin_recording(stream); }
   Graph end_capture(Stream stream) override {

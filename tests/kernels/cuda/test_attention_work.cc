@@ -167,6 +167,7 @@ Outputs attend(const Heads& heads, DType dtype, int32_t window, const Cut& cut,
        .dtype = dtype,
        .q = q.data(),
        .out = out.data(),
+       .out_stride = heads.H * cache.K,
        .workspace = states.data(),
        .max_shared_bytes = shared_bytes});
   EXPECT_EQ(std::count(states.end() - num_counters, states.end(), 0.0f), num_counters);

@@ -58,6 +58,7 @@ class LinearRig {
                                    .bias = bias_.as<float>(),
                                    .in = in.as<>(),
                                    .out = out.as<>(),
+                                   .out_stride = product_.N,
                                    .workspace = workspace_.as<>()});
     std::vector<uint32_t> bits(residual.size());
     if (weight_.is_gated && product_.dtype == DType::kBF16) {

@@ -1,6 +1,11 @@
 // The memory plan, without a device.
 #include "kernels/cuda/memory_plan.h"
 
+#include <chrono>
+#include <memory>
+#include <utility>
+
+#include "kernels/communicator/shared_memory_communicator.h"
 #include "kernels/cuda/graph_buckets.h"
 #include "tests/kernels/rig.h"
 
@@ -28,6 +33,32 @@ TEST(MemoryPlan, WeightsAndPagesAreCountedToTheByte) {
   EXPECT_EQ(kv_row_stride(odd), 80);
   odd.K = 20;
   EXPECT_EQ(kv_row_stride(odd), 32);  // rows of whole products of 16
+}
+
+// Of all that grows with the model or its KV cache. Activations are whole, and logits of truncated
+// samples.
+TEST(MemoryPlan, RanksThatShareAModelHoldAPartEach) {
+  const auto plan_for = [](std::shared_ptr<Communicator> communicator) {
+    const BackendOptions options = {
+        .kv_cache_bytes = 4 * kGiB, .enforce_eager = true, .communicator = std::move(communicator)};
+    return plan_memory(kLarge, options, estimated_weight_bytes(kLarge, options.at()),
+                       {.total_bytes = 80 * kGiB, .free_bytes = 80 * kGiB});
+  };
+  const DeviceMemoryPlan whole = plan_for(nullptr);
+  for (const int32_t num_ranks : {2, 4, 8}) {
+    int64_t weights = 0;
+    for (auto& rank : make_thread_communicators(num_ranks, std::chrono::seconds(1), 4096)) {
+      const DeviceMemoryPlan part = plan_for(std::move(rank));
+      EXPECT_LT(static_cast<double>(part.weights),
+                1.01 * static_cast<double>(whole.weights) / num_ranks);
+      EXPECT_EQ(part.num_pages, whole.num_pages * num_ranks);  // in as many bytes
+      EXPECT_LT(part.activations, whole.activations);
+      EXPECT_LT(part.workspaces, whole.workspaces);
+      weights += part.weights;
+    }
+    // What all hold are the norms.
+    EXPECT_EQ(weights, whole.weights + (num_ranks - 1) * int64_t{65} * 4096 * 4) << num_ranks;
+  }
 }
 
 TEST(MemoryPlan, AnExplicitCacheWins) {

@@ -89,7 +89,8 @@ TEST_F(SkippedRows, DrawNothingAndHaveNoResult) {
           .seed = 4, .next_position = 8, .end_position = 20, .top_p = s == 1 ? 0.5f : 1.0f};
     }
     std::vector<HeadResult> results = poisoned<HeadResult>(kRows);
-    const HeadMemory sizes = head_memory(nullptr, V, kRows);
+    const VocabularyPart part{.V = V, .held = {0, V}};
+    const HeadMemory sizes = head_memory(nullptr, part, kRows);
     std::vector<uint8_t> workspace = poisoned<uint8_t>(sizes.bytes);
     const HeadGroup group{.num_rows = kRows, .num_queries = kRows};
     const LmHeadInputs inputs = {
@@ -103,6 +104,7 @@ TEST_F(SkippedRows, DrawNothingAndHaveNoResult) {
                  .results = results.data()},
         .slots = {.states = states.data() + 1, .stop_bits = stops.data(), .stop_words = 10},
         .weight = {.data = data, .N = V, .K_in = D, .row_stride = D},
+        .part = part,
         .dtype = dtype,
         .in = static_cast<const std::byte*>(data) + rows_at,
         .workspace = workspace.data(),
@@ -118,7 +120,7 @@ TEST_F(SkippedRows, DrawNothingAndHaveNoResult) {
     }
     EXPECT_TRUE(is_poison(results.data() + kLive, kRows - kLive));
     EXPECT_TRUE(is_poison(states.data(), 1) && is_poison(states.data() + kLive + 1, 1));
-    const HeadMemory memory = head_memory(workspace.data(), V, kRows);
+    const HeadMemory memory = head_memory(workspace.data(), part, kRows);
     EXPECT_FALSE(is_poison(memory.panels + (kLive - 1) * memory.num_panels, memory.num_panels));
     EXPECT_TRUE(
         is_poison(memory.panels + kLive * memory.num_panels, (kRows - kLive) * memory.num_panels));

@@ -8,19 +8,30 @@
 #include <vector>
 
 #include "kernels/communicator/shared_memory_communicator.h"
+#include "tests/kernels/rig.h"
 #include "tests/rollout/tiny_model.h"
 
 namespace rollpack::rollout {
 
 class ShardedReplica {
  public:
+  // config.engine.backend: one of kernels::testing::tested_backends().
   ShardedReplica(const Config& config, const ModelConfig& model, int32_t num_ranks) {
     auto communicators =
         kernels::make_thread_communicators(num_ranks, std::chrono::seconds(60), 4096);
     for (auto& communicator : communicators) {
-      ReplicaOptions options;
-      if (num_ranks > 1) options.communicator = std::move(communicator);
-      ranks_.push_back(std::make_unique<Replica>(config, model, options));
+      std::shared_ptr<kernels::Communicator> shared;
+      if (num_ranks > 1) shared = std::move(communicator);
+      const EngineSection& engine = config.engine;
+      const DType dtype = config.model.dtype == "float32" ? DType::kF32 : DType::kBF16;
+      auto backend = kernels::testing::make_tested_backend(
+          engine.backend, model.shape(dtype),
+          {.num_threads = 1,
+           .kv_cache_bytes = engine.kv_cache_memory,
+           .max_num_seqs = engine.max_num_seqs,
+           .max_num_batched_tokens = engine.max_num_batched_tokens,
+           .communicator = shared});
+      ranks_.push_back(std::make_unique<Replica>(config, model, std::move(backend), shared));
     }
   }
 

@@ -1,11 +1,13 @@
 // The number of ranks that hold a model changes no bit of what its steps say: the same random steps
-// (prompts, chunks, decoding, drafts, scores, every way to sample) on 1, 2, 3 and 4 ranks.
+// (prompts, chunks, decoding, drafts, scores, every way to sample) on 1, 2, 3 and 4 ranks, on the
+// CPU and on emulated devices.
 #include <gtest/gtest.h>
 
 #include <bit>
 #include <cmath>
 #include <random>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "sharded_replica.h"
@@ -99,10 +101,10 @@ std::vector<Model> models() {
           {"wide", wide, "bfloat16"}};
 }
 
-Config config_for(const Model& model) {
+Config config_for(const Model& model, const std::string& backend) {
   Config config = tiny_config();
   config.model.dtype = model.dtype;
-  config.engine.backend = "cpu";
+  config.engine.backend = backend;
   config.engine.max_num_seqs = kNumSlots;
   config.engine.kv_cache_memory = 4 << 20;
   config.engine.max_num_batched_tokens = 256;
@@ -229,11 +231,21 @@ std::vector<std::vector<uint32_t>> run_steps(ShardedReplica& replica, const Mode
   return bits;
 }
 
-class NumberOfRanks : public ::testing::TestWithParam<size_t> {};
+// Those that hold a model on several ranks.
+std::vector<std::string> sharing_backends() {
+  std::vector<std::string> names = {"cpu"};
+  for (const std::string& name : kernels::testing::tested_backends()) {
+    if (name == kernels::testing::kEmulatedCuda) names.push_back(name);
+  }
+  return names;
+}
+
+class NumberOfRanks : public ::testing::TestWithParam<std::tuple<std::string, size_t>> {};
 
 TEST_P(NumberOfRanks, ChangesNoBit) {
-  const Model model = models()[GetParam()];
-  const Config config = config_for(model);
+  const auto& [backend, index] = GetParam();
+  const Model model = models()[index];
+  const Config config = config_for(model, backend);
   const std::vector<NamedTensor> tensors = tiny_tensors(3, model.config);
   ShardedReplica alone(config, model.config, 1);
   alone.load(tensors);
@@ -248,13 +260,20 @@ TEST_P(NumberOfRanks, ChangesNoBit) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Models, NumberOfRanks, ::testing::Range(size_t{0}, models().size()),
+INSTANTIATE_TEST_SUITE_P(Models, NumberOfRanks,
+                         ::testing::Combine(::testing::ValuesIn(sharing_backends()),
+                                            ::testing::Range(size_t{0}, models().size())),
                          [](const auto& info) {
-                           const Model model = models()[info.param];
-                           return model.name + "_" + model.dtype;
+                           const Model model = models()[std::get<1>(info.param)];
+                           return std::get<0>(info.param) + "_" + model.name + "_" + model.dtype;
                          });
 
-TEST(ShardedModel, NeedsAShareOfTheMemory) {
+class ShardedModel : public ::testing::TestWithParam<std::string> {};
+
+INSTANTIATE_TEST_SUITE_P(Backends, ShardedModel, ::testing::ValuesIn(sharing_backends()),
+                         [](const auto& info) { return info.param; });
+
+TEST_P(ShardedModel, NeedsAShareOfTheMemory) {
   Model model = models()[2];
   model.config.hidden_size = 256;
   model.config.num_attention_heads = 8;
@@ -263,7 +282,7 @@ TEST(ShardedModel, NeedsAShareOfTheMemory) {
   model.config.intermediate_size = 1024;
   model.config.vocab_size = 8192;
   const auto memory = [&](int32_t num_ranks) {
-    ShardedReplica replica(config_for(model), model.config, num_ranks);
+    ShardedReplica replica(config_for(model, GetParam()), model.config, num_ranks);
     std::vector<std::pair<int64_t, int64_t>> bytes;
     for (size_t r = 0; r < replica.num_ranks(); ++r) {
       const kernels::BackendInfo& info = replica.rank(r).backend_info();
@@ -281,7 +300,7 @@ TEST(ShardedModel, NeedsAShareOfTheMemory) {
 }
 
 // Infinite keys in one head, which one rank holds.
-TEST(ShardedModel, FailsASequenceWhereOneRanksKeysAreNotFinite) {
+TEST_P(ShardedModel, FailsASequenceWhereOneRanksKeysAreNotFinite) {
   const Model model = models()[0];
   std::vector<NamedTensor> tensors = tiny_tensors(3, model.config);
   for (NamedTensor& tensor : tensors) {
@@ -289,7 +308,7 @@ TEST(ShardedModel, FailsASequenceWhereOneRanksKeysAreNotFinite) {
     std::fill(tensor.values.end() - 6 * model.config.hidden_size, tensor.values.end(), 3e38f);
   }
   for (const int32_t num_ranks : {1, 3}) {
-    ShardedReplica replica(config_for(model), model.config, num_ranks);
+    ShardedReplica replica(config_for(model, GetParam()), model.config, num_ranks);
     replica.load(tensors);
     Steps steps(model.config);
     for (const StepResult& result : replica.run(steps.next())) {
@@ -298,10 +317,10 @@ TEST(ShardedModel, FailsASequenceWhereOneRanksKeysAreNotFinite) {
   }
 }
 
-TEST(ShardedModel, RefusesMoreRanksThanHeads) {
+TEST_P(ShardedModel, RefusesMoreRanksThanHeads) {
   const Model model = models()[4];
   try {
-    const ShardedReplica replica(config_for(model), model.config, 5);
+    const ShardedReplica replica(config_for(model, GetParam()), model.config, 5);
     FAIL() << "5 ranks for 4 heads";
   } catch (const Error& error) {
     EXPECT_STREQ(error.what(),
@@ -311,9 +330,9 @@ TEST(ShardedModel, RefusesMoreRanksThanHeads) {
 }
 
 // A rank whose step fails takes the others with it, at once.
-TEST(ShardedModel, EndsOnAllRanksWhereOneFails) {
+TEST_P(ShardedModel, EndsOnAllRanksWhereOneFails) {
   const Model model = models()[0];
-  ShardedReplica replica(config_for(model), model.config, 3);
+  ShardedReplica replica(config_for(model, GetParam()), model.config, 3);
   const std::vector<NamedTensor> tensors = tiny_tensors(3, model.config);
   replica.load(tensors);
   Steps steps(model.config);
