@@ -14,6 +14,7 @@
 #pragma once
 
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -54,6 +55,9 @@ struct BackendOptions {
   // Of the ranks that hold one model together (kernels/shards.h), all of which are given the same
   // plans; none: this backend holds a whole one.
   std::shared_ptr<Communicator> communicator;
+  // What one of them has made with make_device_link() (registry.h), so that their devices reach
+  // each other; empty: through host memory.
+  std::vector<std::byte> device_link;
 
   ReplicaRank at() const { return communicator ? communicator->at() : ReplicaRank{}; }
 };

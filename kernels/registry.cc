@@ -11,6 +11,7 @@
 #ifdef ROLLPACK_HAS_CUDA
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/cudart_device.h"
+#include "kernels/cuda/device_link.h"
 #endif
 
 namespace rollpack::kernels {
@@ -100,6 +101,19 @@ BackendChoice choose_backend(std::string_view name) {
         fmt::format("{}{}: {}", choice.passed_over.empty() ? "" : "; ", entry.name, reason);
   }
   refuse_name(name);
+}
+
+DeviceLink make_device_link([[maybe_unused]] std::string_view backend) {
+#ifdef ROLLPACK_HAS_CUDA
+  if (backend == "cuda") {
+    try {
+      return {.bytes = cuda::make_nccl_link(), .why_none = ""};
+    } catch (const Error& error) {
+      return {.bytes = {}, .why_none = error.what()};
+    }
+  }
+#endif
+  return {};
 }
 
 std::unique_ptr<Backend> make_backend(std::string_view name, const ModelShape& shape,

@@ -28,4 +28,14 @@ BackendChoice choose_backend(std::string_view name);
 std::unique_ptr<Backend> make_backend(std::string_view name, const ModelShape& shape,
                                       const BackendOptions& options);
 
+// What ranks that hold one model together need for their devices to reach each other: one makes it,
+// and all are given it as BackendOptions::device_link.
+struct DeviceLink {
+  std::vector<std::byte> bytes;  // empty: they go through host memory
+  std::string why_none;          // where a better way would be wanted
+};
+
+// `backend`: a name that choose_backend() gives.
+DeviceLink make_device_link(std::string_view backend);
+
 }  // namespace rollpack::kernels

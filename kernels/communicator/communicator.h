@@ -6,6 +6,7 @@
 // no result can depend on the number of ranks.
 #pragma once
 
+#include <chrono>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -85,6 +86,11 @@ class Communicator {
   // The same where the type is known at run time only. Never a sum of floats.
   virtual void reduce(const AllReduceArgs& args) = 0;
 
+  // How long a call may take.
+  virtual std::chrono::milliseconds timeout() const = 0;
+  // A rank that has failed or whose process has ended, or -1. Never waits, and throws nothing: for
+  // who waits for the others elsewhere.
+  virtual int32_t find_lost_rank() const = 0;
   // This rank has failed: calls of all ranks, under way and to come, throw. Any thread.
   virtual void abandon() = 0;
   // Time spent in calls so far, seconds: moving bytes and waiting for others. Any thread.

@@ -139,6 +139,15 @@ void SharedMemoryCommunicator::give_up(int32_t missing) {
                                std::memory_order_relaxed);
 }
 
+int32_t SharedMemoryCommunicator::find_lost_rank() const {
+  for (int32_t peer = 0; peer < size(); ++peer) {
+    // Acquire: pairs with the store in give_up().
+    const uint32_t given_up = std::atomic_ref(state(peer).given_up).load(std::memory_order_acquire);
+    if (given_up != 0) return static_cast<int32_t>(given_up) - 1;
+  }
+  return options_.find_lost_rank();
+}
+
 void SharedMemoryCommunicator::abandon() {
   give_up(rank());
 }

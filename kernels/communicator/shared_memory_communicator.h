@@ -42,6 +42,8 @@ class SharedMemoryCommunicator final : public Communicator {
   void gather_columns(const GatherColumnsArgs& args) override;
   void broadcast(std::span<std::byte> values, int32_t root) override;
   void barrier() override;
+  std::chrono::milliseconds timeout() const override { return options_.timeout; }
+  int32_t find_lost_rank() const override;
   void abandon() override;
   double seconds() const override { return seconds_.load(std::memory_order_relaxed); }
   void reduce(const AllReduceArgs& args) override;

@@ -13,11 +13,11 @@
 #include "kernels/base/error.h"
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/decode_graphs.h"
+#include "kernels/cuda/device_link.h"
 #include "kernels/cuda/graph_buckets.h"
 #include "kernels/cuda/linear.h"
 #include "kernels/cuda/lm_head.h"
 #include "kernels/cuda/memory_plan.h"
-#include "kernels/cuda/staged_communicator.h"
 #include "kernels/cuda/step_context.h"
 #include "kernels/cuda/weight_store.h"
 #include "kernels/step/check_shape.h"
@@ -44,7 +44,7 @@ void check_options(const BackendOptions& options) {
   }
 }
 
-// What ranks exchange through the host cannot be part of a graph.
+// What ranks exchange is no part of a graph yet.
 BackendOptions without_useless_graphs(BackendOptions options) {
   if (options.at().size > 1) options.enforce_eager = true;
   return options;
@@ -70,7 +70,7 @@ void* column(const Tensor& tensor, int64_t index) {
 class CudaBackend final : public Backend {
  public:
   CudaBackend(std::unique_ptr<Device> device, const ModelShape& shape,
-              const BackendOptions& options)
+              const BackendOptions& options, const OpenNccl& open_nccl)
       : shape_(held_shape(shape, options.at())),
         options_(without_useless_graphs(options)),
         vocabulary_(vocabulary_part(shape, options.at())),
@@ -80,9 +80,9 @@ class CudaBackend final : public Backend {
                             {device_->info().total_bytes, device_->free_bytes()})),
         stream_(*device_),
         copies_(*device_),
-        ranks_(options.at().size > 1
-                   ? std::make_unique<StagedCommunicator>(*device_, stream_, options.communicator)
-                   : nullptr),
+        ranks_(options.at().size > 1 ? link_devices(*device_, stream_, options.communicator,
+                                                    options.device_link, open_nccl)
+                                     : nullptr),
         weights_(*device_, shape.dtype, memory_.staging > 0),
         pages_(*device_, memory_.kv_cache, "engine.kv_cache_memory"),
         cache_{.data = pages_.as<>(),
@@ -273,9 +273,9 @@ class CudaBackend final : public Backend {
   const KernelSet& kernels_;
   BackendInfo info_;
   const DeviceMemoryPlan memory_;
-  OwnStream stream_;                           // of steps
-  OwnStream copies_;                           // of upload and download
-  const std::unique_ptr<Communicator> ranks_;  // that hold the model with this one, or null
+  OwnStream stream_;                                 // of steps
+  OwnStream copies_;                                 // of upload and download
+  const std::unique_ptr<DeviceCommunicator> ranks_;  // that hold the model with this one, or null
   WeightStore weights_;
   DeviceRange pages_;
   int64_t buffer_bytes_ = 0;
@@ -310,8 +310,8 @@ void CudaBackend::describe() {
                       memory_.activations + memory_.workspaces + memory_.steps + memory_.graphs};
   info_.row_buckets = graphs_.buckets();
   if (ranks_ != nullptr) {
-    info_.description +=
-        ", columns of other ranks through host memory, without graphs of decoding steps";
+    info_.description += fmt::format(
+        ", columns of other ranks {}, without graphs of decoding steps", ranks_->description());
   } else if (!graphs_.is_empty()) {
     info_.description += ", " + graphs_.description();
   } else if (are_graphs_tried_) {
@@ -412,6 +412,7 @@ std::optional<StepResult> CudaBackend::end() {
   const uint64_t number = step_.number();
   try {
     std::optional<StepResult> result = step_.take_result();
+    if (!result && ranks_ != nullptr) ranks_->check(step_due_ - kStepLimit);
     if (result) {
       step_due_ = step_deadline();
     } else if (std::chrono::steady_clock::now() > step_due_) {
@@ -575,10 +576,11 @@ void CudaBackend::gather_columns(const GatherColumnsOpArgs& args) {
 }  // namespace cuda
 
 std::unique_ptr<Backend> make_cuda_backend(std::unique_ptr<cuda::Device> device,
-                                           const ModelShape& shape, const BackendOptions& options) {
+                                           const ModelShape& shape, const BackendOptions& options,
+                                           const cuda::OpenNccl& open_nccl) {
   check_shape(shape, cuda::kMaxHeadWidth);
   cuda::check_options(options);
-  return std::make_unique<cuda::CudaBackend>(std::move(device), shape, options);
+  return std::make_unique<cuda::CudaBackend>(std::move(device), shape, options, open_nccl);
 }
 
 }  // namespace rollpack::kernels

@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstring>
 #include <thread>
 #include <utility>
 
@@ -79,6 +80,8 @@ class CudartDevice final : public Device {
              .total_bytes = static_cast<int64_t>(properties.totalGlobalMem),
              .max_shared_bytes = static_cast<int64_t>(properties.sharedMemPerBlockOptin),
              .num_multiprocessors = properties.multiProcessorCount};
+    static_assert(sizeof properties.uuid.bytes == sizeof info_.id);
+    std::memcpy(info_.id.data(), properties.uuid.bytes, sizeof info_.id);
   }
 
   const DeviceInfo& info() const override { return info_; }
@@ -126,9 +129,10 @@ class CudartDevice final : public Device {
   }
   void free_stream(Stream stream) noexcept override { cudaStreamDestroy(handle(stream)); }
 
-  Event make_event() override {
+  Event make_event(bool is_timed) override {
     cudaEvent_t event = nullptr;
-    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+    check(cudaEventCreateWithFlags(&event, is_timed ? cudaEventDefault : cudaEventDisableTiming),
+          "cudaEventCreateWithFlags");
     return {event};
   }
   void free_event(Event event) noexcept override {
@@ -142,6 +146,13 @@ class CudartDevice final : public Device {
     const cudaError_t state = cudaEventQuery(static_cast<cudaEvent_t>(event.handle));
     if (state != cudaSuccess && state != cudaErrorNotReady) fail(state, "work on a stream");
     return state == cudaSuccess;
+  }
+  double seconds_between(Event begin, Event end) override {
+    float milliseconds = 0;
+    check(cudaEventElapsedTime(&milliseconds, static_cast<cudaEvent_t>(begin.handle),
+                               static_cast<cudaEvent_t>(end.handle)),
+          "cudaEventElapsedTime");
+    return static_cast<double>(milliseconds) * 1e-3;
   }
 
   void copy_to_device(Stream stream, void* target, const void* source, int64_t bytes) override {

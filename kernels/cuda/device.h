@@ -2,6 +2,7 @@
 // implementation over the CUDA runtime, one on the host for tests (emulation/).
 #pragma once
 
+#include <array>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -14,9 +15,10 @@
 namespace rollpack::kernels::cuda {
 
 struct DeviceInfo {
-  std::string name;         // "NVIDIA H100 80GB HBM3"
-  std::string description;  // with compute capability, driver and the image in use
-  std::string fingerprint;  // what of device and build decides bits
+  std::string name;                // "NVIDIA H100 80GB HBM3"
+  std::string description;         // with compute capability, driver and the image in use
+  std::string fingerprint;         // what of device and build decides bits
+  std::array<std::byte, 16> id{};  // of this very device, among all there are
   int64_t total_bytes = 0;
   int64_t max_shared_bytes = 48 * 1024;  // that a block may ask for
   int32_t num_multiprocessors = 1;
@@ -51,12 +53,15 @@ class Device {
   virtual Stream make_stream() = 0;
   virtual void free_stream(Stream stream) noexcept = 0;
 
-  virtual Event make_event() = 0;
+  // Whose times are known where it `is_timed`.
+  virtual Event make_event(bool is_timed = false) = 0;
   virtual void free_event(Event event) noexcept = 0;
   // The event stands for all that is enqueued on the stream so far.
   virtual void record(Event event, Stream stream) = 0;
   // Whether that is done. Errors: those of the work.
   virtual bool has_passed(Event event) = 0;
+  // From one to the other on the device; both are timed and have passed.
+  virtual double seconds_between(Event begin, Event end) = 0;
 
   // Enqueued on the stream; host memory must last until it is waited for.
   virtual void copy_to_device(Stream stream, void* target, const void* source, int64_t bytes) = 0;
@@ -179,7 +184,8 @@ class DeviceRange {
 // An event that frees itself.
 class OwnEvent {
  public:
-  explicit OwnEvent(Device& device) : device_(device), event_(device.make_event()) {}
+  explicit OwnEvent(Device& device, bool is_timed = false)
+      : device_(device), event_(device.make_event(is_timed)) {}
   ~OwnEvent() { device_.free_event(event_); }
   OwnEvent(const OwnEvent&) = delete;
   OwnEvent& operator=(const OwnEvent&) = delete;

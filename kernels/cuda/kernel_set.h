@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/column_moves.h"
 #include "kernels/cuda/launch_shape.h"
 #include "kernels/cuda/linear.h"
 #include "kernels/cuda/lm_head.h"
@@ -20,6 +21,7 @@ struct KernelSet {
   void (*attention)(Stream, const AttentionInputs&);
   void (*gather_rows)(Stream, const GatherRowsInputs&);
   void (*lm_head)(Stream, const LmHeadInputs&);
+  void (*move_columns)(Stream, const MoveColumnsInputs&);
 };
 
 }  // namespace rollpack::kernels::cuda

@@ -14,7 +14,8 @@ const KernelSet& kernel_set() {
                                      .rope_append = rope_append,
                                      .attention = attention,
                                      .gather_rows = gather_rows,
-                                     .lm_head = lm_head};
+                                     .lm_head = lm_head,
+                                     .move_columns = move_columns};
   return kSet;
 }
 

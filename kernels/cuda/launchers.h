@@ -15,6 +15,7 @@ void rope_append(Stream stream, const RopeAppendInputs& inputs);
 void attention(Stream stream, const AttentionInputs& inputs);
 void gather_rows(Stream stream, const GatherRowsInputs& inputs);
 void lm_head(Stream stream, const LmHeadInputs& inputs);
+void move_columns(Stream stream, const MoveColumnsInputs& inputs);
 
 const KernelSet& kernel_set();
 

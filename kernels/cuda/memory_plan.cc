@@ -7,6 +7,7 @@
 
 #include "kernels/base/error.h"
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/device_communicator.h"
 #include "kernels/cuda/graph_buckets.h"
 #include "kernels/cuda/linear.h"
 #include "kernels/cuda/lm_head.h"
@@ -83,7 +84,8 @@ DeviceMemoryPlan plan_memory(const ModelShape& shape, const BackendOptions& opti
   DeviceMemoryPlan plan{.weights = weight_bytes,
                         .activations = activation_bytes(shape, held, options),
                         .workspaces = kLinearWorkspaceBytes + attention_workspace_bytes(held) +
-                                      lm_head_workspace_bytes(shape, options),
+                                      lm_head_workspace_bytes(shape, options) +
+                                      (options.at().size > 1 ? kExchangeBytes : 0),
                         .steps = step_bytes(shape, options),
                         .graphs = graph_bytes(shape, options)};
   int64_t kv_bytes = options.kv_cache_bytes;

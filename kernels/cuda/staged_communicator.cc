@@ -38,8 +38,8 @@ class StagedCommunicator::Exchange {
 };
 
 StagedCommunicator::StagedCommunicator(Device& device, Stream stream,
-                                       std::shared_ptr<Communicator> host)
-    : device_(device), stream_(stream), host_(std::move(host)) {}
+                                       std::shared_ptr<Communicator> host, std::string reason)
+    : device_(device), stream_(stream), host_(std::move(host)), reason_(std::move(reason)) {}
 
 // Copies that read it have ended.
 std::byte* StagedCommunicator::room_for(int64_t bytes) {

@@ -6,19 +6,30 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <memory>
+#include <string>
 
-#include "kernels/communicator/communicator.h"
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/device_communicator.h"
 
 namespace rollpack::kernels::cuda {
 
 // Values are device memory. Used by the thread that enqueues on `stream`.
-class StagedCommunicator final : public Communicator {
+class StagedCommunicator final : public DeviceCommunicator {
  public:
-  StagedCommunicator(Device& device, Stream stream, std::shared_ptr<Communicator> host);
+  // `reason`: why there is no better way, for the start-up line.
+  StagedCommunicator(Device& device, Stream stream, std::shared_ptr<Communicator> host,
+                     std::string reason = "");
 
   ReplicaRank at() const override { return host_->at(); }
+  std::string description() const override {
+    return "through host memory" + (reason_.empty() ? "" : " (" + reason_ + ")");
+  }
+  std::chrono::milliseconds timeout() const override { return host_->timeout(); }
+  int32_t find_lost_rank() const override { return host_->find_lost_rank(); }
+  // Calls have ended when they return.
+  void check(std::chrono::steady_clock::time_point) override {}
   void gather_columns(const GatherColumnsArgs& args) override;
   void broadcast(std::span<std::byte> values, int32_t root) override;
   void barrier() override { host_->barrier(); }
@@ -34,6 +45,7 @@ class StagedCommunicator final : public Communicator {
   Device& device_;
   const Stream stream_;
   const std::shared_ptr<Communicator> host_;
+  const std::string reason_;
   HostMemory bounce_;
   std::atomic<double> seconds_ = 0;
 };

@@ -10,6 +10,7 @@
 #include "tests/sanitized.h"
 #ifdef ROLLPACK_EMULATES_CUDA
 #include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/device_link.h"
 #include "kernels/cuda/emulation/emulated_device.h"
 #endif
 
@@ -25,7 +26,21 @@ class OpsProgram final : public StepProgram {
   Ops ops_;
 };
 
+#ifdef ROLLPACK_EMULATES_CUDA
+std::shared_ptr<const cuda::NcclLibrary> open_fake_nccl() {
+  return std::make_shared<const cuda::NcclLibrary>(FAKE_NCCL);
+}
+#endif
+
 }  // namespace
+
+std::vector<std::byte> make_fake_link() {
+#ifdef ROLLPACK_EMULATES_CUDA
+  return cuda::make_nccl_link(open_fake_nccl);
+#else
+  return {};
+#endif
+}
 
 std::vector<std::string> tested_backends() {
   std::vector<std::string> names = backend_names();
@@ -40,7 +55,7 @@ std::unique_ptr<Backend> make_tested_backend(std::string_view name, const ModelS
                                              const BackendOptions& options) {
 #ifdef ROLLPACK_EMULATES_CUDA
   if (name == kEmulatedCuda) {
-    return make_cuda_backend(cuda::make_emulated_device(), shape, options);
+    return make_cuda_backend(cuda::make_emulated_device(), shape, options, open_fake_nccl);
   }
 #endif
   return make_backend(name, shape, options);

@@ -135,6 +135,10 @@ std::vector<std::string> tested_backends();
 std::unique_ptr<Backend> make_tested_backend(std::string_view name, const ModelShape& shape,
                                              const BackendOptions& options);
 
+// BackendOptions::device_link of emulated devices: ranks then exchange by what stands in for NCCL
+// (cuda/fake_nccl.cc), and have to be made at once.
+std::vector<std::byte> make_fake_link();
+
 // The widest head that a backend takes.
 int64_t max_head_width(std::string_view name);
 

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <sys/mman.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -32,6 +33,8 @@ class EmulatedDevice final : public Device {
              .total_bytes = options.total_bytes,
              .max_shared_bytes = options.max_shared_bytes,
              .num_multiprocessors = options.num_multiprocessors};
+    const int32_t number = options.number >= 0 ? options.number : next_number();
+    std::memcpy(info_.id.data(), &number, sizeof number);
   }
 
   const DeviceInfo& info() const override { return info_; }
@@ -121,13 +124,14 @@ class EmulatedDevice final : public Device {
     const std::lock_guard lock(mutex_);
     std::erase_if(streams_, [&](const auto& known) { return known.get() == stream.handle; });
   }
-  Event make_event() override { return {}; }
+  Event make_event(bool) override { return {}; }
   void free_event(Event) noexcept override {}
   void record(Event, Stream) override { require_no_capture("record"); }
   bool has_passed(Event) override {
     require_no_capture("has_passed");
     return true;  // work is done when it is enqueued
   }
+  double seconds_between(Event, Event) override { return 1e-6; }
 
   void copy_to_device(Stream stream, void* target, const void* source, int64_t bytes) override {
     copy(stream, target, source, bytes);
@@ -192,6 +196,12 @@ class EmulatedDevice final : public Device {
   void wait(Stream, std::chrono::steady_clock::time_point) override { require_no_capture("wait"); }
 
  private:
+  // Behind those that tests choose.
+  static int32_t next_number() {
+    static std::atomic<int32_t> next{1000};
+    return next++;
+  }
+
   struct Range {
     size_t size = 0;    // in whole pages
     int64_t bytes = 0;  // as asked for

@@ -30,6 +30,7 @@ struct EmulatedDeviceOptions {
   int64_t max_shared_bytes = 99 * 1024;    // the least of what we build for: 8.6 and 8.9
   int32_t num_multiprocessors = 8;         // few, so that tests are cut as large steps are
   int64_t graph_work_bytes = 1024;         // of a kernel or copy in a graph
+  int32_t number = -1;                     // devices of one number are one; -1: of its own
   std::shared_ptr<EmulatedDeviceLog> log;  // written where there is one
 };
 

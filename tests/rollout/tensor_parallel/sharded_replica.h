@@ -4,7 +4,9 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <future>
 #include <memory>
+#include <string_view>
 #include <vector>
 
 #include "kernels/communicator/shared_memory_communicator.h"
@@ -13,26 +15,26 @@
 
 namespace rollpack::rollout {
 
+// The emulated backend whose ranks exchange by what stands in for NCCL.
+inline constexpr std::string_view kEmulatedNccl = "cuda_emulated_nccl";
+
 class ShardedReplica {
  public:
-  // config.engine.backend: one of kernels::testing::tested_backends().
-  ShardedReplica(const Config& config, const ModelConfig& model, int32_t num_ranks) {
+  // config.engine.backend: one of kernels::testing::tested_backends(), or kEmulatedNccl.
+  ShardedReplica(const Config& config, const ModelConfig& model, int32_t num_ranks)
+      : ranks_(static_cast<size_t>(num_ranks)) {
+    const bool by_nccl = config.engine.backend == kEmulatedNccl && num_ranks > 1;
+    const auto link = by_nccl ? kernels::testing::make_fake_link() : std::vector<std::byte>();
     auto communicators =
         kernels::make_thread_communicators(num_ranks, std::chrono::seconds(60), 4096);
-    for (auto& communicator : communicators) {
-      std::shared_ptr<kernels::Communicator> shared;
-      if (num_ranks > 1) shared = std::move(communicator);
-      const EngineSection& engine = config.engine;
-      const DType dtype = config.model.dtype == "float32" ? DType::kF32 : DType::kBF16;
-      auto backend = kernels::testing::make_tested_backend(
-          engine.backend, model.shape(dtype),
-          {.num_threads = 1,
-           .kv_cache_bytes = engine.kv_cache_memory,
-           .max_num_seqs = engine.max_num_seqs,
-           .max_num_batched_tokens = engine.max_num_batched_tokens,
-           .communicator = shared});
-      ranks_.push_back(std::make_unique<Replica>(config, model, std::move(backend), shared));
+    std::vector<std::future<void>> made;  // by all ranks at once, as processes do
+    for (size_t rank = 0; rank < ranks_.size(); ++rank) {
+      made.push_back(std::async(std::launch::async, [&, rank] {
+        ranks_[rank] = make_rank(config, model, std::move(communicators[rank]), link);
+      }));
     }
+    for (std::future<void>& rank : made) rank.wait();
+    for (std::future<void>& rank : made) rank.get();
   }
 
   Replica& rank(size_t index) { return *ranks_[index]; }
@@ -55,6 +57,24 @@ class ShardedReplica {
   }
 
  private:
+  static std::unique_ptr<Replica> make_rank(const Config& config, const ModelConfig& model,
+                                            std::shared_ptr<kernels::Communicator> communicator,
+                                            const std::vector<std::byte>& link) {
+    if (communicator->size() == 1) communicator = nullptr;
+    const EngineSection& engine = config.engine;
+    const DType dtype = config.model.dtype == "float32" ? DType::kF32 : DType::kBF16;
+    auto backend = kernels::testing::make_tested_backend(
+        engine.backend == kEmulatedNccl ? kernels::testing::kEmulatedCuda : engine.backend,
+        model.shape(dtype),
+        {.num_threads = 1,
+         .kv_cache_bytes = engine.kv_cache_memory,
+         .max_num_seqs = engine.max_num_seqs,
+         .max_num_batched_tokens = engine.max_num_batched_tokens,
+         .communicator = communicator,
+         .device_link = link});
+    return std::make_unique<Replica>(config, model, std::move(backend), communicator);
+  }
+
   std::vector<std::unique_ptr<Replica>> ranks_;
 };
 

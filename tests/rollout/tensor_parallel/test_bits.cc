@@ -5,7 +5,9 @@
 
 #include <bit>
 #include <cmath>
+#include <memory>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -235,7 +237,9 @@ std::vector<std::vector<uint32_t>> run_steps(ShardedReplica& replica, const Mode
 std::vector<std::string> sharing_backends() {
   std::vector<std::string> names = {"cpu"};
   for (const std::string& name : kernels::testing::tested_backends()) {
-    if (name == kernels::testing::kEmulatedCuda) names.push_back(name);
+    if (name != kernels::testing::kEmulatedCuda) continue;
+    names.push_back(name);
+    names.emplace_back(kEmulatedNccl);
   }
   return names;
 }
@@ -253,6 +257,7 @@ TEST_P(NumberOfRanks, ChangesNoBit) {
   for (const int32_t num_ranks : {2, 3, 4}) {
     ShardedReplica replica(config, model.config, num_ranks);
     replica.load(tensors);
+    EXPECT_EQ(replica.rank(0).backend_info().fingerprint, alone.rank(0).backend_info().fingerprint);
     const auto bits = run_steps(replica, model);
     for (size_t step = 0; step < wanted.size(); ++step) {
       ASSERT_EQ(bits[step], wanted[step]) << num_ranks << " ranks, step " << step;
@@ -260,9 +265,18 @@ TEST_P(NumberOfRanks, ChangesNoBit) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Models, NumberOfRanks,
-                         ::testing::Combine(::testing::ValuesIn(sharing_backends()),
-                                            ::testing::Range(size_t{0}, models().size())),
+// Every model on every backend; where NCCL's part is the same, two of them.
+std::vector<std::tuple<std::string, size_t>> backends_and_models() {
+  std::vector<std::tuple<std::string, size_t>> pairs;
+  for (const std::string& backend : sharing_backends()) {
+    for (size_t index = 0; index < models().size(); ++index) {
+      if (backend != kEmulatedNccl || index % 3 == 0) pairs.emplace_back(backend, index);
+    }
+  }
+  return pairs;
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, NumberOfRanks, ::testing::ValuesIn(backends_and_models()),
                          [](const auto& info) {
                            const Model model = models()[std::get<1>(info.param)];
                            return std::get<0>(info.param) + "_" + model.name + "_" + model.dtype;
@@ -331,6 +345,35 @@ TEST_P(ShardedModel, RefusesMoreRanksThanHeads) {
 
 // A rank whose step fails takes the others with it, at once.
 TEST_P(ShardedModel, EndsOnAllRanksWhereOneFails) {
+  class FailingProgram final : public kernels::StepProgram {
+    void run(kernels::Backend&, int64_t, int64_t) override { throw std::runtime_error("a test"); }
+  };
+  const Model model = models()[0];
+  ShardedReplica replica(config_for(model, GetParam()), model.config, 3);
+  replica.load(tiny_tensors(3, model.config));
+  replica.rank(1).backend().set_program(std::make_shared<FailingProgram>());
+  const StepPlan plan = Steps(model.config).next();
+  std::vector<kernels::StepHandle> handles;
+  for (size_t r = 0; r < 3; ++r) handles.push_back(replica.rank(r).backend().submit(plan));
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+  for (size_t r = 0; r < 3; ++r) {
+    EXPECT_ANY_THROW(replica.rank(r).backend().wait(handles[r], deadline)) << "rank " << r;
+  }
+  EXPECT_LT(std::chrono::steady_clock::now(), deadline);
+}
+
+// NCCL does not compare the calls of ranks.
+class ComparedCalls : public ::testing::TestWithParam<std::string> {};
+
+INSTANTIATE_TEST_SUITE_P(Backends, ComparedCalls, ::testing::ValuesIn([] {
+                           std::vector<std::string> names = sharing_backends();
+                           std::erase(names, kEmulatedNccl);
+                           return names;
+                         }()),
+                         [](const auto& info) { return info.param; });
+
+// Likewise where they are not given the same plan.
+TEST_P(ComparedCalls, EndStepsThatDiffer) {
   const Model model = models()[0];
   ShardedReplica replica(config_for(model, GetParam()), model.config, 3);
   const std::vector<NamedTensor> tensors = tiny_tensors(3, model.config);
