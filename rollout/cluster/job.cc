@@ -130,8 +130,13 @@ std::optional<LeadingRank> lead(const Config& config, const Meeting& meeting, in
   const int32_t size = config.engine.tensor_model_parallel_size;
   if (size == 1) return std::nullopt;
   const auto deadline = Clock::now() + kConnectTimeout;
-  return LeadingRank(accept_followers({meeting.job, replica}, size, deadline), lease_of(config),
-                     deadline);
+  auto followers = accept_followers({meeting.job, replica}, size, deadline);
+  kernels::DeviceLink link =
+      kernels::make_device_link(kernels::choose_backend(config.engine.backend).name);
+  if (!link.why_none.empty()) {
+    spdlog::warn("replica {} exchanges through host memory: {}", replica, link.why_none);
+  }
+  return LeadingRank(std::move(followers), lease_of(config), deadline, std::move(link.bytes));
 }
 
 std::unique_ptr<Replica> make_replica(std::optional<LeadingRank>& leading, const Config& config,
@@ -320,13 +325,14 @@ std::optional<ReplicaPlacement> own_place(const Config& config, const Launch& la
   if (line.empty()) launch.exit(1);  // rank 0 has said why
   be_the_first_to_go();
   try {
-    const auto communicator =
+    Welcome welcome =
         join_replica(leader.get(), place.at, lease_of(config), Clock::now() + kConnectTimeout);
     follow(std::move(leader), config, read_model_config(config.model.path),
            {.num_threads = threads_per_rank(config.engine, launch.placement()),
             .cpus = launch.placement().cpus,
             .rank_on_node = launch.placement().rank_on_node,
-            .communicator = communicator});
+            .communicator = std::move(welcome.communicator),
+            .device_link = std::move(welcome.device_link)});
     launch.exit(0);
   } catch (const Error& error) {
     spdlog::error("{}", error.what());

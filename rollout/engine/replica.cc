@@ -37,7 +37,8 @@ std::unique_ptr<kernels::Backend> configured_backend(const Config& config, const
                                         .shared_weights = options.shared_weights,
                                         .enforce_eager = engine.enforce_eager,
                                         .cpu_amx = engine.cpu_amx,
-                                        .communicator = options.communicator});
+                                        .communicator = options.communicator,
+                                        .device_link = options.device_link});
   if (engine.cpu_amx && backend->info().name != "cpu") {
     throw Error({.code = ErrorCode::kInvalidArgument,
                  .field = "engine.cpu_amx",

@@ -3,8 +3,10 @@
 // checked.
 #pragma once
 
+#include <cstddef>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "kernels/backend.h"
 #include "kernels/profile/profiled_backend.h"
@@ -25,6 +27,8 @@ struct ReplicaOptions {
   bool profiles = false;  // times every op; see take_profile()
   // Of the ranks that hold the model together; none: this one holds it alone.
   std::shared_ptr<kernels::Communicator> communicator;
+  // By which their devices reach each other, where they compute on devices: kernels/registry.h.
+  std::vector<std::byte> device_link;
 };
 
 // The backend that engine.backend names, for this rank of a replica.

@@ -7,6 +7,7 @@
 #include <deque>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -253,11 +254,10 @@ void follow(bridge::OwnedFd leader, const Config& config, const ModelConfig& mod
   }
 }
 
-std::shared_ptr<kernels::Communicator> join_replica(int leader, kernels::ReplicaRank at,
-                                                    std::chrono::milliseconds timeout,
-                                                    bridge::Deadline deadline) {
+Welcome join_replica(int leader, kernels::ReplicaRank at, std::chrono::milliseconds timeout,
+                     bridge::Deadline deadline) {
   std::optional<bridge::Frame> welcome = bridge::receive_frame(leader, deadline);
-  if (!welcome || welcome->fds.size() != 1) {
+  if (!welcome || welcome->fds.size() != 1 || welcome->body.empty()) {
     throw Error({.code = ErrorCode::kUnavailable,
                  .field = "leader of this replica",
                  .value = "gone",
@@ -269,9 +269,12 @@ std::shared_ptr<kernels::Communicator> join_replica(int leader, kernels::Replica
         ::poll(&end, 1, 0) > 0 && (end.revents & (POLLRDHUP | POLLHUP | POLLERR)) != 0;
     return is_gone ? 0 : -1;
   };
-  return std::make_shared<kernels::SharedMemoryCommunicator>(
-      map_replica_memory(welcome->fds[0].get(), at.size),
-      kernels::SharedMemoryOptions{.at = at, .timeout = timeout, .find_lost_rank = find_lost_rank});
+  const auto link = std::as_bytes(std::span(welcome->body).subspan(1));
+  return {.communicator = std::make_shared<kernels::SharedMemoryCommunicator>(
+              map_replica_memory(welcome->fds[0].get(), at.size),
+              kernels::SharedMemoryOptions{
+                  .at = at, .timeout = timeout, .find_lost_rank = find_lost_rank}),
+          .device_link = {link.begin(), link.end()}};
 }
 
 }  // namespace rollpack::rollout

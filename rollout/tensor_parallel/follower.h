@@ -1,8 +1,10 @@
 // A rank that holds a part of a model and runs the steps that its leader plans.
 #pragma once
 
-#include <functional>
+#include <chrono>
+#include <cstddef>
 #include <memory>
+#include <vector>
 
 #include "kernels/communicator/communicator.h"
 #include "rollout/engine/replica.h"
@@ -16,9 +18,14 @@ namespace rollpack::rollout {
 void follow(bridge::OwnedFd leader, const Config& config, const ModelConfig& model,
             const ReplicaOptions& options);
 
-// Receives what the leader welcomes its followers with, and makes a communicator of it.
-std::shared_ptr<kernels::Communicator> join_replica(int leader, kernels::ReplicaRank at,
-                                                    std::chrono::milliseconds timeout,
-                                                    bridge::Deadline deadline);
+// What the leader welcomes its followers with.
+struct Welcome {
+  std::shared_ptr<kernels::Communicator> communicator;
+  std::vector<std::byte> device_link;
+};
+
+// Errors: deadline_exceeded, unavailable.
+Welcome join_replica(int leader, kernels::ReplicaRank at, std::chrono::milliseconds timeout,
+                     bridge::Deadline deadline);
 
 }  // namespace rollpack::rollout

@@ -57,11 +57,15 @@ FollowerLinks::FollowerLinks(std::vector<OwnedFd> followers)
   }
 }
 
-void FollowerLinks::welcome(const ReplicaMemory& memory, bridge::Deadline deadline) {
+void FollowerLinks::welcome(const ReplicaMemory& memory, std::span<const std::byte> device_link,
+                            bridge::Deadline deadline) {
+  std::vector<uint8_t> body = {0};  // a frame has some body
+  const auto* const link = reinterpret_cast<const uint8_t*>(device_link.data());
+  body.insert(body.end(), link, link + device_link.size());
   for (int32_t rank = 1; rank < size(); ++rank) {
     std::vector<OwnedFd> fds;
     fds.push_back(OwnedFd::duplicate(memory.fd.get()));
-    bridge::send_frame(sockets_[static_cast<size_t>(rank)].get(), {0}, std::move(fds), deadline);
+    bridge::send_frame(sockets_[static_cast<size_t>(rank)].get(), body, std::move(fds), deadline);
   }
 }
 

@@ -32,8 +32,10 @@ class FollowerLinks {
   explicit FollowerLinks(std::vector<bridge::OwnedFd> followers);
 
   int32_t size() const { return static_cast<int32_t>(sockets_.size()); }  // the leader counted
-  // Hands every follower the memory that collectives go through.
-  void welcome(const ReplicaMemory& memory, bridge::Deadline deadline);
+  // Hands every follower the memory that collectives go through, and the bytes by which devices
+  // reach each other. Errors: deadline_exceeded, unavailable.
+  void welcome(const ReplicaMemory& memory, std::span<const std::byte> device_link,
+               bridge::Deadline deadline);
   // What rank r > 0 says once it is ready. Errors: those it reports; unavailable where it has gone.
   FollowerReady wait_ready(int32_t rank, bridge::Deadline deadline);
 

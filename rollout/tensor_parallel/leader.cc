@@ -8,10 +8,11 @@
 namespace rollpack::rollout {
 
 LeadingRank::LeadingRank(std::vector<bridge::OwnedFd> followers, std::chrono::milliseconds timeout,
-                         bridge::Deadline deadline)
-    : followers_(std::make_shared<FollowerLinks>(std::move(followers))) {
+                         bridge::Deadline deadline, std::vector<std::byte> device_link)
+    : followers_(std::make_shared<FollowerLinks>(std::move(followers))),
+      device_link_(std::move(device_link)) {
   ReplicaMemory memory = make_replica_memory(followers_->size());
-  followers_->welcome(memory, deadline);
+  followers_->welcome(memory, device_link_, deadline);
   communicator_ = std::make_shared<kernels::SharedMemoryCommunicator>(
       std::move(memory.bytes),
       kernels::SharedMemoryOptions{
@@ -24,6 +25,7 @@ std::unique_ptr<Replica> LeadingRank::make_replica(const Config& config, const M
                                                    ReplicaOptions options,
                                                    bridge::Deadline deadline) {
   options.communicator = communicator_;
+  options.device_link = device_link_;
   const bool profiles = std::exchange(options.profiles, false);
   auto leader = std::make_unique<LeaderBackend>(configured_backend(config, model, options),
                                                 followers_, deadline);

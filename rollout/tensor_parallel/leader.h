@@ -14,9 +14,10 @@ namespace rollpack::rollout {
 
 class LeadingRank {
  public:
-  // `followers` have connected. `timeout` is that of one exchange in a step.
+  // `followers` have connected. `timeout` is that of one exchange in a step. `device_link`:
+  // kernels/registry.h. Errors: deadline_exceeded, unavailable.
   LeadingRank(std::vector<bridge::OwnedFd> followers, std::chrono::milliseconds timeout,
-              bridge::Deadline deadline);
+              bridge::Deadline deadline, std::vector<std::byte> device_link = {});
 
   // Waits until the followers have built theirs. Errors: those of LeaderBackend.
   std::unique_ptr<Replica> make_replica(const Config& config, const ModelConfig& model,
@@ -27,6 +28,7 @@ class LeadingRank {
  private:
   std::shared_ptr<FollowerLinks> followers_;
   std::shared_ptr<kernels::Communicator> communicator_;
+  std::vector<std::byte> device_link_;
   LeaderBackend* backend_ = nullptr;  // of the replica made
 };
 

@@ -15,6 +15,7 @@ Placement ranks_on(std::vector<int> node_of_rank, int rank) {
   return {.rank = rank,
           .num_ranks = static_cast<int>(node_of_rank.size()),
           .num_ranks_on_node = 4,
+          .rank_on_node = rank % 4,
           .node_of_rank = std::move(node_of_rank),
           .cpus = {.num_processes = 4, .index = rank % 4}};
 }
@@ -38,6 +39,7 @@ TEST(ReplicaPlacement, NumbersLeadersByReplica) {
   EXPECT_EQ(place.leaders.num_ranks_on_node, 2);
   EXPECT_EQ(place.leaders.node_of_rank, (std::vector<int>{0, 0, 1, 1}));
   EXPECT_EQ(place.leaders.cpus.num_processes, 4);  // every rank computes
+  EXPECT_EQ(place.leaders.rank_on_node, 2);        // on the device of its number
   const ReplicaPlacement follower = place_replicas(ranks_on({0, 0, 0, 0, 1, 1, 1, 1}, 7), 2);
   EXPECT_FALSE(follower.is_leader());
   EXPECT_EQ(follower.at.rank, 1);

@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <string>
@@ -142,6 +143,23 @@ TEST(ConfigText, QuickstartYamlIsRead) {
   EXPECT_EQ(config.rollout.n, 8);
   EXPECT_EQ(config.rollout.response_length, 20);
   EXPECT_EQ(config.engine.kv_cache_memory, 256 << 20);
+}
+
+TEST(ConfigText, EveryYamlOfConfigsIsRead) {
+  int num_files = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(ROLLPACK_CONFIGS_DIR)) {
+    if (entry.path().extension() != ".yaml") continue;
+    ++num_files;
+    const std::string name = entry.path().stem().string();
+    const Config config = load_config(entry.path().string());
+    const bool is_cuda = name.rfind("cuda_", 0) == 0;
+    EXPECT_EQ(config.engine.backend, is_cuda ? "cuda" : "auto") << name;
+    const int32_t ranks = name == "cuda_tp8"                                ? 8
+                          : name == "cuda_tp2" || name == "tensor_parallel" ? 2
+                                                                            : 1;
+    EXPECT_EQ(config.engine.tensor_model_parallel_size, ranks) << name;
+  }
+  EXPECT_GE(num_files, 9);
 }
 
 TEST(ConfigText, AFileAboveOneMegabyteIsRefused) {

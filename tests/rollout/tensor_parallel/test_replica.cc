@@ -47,7 +47,8 @@ class Followers {
         bridge::OwnedFd leader(end);
         try {
           ReplicaOptions options;
-          options.communicator = join_replica(leader.get(), {rank, size}, timeout, soon());
+          options.communicator =
+              join_replica(leader.get(), {rank, size}, timeout, soon()).communicator;
           follow(std::move(leader), config, tiny_model_config(), options);
         } catch (const Error& error) {
           errors[static_cast<size_t>(rank)] = error.what();
@@ -190,7 +191,7 @@ TEST(TensorParallelReplica, EndsWhereAFollowerHasGone) {
   LeadingRank leading(std::move(sockets), 60s, soon());
   // It says that it is ready, and hears of weights, but is never there for a step.
   std::thread thread([&] {
-    const auto communicator = join_replica(follower.get(), {1, 2}, 60s, soon());
+    const auto communicator = join_replica(follower.get(), {1, 2}, 60s, soon()).communicator;
     Replica replica(config, tiny_model_config(), {.communicator = communicator});
     const FollowerReady ready{.num_pages = replica.backend_info().kv.num_pages,
                               .fingerprint = replica.backend_info().fingerprint,
@@ -215,6 +216,22 @@ TEST(TensorParallelReplica, EndsWhereAFollowerHasGone) {
         }
       },
       Error);
+}
+
+// Over the socket, before a deadline: with it devices find each other.
+TEST(TensorParallelReplica, HandsTheLinkOfItsDevicesToEveryFollower) {
+  const std::vector<std::byte> link(128, std::byte{7});
+  for (const auto& sent : {link, std::vector<std::byte>()}) {
+    std::vector<bridge::OwnedFd> sockets(2);
+    int ends[2];
+    ASSERT_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), 0);
+    sockets[1].reset(ends[0]);
+    const bridge::OwnedFd follower(ends[1]);
+    const LeadingRank leading(std::move(sockets), 60s, soon(), sent);
+    EXPECT_EQ(join_replica(follower.get(), {1, 2}, 60s, soon()).device_link, sent);
+    EXPECT_THROW(join_replica(follower.get(), {1, 2}, 60s, std::chrono::steady_clock::now() + 50ms),
+                 Error);
+  }
 }
 
 TEST(PlanCodec, GivesBackEveryField) {
