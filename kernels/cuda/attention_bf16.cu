@@ -43,7 +43,7 @@ struct Layout {
 
   // Sums over a warp's values are made for kColumns of them at a time, as registers allow, and take
   // the place of those values: a row of sums is as long as the same columns of two keys.
-  static constexpr int kColumns = W >= 32 && W % 32 == 0 ? W / 2 : W;
+  static constexpr int kColumns = W % 32 == 0 ? W / 2 : 16;
   static_assert(kItemRows * 4 == kWarpKeys * 2 && kColumns % 16 == 0);
   // Where the sum of a row and column lies, in bytes from the warp's values.
   ROLLPACK_HOST_DEVICE static constexpr int sum_offset(int row, int column) {

@@ -145,6 +145,7 @@ __device__ __forceinline__ void merge_chunks(const AttentionInputs& in, int32_t 
   const ChunkRange chunks = seen_chunks(row_keys(in, row));
   SoftmaxState state = {-infinity_f32(), 0.0f};
   float o = 0;
+  ROLLPACK_UNROLL(1)
   for (int32_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
     const int64_t at = static_cast<int64_t>(in.work.row_states[row] + chunk) * in.H + head;
     const MergeWeights weights = merge_states(state, stored.softmax[at]);
@@ -172,9 +173,11 @@ __device__ void merge_complete_rows(const AttentionInputs& in, const AttentionIt
   }
   __syncthreads();
   see_stores();
+  ROLLPACK_UNROLL(1)
   for (int32_t i = 0; i < item.num_rows; ++i) {
     if (is_complete[i] == 0) continue;
     const int32_t row = in.work.item_rows[item.first_row + i];
+    ROLLPACK_UNROLL(1)
     for (int32_t at = static_cast<int32_t>(threadIdx.x); at < heads.count * in.cache.K;
          at += static_cast<int32_t>(blockDim.x)) {
       merge_chunks<Element>(in, row, heads.first + at / in.cache.K, at % in.cache.K);
