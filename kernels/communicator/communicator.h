@@ -57,7 +57,7 @@ struct AllReduceArgs {
   Reduction reduction = Reduction::kSum;
 };
 
-// Memory is the device's, where the ranks compute on one; calls are enqueued there.
+// Memory is the device's, where the ranks compute on one; calls are enqueued there, or wait for it.
 // Errors of every call: unavailable naming the ranks that did not come before its deadline, or have
 // ended; failed_precondition after an earlier error; internal where ranks make different calls.
 class Communicator {

@@ -340,13 +340,11 @@ void CudaBackend::begin(const StepPlan& plan, StepProgram& program) {
                  .field = "step",
                  .message = "weights or KV pages sleep; wake_up first"});
   }
-  device_->bind_thread();
   if (!step_.has_step()) step_due_ = step_deadline();
-  bool has_begun = false;
   try {
+    device_->bind_thread();
     const int32_t graph_rows = graphs_.rows_of(plan);
     step_.begin(stream_, plan, graph_rows);
-    has_begun = true;
     if (graph_rows > 0 && step_.is_in_place() && step_.highest_position() < num_graph_positions_) {
       graphs_.launch(stream_, step_.place(), addresses());
       program.on_replay();
@@ -355,11 +353,13 @@ void CudaBackend::begin(const StepPlan& plan, StepProgram& program) {
     }
     step_.hand_over(stream_, step_number_);
   } catch (const Error& error) {
-    if (has_begun) leave_others();
+    // A plan that is wrong all ranks refuse; where one alone fails, its exchanges would meet those
+    // of another step.
+    if (error.info.code != ErrorCode::kInvalidArgument) leave_others();
     step_.abandon(stream_, step_deadline());
     throw of_step(error, step_number_);
   } catch (...) {
-    if (has_begun) leave_others();
+    leave_others();
     step_.abandon(stream_, step_deadline());
     throw;
   }
@@ -410,12 +410,16 @@ void CudaBackend::capture_graphs() {
 
 std::optional<StepResult> CudaBackend::end() {
   const uint64_t number = step_.number();
+  std::optional<StepResult> result;
   try {
-    std::optional<StepResult> result = step_.take_result();
-    if (!result && ranks_ != nullptr) ranks_->check(step_due_ - kStepLimit);
+    result = step_.take_result();
     if (result) {
+      if (ranks_ != nullptr) ranks_->require_unbroken();
       step_due_ = step_deadline();
-    } else if (std::chrono::steady_clock::now() > step_due_) {
+      return result;
+    }
+    if (ranks_ != nullptr) ranks_->check(step_due_ - kStepLimit);
+    if (std::chrono::steady_clock::now() > step_due_) {
       throw Error(
           {.code = ErrorCode::kUnavailable,
            .field = "device, work on a stream",
@@ -424,7 +428,7 @@ std::optional<StepResult> CudaBackend::end() {
     return result;
   } catch (const Error& error) {
     leave_others();
-    step_.forget_step();
+    if (!result) step_.forget_step();
     throw of_step(error, number);
   }
 }

@@ -150,11 +150,11 @@ class Drawing {
     const BlockStats* const blocks = memory_.blocks + query_.distribution * memory_.num_blocks;
     if (lane_ == 0) {
       int32_t block = 0;
-      while (blocks[block].max != row_.max) ++block;
+      while (blocks[block].max != row_.max && block + 1 < memory_.num_blocks) ++block;
       shared_.block = block;
       if (work_.holds_block(block)) {
         auto panel = static_cast<int32_t>(block - memory_.first_block) * kBlockPanels;
-        while (panels()[panel].max != row_.max) ++panel;
+        while (panels()[panel].max != row_.max && panel + 1 < memory_.held_panels) ++panel;
         shared_.panel = panel;
       }
     }
@@ -243,6 +243,8 @@ __device__ HeadResult conclude(const HeadWork& work, const HeadQuery& query, int
   result.is_finite = has_token(memory, query, q);
   if (!result.is_finite) return result;
   result.token = choice.token;
+  // Of an exchange that broke off: the step fails, and nothing may read beyond the vocabulary.
+  if (choice.token < 0 || choice.token >= work.V()) result.token = 0;
   result.logprob = logprob_of(unit, choice.logit);
   result.scaled_logprob = logprob_of(scaled, choice.logit * query.scale);
   if (query.wants_entropy != 0) {

@@ -85,7 +85,7 @@ DeviceMemoryPlan plan_memory(const ModelShape& shape, const BackendOptions& opti
                         .activations = activation_bytes(shape, held, options),
                         .workspaces = kLinearWorkspaceBytes + attention_workspace_bytes(held) +
                                       lm_head_workspace_bytes(shape, options) +
-                                      (options.at().size > 1 ? kExchangeBytes : 0),
+                                      (options.at().size > 1 ? kExchangeBytes + kNcclBytes : 0),
                         .steps = step_bytes(shape, options),
                         .graphs = graph_bytes(shape, options)};
   int64_t kv_bytes = options.kv_cache_bytes;

@@ -22,7 +22,7 @@ struct DeviceMemoryPlan {
   int64_t weights = 0;      // the set in use
   int64_t staging = 0;      // a second set on the device while weights change; 0: on the host
   int64_t activations = 0;  // what the forward pass holds for max_num_batched_tokens rows
-  int64_t workspaces = 0;   // partial sums, attention, the head
+  int64_t workspaces = 0;   // partial sums, attention, the head, exchanges between ranks
   int64_t steps = 0;        // slots, stop sets, a step's rows and results
   int64_t graphs = 0;       // of decoding steps, at most; graph_bytes()
   int64_t kv_cache = 0;     // whole pages

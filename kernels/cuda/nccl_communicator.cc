@@ -202,9 +202,9 @@ void NcclCommunicator::reduce(const AllReduceArgs& args) {
   });
 }
 
-void NcclCommunicator::check(Clock::time_point since) {
-  if (comm_ == nullptr) return;
+void NcclCommunicator::require_unbroken() {
   constexpr const char* kWork = "exchange between devices";
+  require_whole(kWork);
   NcclResult state = NcclResult::kSuccess;
   const NcclResult asked = options_.library->comm_get_async_error(comm_, &state);
   if (asked != NcclResult::kSuccess) state = asked;
@@ -212,7 +212,13 @@ void NcclCommunicator::check(Clock::time_point since) {
     fail(kWork, options_.library->text_of(state, comm_));
   }
   if (const int32_t lost = host_->find_lost_rank(); lost >= 0) fail_lost(kWork, lost);
-  if (Clock::now() - since > host_->timeout()) fail_late(kWork, host_->timeout());
+}
+
+void NcclCommunicator::check(Clock::time_point since) {
+  require_unbroken();
+  if (Clock::now() - since > host_->timeout()) {
+    fail_late("exchange between devices", host_->timeout());
+  }
 }
 
 void NcclCommunicator::abandon() {
@@ -225,13 +231,11 @@ void NcclCommunicator::abort() {
 }
 
 void NcclCommunicator::fail(const std::string& call, const std::string& reason) {
-  abort();
-  host_->abandon();
+  abandon();
   throw Error({.code = ErrorCode::kUnavailable, .field = call, .message = reason});
 }
 
 void NcclCommunicator::fail_late(const std::string& call, std::chrono::milliseconds limit) {
-  abort();
   ErrorInfo info{.code = ErrorCode::kUnavailable,
                  .field = call,
                  .message = fmt::format("it has not ended in {} ms", limit.count())};
@@ -241,13 +245,12 @@ void NcclCommunicator::fail_late(const std::string& call, std::chrono::milliseco
   } catch (const Error& missing) {
     info.value = missing.info.value;
   }
-  host_->abandon();
+  abandon();
   throw Error(std::move(info));
 }
 
 void NcclCommunicator::fail_lost(const std::string& call, int32_t lost) {
-  abort();
-  host_->abandon();
+  abandon();
   throw Error({.code = ErrorCode::kUnavailable,
                .field = call,
                .value = fmt::format("rank {} of {} ranks of this replica is missing", lost, size()),

@@ -25,7 +25,7 @@ struct NcclOptions {
   NcclId id;  // one of the ranks has made it, all have the same
 };
 
-// Values are device memory. Used by the thread that enqueues on `stream`.
+// Values are device memory. Used by the thread that enqueues on `stream`, abandon() too.
 class NcclCommunicator final : public DeviceCommunicator {
  public:
   // Made by all ranks at once; returns when all have come. Deadlines are those of `host`.
@@ -45,6 +45,7 @@ class NcclCommunicator final : public DeviceCommunicator {
   std::chrono::milliseconds timeout() const override { return host_->timeout(); }
   int32_t find_lost_rank() const override { return host_->find_lost_rank(); }
   void check(std::chrono::steady_clock::time_point since) override;
+  void require_unbroken() override;
 
  private:
   template <class Call>
@@ -54,7 +55,9 @@ class NcclCommunicator final : public DeviceCommunicator {
   void settle(NcclResult result, const char* call, std::chrono::milliseconds limit);
   void require_whole(const char* call) const;
   void abort();
-  // Abort, and let the others know. Errors: unavailable; of what is late, naming who is missing.
+  // Let the others know, then abort: their exchanges end when ours are broken off, with whatever
+  // has come by then, and they must not take that for a result. Errors: unavailable; of what is
+  // late, naming who is missing.
   [[noreturn]] void fail(const std::string& call, const std::string& reason);
   [[noreturn]] void fail_late(const std::string& call, std::chrono::milliseconds limit);
   [[noreturn]] void fail_lost(const std::string& call, int32_t lost);

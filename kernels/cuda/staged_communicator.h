@@ -30,6 +30,7 @@ class StagedCommunicator final : public DeviceCommunicator {
   int32_t find_lost_rank() const override { return host_->find_lost_rank(); }
   // Calls have ended when they return.
   void check(std::chrono::steady_clock::time_point) override {}
+  void require_unbroken() override {}
   void gather_columns(const GatherColumnsArgs& args) override;
   void broadcast(std::span<std::byte> values, int32_t root) override;
   void barrier() override { host_->barrier(); }

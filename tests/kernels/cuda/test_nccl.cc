@@ -155,6 +155,23 @@ TEST(NcclCommunicator, LooksAfterWhatIsUnderWay) {
   }
 }
 
+// Its exchanges may have ended because another rank broke off.
+TEST(NcclCommunicator, DoubtsWhatEndedOnceARankHasGivenUp) {
+  const auto errors = on_ranks(2, 60s, [](int32_t rank, const Make& make) {
+    const auto made = make();
+    EXPECT_EQ(made->sum(1), 2u);
+    made->ranks.require_unbroken();
+    made->ranks.barrier();
+    if (rank == 0) {
+      made->ranks.abandon();
+      EXPECT_THROW(made->ranks.require_unbroken(), Error) << "its own";
+      return;
+    }
+    for (;;) made->ranks.require_unbroken();
+  });
+  expect_named(errors, 0);
+}
+
 TEST(NcclCommunicator, IsBuiltAnewAfterAFailure) {
   on_ranks(2, 2s, [](int32_t rank, const Make& make) {
     const auto made = make();
