@@ -24,6 +24,7 @@
 #include "kernels/cpu/weight_store.h"
 #include "kernels/step/check_shape.h"
 #include "kernels/step/draft_draws.h"
+#include "kernels/step/gather_op.h"
 #include "kernels/step/step_queue.h"
 #include "kernels/usable_cores.h"
 
@@ -450,20 +451,7 @@ void CpuBackend<Element>::lm_head(const LmHeadArgs& args) {
 template <class Element>
 void CpuBackend<Element>::gather_columns(const GatherColumnsOpArgs& args) {
   if (communicator_ == nullptr) return Backend::gather_columns(args);
-  const int64_t element = dtype_bytes(args.tensor.dtype);
-  const int64_t stride = args.tensor.cols() * element;
-  std::vector<int64_t> starts;
-  for (const int64_t start : args.starts) starts.push_back(start * element);
-  const auto rank = static_cast<size_t>(communicator_->rank());
-  if (starts.size() <= rank || starts.back() != stride) {
-    fail_invariant("gather_columns: starts cover the tensor's columns");
-  }
-  communicator_->gather_columns({.in = args.tensor.as<std::byte>() + starts[rank],
-                                 .in_stride = stride,
-                                 .out = args.tensor.data,
-                                 .out_stride = stride,
-                                 .rows = args.tensor.rows(),
-                                 .starts = starts});
+  gather_tensor(*communicator_, args);
 }
 
 }  // namespace

@@ -21,6 +21,7 @@
 #include "kernels/cuda/step_context.h"
 #include "kernels/cuda/weight_store.h"
 #include "kernels/step/check_shape.h"
+#include "kernels/step/gather_op.h"
 #include "kernels/step/step_queue.h"
 
 namespace rollpack::kernels {
@@ -560,20 +561,7 @@ void CudaBackend::lm_head(const LmHeadArgs& args) {
 
 void CudaBackend::gather_columns(const GatherColumnsOpArgs& args) {
   if (ranks_ == nullptr) return Backend::gather_columns(args);
-  const int64_t element = dtype_bytes(args.tensor.dtype);
-  const int64_t stride = args.tensor.cols() * element;
-  std::vector<int64_t> starts;
-  for (const int64_t start : args.starts) starts.push_back(start * element);
-  const auto rank = static_cast<size_t>(ranks_->rank());
-  if (starts.size() <= rank || starts.back() != stride) {
-    fail_invariant("gather_columns: starts cover the tensor's columns");
-  }
-  ranks_->gather_columns({.in = args.tensor.as<std::byte>() + starts[rank],
-                          .in_stride = stride,
-                          .out = args.tensor.data,
-                          .out_stride = stride,
-                          .rows = args.tensor.rows(),
-                          .starts = starts});
+  gather_tensor(*ranks_, args);
 }
 
 }  // namespace

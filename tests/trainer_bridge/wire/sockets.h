@@ -9,13 +9,12 @@
 #include <chrono>
 #include <cstdint>
 #include <filesystem>
-#include <functional>
 #include <iterator>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "kernels/base/error.h"
+#include "tests/error_text.h"
 #include "trainer_bridge/wire/frame.h"
 #include "trainer_bridge/wire/owned_fd.h"
 
@@ -67,14 +66,6 @@ inline std::vector<uint8_t> framed(const std::vector<uint8_t>& body) {
   return frame;
 }
 
-// What `act` throws; code internal and the message "no error" where it throws nothing.
-inline ErrorInfo error_of(const std::function<void()>& act) {
-  try {
-    act();
-  } catch (const Error& error) {
-    return error.info;
-  }
-  return {.message = "no error"};
-}
+using testing::error_of;
 
 }  // namespace rollpack::bridge
