@@ -55,7 +55,10 @@ std::unique_ptr<Backend> make_tested_backend(std::string_view name, const ModelS
                                              const BackendOptions& options) {
 #ifdef ROLLPACK_EMULATES_CUDA
   if (name == kEmulatedCuda) {
-    return make_cuda_backend(cuda::make_emulated_device(), shape, options, open_fake_nccl);
+    // What stands in for NCCL exchanges when it is called, not when its turn comes on a stream.
+    const bool defers = options.device_link.empty();
+    return make_cuda_backend(cuda::make_emulated_device({.defers = defers}), shape, options,
+                             open_fake_nccl);
   }
 #endif
   return make_backend(name, shape, options);

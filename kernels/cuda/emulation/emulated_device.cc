@@ -12,12 +12,14 @@
 #include <utility>
 
 #include "kernels/base/error.h"
+#include "kernels/cuda/emulation/emulated_stream.h"
 #include "kernels/cuda/emulation/recording.h"
 #include "kernels/cuda/launchers.h"
 
 namespace rollpack::kernels::cuda {
 namespace {
 
+using emulation::EmulatedStream;
 using emulation::Recording;
 using emulation::require_no_capture;
 
@@ -60,6 +62,7 @@ class EmulatedDevice final : public Device {
     return memory;
   }
   void free(void* memory) noexcept override {
+    finish_all();
     const std::lock_guard lock(mutex_);
     const auto at = sizes_.find(memory);
     if (at == sizes_.end()) std::abort();  // not ours, or freed before
@@ -113,23 +116,32 @@ class EmulatedDevice final : public Device {
     require_no_capture("alloc_host");
     return ::operator new(size_t(bytes));
   }
-  void free_host(void* memory) noexcept override { ::operator delete(memory); }
+  void free_host(void* memory) noexcept override {
+    finish_all();
+    ::operator delete(memory);
+  }
 
   Stream make_stream() override {
     const std::lock_guard lock(mutex_);
-    streams_.push_back(std::make_unique<char>());
+    streams_.push_back(std::make_unique<EmulatedStream>(options_.defers));
     return {streams_.back().get()};
   }
   void free_stream(Stream stream) noexcept override {
+    finish_all();
     const std::lock_guard lock(mutex_);
     std::erase_if(streams_, [&](const auto& known) { return known.get() == stream.handle; });
   }
-  Event make_event(bool) override { return {}; }
-  void free_event(Event) noexcept override {}
-  void record(Event, Stream) override { require_no_capture("record"); }
-  bool has_passed(Event) override {
+  Event make_event(bool) override { return {new Moment}; }
+  void free_event(Event event) noexcept override { delete static_cast<Moment*>(event.handle); }
+  void record(Event event, Stream stream) override {
+    require_no_capture("record");
+    auto* const of = static_cast<EmulatedStream*>(stream.handle);
+    *static_cast<Moment*>(event.handle) = {of, of == nullptr ? 0 : of->num_enqueued()};
+  }
+  bool has_passed(Event event) override {
     require_no_capture("has_passed");
-    return true;  // work is done when it is enqueued
+    const Moment& moment = *static_cast<Moment*>(event.handle);
+    return moment.stream == nullptr || moment.stream->has_done(moment.num_enqueued);
   }
   double seconds_between(Event, Event) override { return 1e-6; }
 
@@ -193,9 +205,18 @@ class EmulatedDevice final : public Device {
     delete recording;
   }
 
-  void wait(Stream, std::chrono::steady_clock::time_point) override { require_no_capture("wait"); }
+  void wait(Stream stream, std::chrono::steady_clock::time_point) override {
+    require_no_capture("wait");
+    if (stream.handle != nullptr) static_cast<EmulatedStream*>(stream.handle)->finish();
+  }
 
  private:
+  // What an event stands for.
+  struct Moment {
+    EmulatedStream* stream = nullptr;
+    int64_t num_enqueued = 0;
+  };
+
   // Behind those that tests choose.
   static int32_t next_number() {
     static std::atomic<int32_t> next{1000};
@@ -234,12 +255,25 @@ class EmulatedDevice final : public Device {
                   [&](const auto& known) { return known.second.data == memory; });
   }
 
-  static void enqueue(Stream stream, const char* what, std::function<void()> work) {
-    if (Recording* recording = emulation::recording_of(stream, what)) {
-      recording->push_back({what, std::move(work)});
-    } else {
-      work();
+  // As freeing memory does on a device. Errors of the work are its stream's next wait's to tell, or
+  // nobody's.
+  void finish_all() noexcept {
+    std::vector<EmulatedStream*> streams;
+    {
+      const std::lock_guard lock(mutex_);
+      for (const auto& stream : streams_) streams.push_back(stream.get());
     }
+    for (EmulatedStream* stream : streams) {
+      try {
+        stream->finish();
+      } catch (const Error&) {
+        continue;
+      }
+    }
+  }
+
+  static void enqueue(Stream stream, const char* what, std::function<void()> work) {
+    emulation::submit(stream, what, std::move(work));
   }
   static void copy(Stream stream, void* target, const void* source, int64_t bytes) {
     enqueue(stream, "copy", [=] { std::memcpy(target, source, static_cast<size_t>(bytes)); });
@@ -253,7 +287,7 @@ class EmulatedDevice final : public Device {
   std::mutex mutex_;
   std::map<void*, Range> ranges_;
   std::map<void*, int64_t> sizes_;
-  std::vector<std::unique_ptr<char>> streams_;  // their addresses tell them apart
+  std::vector<std::unique_ptr<EmulatedStream>> streams_;
   int64_t used_ = 0;
 };
 

@@ -1,4 +1,4 @@
-// A device that is host memory and runs kernels in the emulation, at once and in order.
+// A device that is host memory and runs kernels in the emulation, in order.
 #pragma once
 
 #include <cstddef>
@@ -30,6 +30,8 @@ struct EmulatedDeviceOptions {
   int64_t max_shared_bytes = 99 * 1024;    // the least of what we build for: 8.6 and 8.9
   int32_t num_multiprocessors = 8;         // few, so that tests are cut as large steps are
   int64_t graph_work_bytes = 1024;         // of a kernel or copy in a graph
+  // Whether work is done when it is waited for and not when it is enqueued, as late as it may be.
+  bool defers = false;
   int32_t number = -1;                     // devices of one number are one; -1: of its own
   std::shared_ptr<EmulatedDeviceLog> log;  // written where there is one
 };

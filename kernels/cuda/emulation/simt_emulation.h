@@ -9,7 +9,7 @@
 #include <tuple>
 
 #include "kernels/cuda/emulation/block_runner.h"
-#include "kernels/cuda/emulation/recording.h"
+#include "kernels/cuda/emulation/emulated_stream.h"
 #include "kernels/cuda/launch_shape.h"
 
 #define __global__
@@ -187,11 +187,7 @@ void launch(void (*kernel)(Params...), const LaunchShape& shape, Stream stream, 
           this);
     }
   } call{kernel, shape, {static_cast<Params>(args)...}};
-  if (emulation::Recording* recording = emulation::recording_of(stream, shape.kernel)) {
-    recording->push_back({shape.kernel, [call]() mutable { call.run(); }});
-  } else {
-    call.run();
-  }
+  emulation::submit(stream, shape.kernel, [call]() mutable { call.run(); });
 }
 
 }  // namespace rollpack::kernels::cuda::inline emulated
