@@ -1,6 +1,6 @@
-// A stream of an emulated device: work that waits its turn. A device runs what is enqueued some time
-// later, so a stream that defers runs it as late as it may: when it is waited for, or asked how far
-// it is. What is overwritten or freed too early then shows as other numbers.
+// A stream of an emulated device: work that waits its turn. A device runs what is enqueued some
+// time later, so a stream that defers runs it as late as it may: when it is waited for, or asked
+// how far it is. What is overwritten or freed too early then shows as other numbers.
 #pragma once
 
 #include <cstdint>
