@@ -66,6 +66,6 @@ inline std::vector<uint8_t> framed(const std::vector<uint8_t>& body) {
   return frame;
 }
 
-using testing::error_of;
+using rollpack::testing::error_of;
 
 }  // namespace rollpack::bridge
