@@ -23,6 +23,7 @@
 #include "kernels/cpu/vocab_head.h"
 #include "kernels/cpu/weight_store.h"
 #include "kernels/step/check_shape.h"
+#include "kernels/step/check_tensor.h"
 #include "kernels/step/draft_draws.h"
 #include "kernels/step/gather_op.h"
 #include "kernels/step/step_queue.h"
@@ -95,14 +96,6 @@ ThreadPool make_pool(const BackendOptions& options) {
       options.num_threads > 0 ? options.num_threads : usable_cores().num_threads();
   return ThreadPool(num_threads, spread_over_nodes(cpus_by_node(affinity_cpus()), num_threads,
                                                    options.process_index, options.num_processes));
-}
-
-void expect_shape(const Tensor& tensor, int64_t rows, int64_t cols, const char* what) {
-  if (tensor.rows() == rows && tensor.cols() == cols) return;
-  throw Error({.code = ErrorCode::kInvalidArgument,
-               .field = what,
-               .value = fmt::format("[{}, {}]", tensor.rows(), tensor.cols()),
-               .allowed = fmt::format("[{}, {}]", rows, cols)});
 }
 
 template <class Element>
@@ -241,7 +234,7 @@ class CpuBackend final : public Backend {
   void attention(const AttentionArgs& args) override {
     expect_shape(args.q, step_.plan().num_rows(), shape_.H * shape_.K, "attention q");
     expect_columns(args.out, step_.plan().num_rows(), args.out_begin, shape_.H * shape_.K,
-                   "attention out");
+                   communicator_ == nullptr, "attention out");
     attention_.run(pool_, step_, args);
   }
   void gather_head_rows(const GatherHeadRowsArgs& args) override;
@@ -254,18 +247,6 @@ class CpuBackend final : public Backend {
   StepResult run(const StepPlan& plan, StepProgram& program);
   const float* optional_vector(WeightId id, int64_t size, const char* op) const {
     return id == kNoWeight ? nullptr : weights_.vector(id, size, op);
-  }
-
-  // Columns [begin, begin + cols) of a tensor: all of it where this rank is alone.
-  void expect_columns(const Tensor& tensor, int64_t rows, int64_t begin, int64_t cols,
-                      const char* what) const {
-    if (communicator_ == nullptr && begin == 0) return expect_shape(tensor, rows, cols, what);
-    if (tensor.rows() == rows && begin >= 0 && begin + cols <= tensor.cols()) return;
-    throw Error(
-        {.code = ErrorCode::kInvalidArgument,
-         .field = what,
-         .value = fmt::format("[{}, {}] from column {}", tensor.rows(), tensor.cols(), begin),
-         .allowed = fmt::format("[{}, {}] or wider", rows, cols)});
   }
 
   // A matrix with a row for every token held: ids of a step are checked against V, not against it.
@@ -405,7 +386,8 @@ void CpuBackend<Element>::linear(const LinearArgs& args) {
     fail_invariant("linear: a gated weight and the gated epilogue go together");
   }
   expect_shape(args.in, args.in.rows(), matrix.K_in, "linear in");
-  expect_columns(args.out, args.in.rows(), args.out_begin, matrix.columns, "linear out");
+  expect_columns(args.out, args.in.rows(), args.out_begin, matrix.columns, communicator_ == nullptr,
+                 "linear out");
   const int64_t bias_size = matrix.columns * (matrix.is_gated ? 2 : 1);
   gemm<Element>(kernels_, pool_, products_, whole_steps<Element>(args.in, padded_rows_),
                 {.weight = matrix,

@@ -21,6 +21,7 @@
 #include "kernels/cuda/step_context.h"
 #include "kernels/cuda/weight_store.h"
 #include "kernels/step/check_shape.h"
+#include "kernels/step/check_tensor.h"
 #include "kernels/step/gather_op.h"
 #include "kernels/step/step_queue.h"
 
@@ -49,14 +50,6 @@ void check_options(const BackendOptions& options) {
 BackendOptions without_useless_graphs(BackendOptions options) {
   if (options.at().size > 1) options.enforce_eager = true;
   return options;
-}
-
-void expect_shape(const Tensor& tensor, int64_t rows, int64_t cols, const char* what) {
-  if (tensor.rows() == rows && tensor.cols() == cols) return;
-  throw Error({.code = ErrorCode::kInvalidArgument,
-               .field = what,
-               .value = fmt::format("[{}, {}]", tensor.rows(), tensor.cols()),
-               .allowed = fmt::format("[{}, {}]", rows, cols)});
 }
 
 void* column(const Tensor& tensor, int64_t index) {
@@ -241,18 +234,6 @@ class CudaBackend final : public Backend {
   void check_layer(int32_t layer, const char* op) const;
   const float* optional_vector(WeightId id, int64_t size, const char* op) const {
     return id == kNoWeight ? nullptr : weights_.vector(id, size, op);
-  }
-
-  // Columns [begin, begin + cols) of a tensor: all of it where this rank is alone.
-  void expect_columns(const Tensor& tensor, int64_t rows, int64_t begin, int64_t cols,
-                      const char* what) const {
-    if (ranks_ == nullptr && begin == 0) return expect_shape(tensor, rows, cols, what);
-    if (tensor.rows() == rows && begin >= 0 && begin + cols <= tensor.cols()) return;
-    throw Error(
-        {.code = ErrorCode::kInvalidArgument,
-         .field = what,
-         .value = fmt::format("[{}, {}] from column {}", tensor.rows(), tensor.cols(), begin),
-         .allowed = fmt::format("[{}, {}] or wider", rows, cols)});
   }
 
   // A matrix with a row for every token held: ids of a step are checked against V, not against it.
@@ -472,7 +453,8 @@ void CudaBackend::linear(const LinearArgs& args) {
     fail_invariant("linear: a gated weight and the gated epilogue go together");
   }
   expect_shape(args.in, args.in.rows(), matrix.K_in, "linear in");
-  expect_columns(args.out, args.in.rows(), args.out_begin, matrix.N, "linear out");
+  expect_columns(args.out, args.in.rows(), args.out_begin, matrix.N, ranks_ == nullptr,
+                 "linear out");
   const int64_t bias_size = matrix.N * (matrix.is_gated ? 2 : 1);
   kernels_.linear(stream_, {.weight = matrix,
                             .slices = weights_.slices(args.weight),
@@ -516,7 +498,8 @@ void CudaBackend::rope_append(const RopeAppendArgs& args) {
 void CudaBackend::attention(const AttentionArgs& args) {
   check_layer(args.layer, "attention");
   expect_shape(args.q, step_.num_rows(), shape_.H * shape_.K, "attention q");
-  expect_columns(args.out, step_.num_rows(), args.out_begin, shape_.H * shape_.K, "attention out");
+  expect_columns(args.out, step_.num_rows(), args.out_begin, shape_.H * shape_.K, ranks_ == nullptr,
+                 "attention out");
   kernels_.attention(stream_, {.rows = step_.rows(),
                                .cache = cache_,
                                .work = step_.attention_work(),

@@ -159,23 +159,11 @@ class EmulatedDevice final : public Device {
   }
   void copy_rows_to_device(Stream stream, void* target, int64_t pitch, const void* source,
                            int64_t width, int64_t num_rows) override {
-    enqueue(stream, "copy", [=] {
-      for (int64_t row = 0; row < num_rows; ++row) {
-        std::memcpy(static_cast<std::byte*>(target) + row * pitch,
-                    static_cast<const std::byte*>(source) + row * width,
-                    static_cast<size_t>(width));
-      }
-    });
+    copy_rows(stream, target, pitch, source, width, width, num_rows);
   }
   void copy_rows_to_host(Stream stream, void* target, const void* source, int64_t pitch,
                          int64_t width, int64_t num_rows) override {
-    enqueue(stream, "copy", [=] {
-      for (int64_t row = 0; row < num_rows; ++row) {
-        std::memcpy(static_cast<std::byte*>(target) + row * width,
-                    static_cast<const std::byte*>(source) + row * pitch,
-                    static_cast<size_t>(width));
-      }
-    });
+    copy_rows(stream, target, width, source, pitch, width, num_rows);
   }
 
   void begin_capture(Stream stream) override { emulation::begin_recording(stream); }
@@ -277,6 +265,16 @@ class EmulatedDevice final : public Device {
   }
   static void copy(Stream stream, void* target, const void* source, int64_t bytes) {
     enqueue(stream, "copy", [=] { std::memcpy(target, source, static_cast<size_t>(bytes)); });
+  }
+  static void copy_rows(Stream stream, void* target, int64_t target_pitch, const void* source,
+                        int64_t source_pitch, int64_t width, int64_t num_rows) {
+    enqueue(stream, "copy", [=] {
+      for (int64_t row = 0; row < num_rows; ++row) {
+        std::memcpy(static_cast<std::byte*>(target) + row * target_pitch,
+                    static_cast<const std::byte*>(source) + row * source_pitch,
+                    static_cast<size_t>(width));
+      }
+    });
   }
   int64_t bytes_of(const Recording& recording) const {
     return options_.graph_work_bytes * static_cast<int64_t>(recording.size());

@@ -7,7 +7,6 @@
 #include <deque>
 #include <functional>
 #include <mutex>
-#include <string>
 
 #include "kernels/cuda/launch_shape.h"
 
